@@ -1,0 +1,12 @@
+"""InstructLLaMA: from random weights to a model that follows instructions and has learnt from human preferences."""
+
+from . import checkpoint, config, data, evaluate, model, presets, rlhf, stages
+from .checkpoint import load, require
+from .config import Settings, UserError
+from .model.generate import generate
+
+__version__ = "0.1.0"
+__all__ = [
+    "Settings", "UserError", "checkpoint", "config", "data", "evaluate", "generate", "load", "model", "presets",
+    "require", "rlhf", "stages",
+]  # fmt: skip

@@ -1,0 +1,266 @@
+"""Run folders: weights as safetensors, settings as JSON, every write atomic, nothing that could run code on reading.
+
+A run folder holds `model.safetensors` (or `adapter.safetensors` and a relative path to its base), `config.json`,
+`tokenizer.model`, the logs, and `state/` with what resume needs. `load` opens any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
+from .data.tokenizer import Tokenizer
+from .model import lora
+from .model.llama import Llama, ScalarLlama
+
+State = dict[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; on success it is flushed to disk and renamed, on failure removed.
+
+    A kill at any moment leaves the old file whole. A full disk raises `UserError` and loses nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full: {path} could not be written, and its last version is untouched. "
+                "Free some space, then run the same command with --resume."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically. Tensors are moved to the CPU and made contiguous."""
+    with atomic(path) as temporary:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # safetensors reports the operating system's error as text
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+
+
+def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises `UserError` for a missing or truncated file."""
+    if not path.is_file():
+        raise UserError(f"There is no {path}: the run was not finished, or the folder is not a run folder.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}): train that stage again.") from error
+
+
+def load_state(model: torch.nn.Module, state: State, source: str) -> None:
+    """Copy tensors into a model, strictly: every missing, unexpected or misshapen key is named (P18)."""
+    own = model.state_dict()
+    if isinstance(model, Llama) and not isinstance(model, ScalarLlama) and model.config.tie_embeddings:
+        own.pop("output.weight", None)  # the same tensor as tok_embeddings.weight, saved once
+        state = {key: value for key, value in state.items() if key != "output.weight"}
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is unexpected" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit this model: {'; '.join(problems)}. Use the settings it was saved with.")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+
+def model_state(model: Llama) -> State:
+    """What a full checkpoint holds: the state dict, with tied weights once."""
+    state = dict(model.state_dict())
+    if not isinstance(model, ScalarLlama) and model.config.tie_embeddings:
+        state.pop("output.weight", None)
+    return state
+
+
+def save_full(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+    """Write a full model's run folder; `info` joins config.json (stage, settings, …)."""
+    write_tensors(folder / "model.safetensors", model_state(model))
+    _save_rest(folder, model, tokenizer, info)
+
+
+def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+    """Write one adapter (and the scalar head, where there is one) and the relative path of its base."""
+    state = lora.adapter_state(model, name)
+    if isinstance(model, ScalarLlama):
+        state["scalar_head.weight"] = model.scalar_head.weight
+    write_tensors(folder / "adapter.safetensors", state)
+    relative = os.path.relpath(base.resolve(), folder.resolve())
+    _save_rest(folder, model, tokenizer, {**info, "base": relative, "adapter": name})
+
+
+def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+    tokenizer.save(folder)
+    kind = "scalar" if isinstance(model, ScalarLlama) else "lm"
+    write_info(folder, {"format": 1, "kind": kind, "model": dataclasses.asdict(model.config), **info})
+
+
+def write_info(folder: Path, info: dict[str, Any]) -> None:
+    """Write config.json."""
+    write_text(folder / "config.json", json.dumps(info, indent=2) + "\n")
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder. Raises `UserError` naming the folder when it is missing or not ours."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder (no config.json): give the folder of a stage, such as …/sft.")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        info["kind"], info["model"]  # both must be there
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or not ours ({error}): train that stage again.") from error
+    return info
+
+
+def model_config(info: dict[str, Any]) -> ModelConfig:
+    """The `ModelConfig` in a config.json."""
+    fields = dict(info["model"])
+    return ModelConfig(**{**fields, "rope_scaling": RopeScaling(**fields["rope_scaling"])})
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
+    """Open any run folder, adapters included.
+
+    Returns the model in eval mode (a `Llama`, or a `ScalarLlama` for a reward model) and its tokenizer.
+    Raises `UserError` naming the file for anything missing, damaged or of another shape.
+    """
+    folder = Path(folder)
+    info = read_info(folder)
+    tokenizer = Tokenizer.load(folder)
+    if "adapter" in info:
+        model = _load_adapter(folder, info, device)
+    else:
+        model = (ScalarLlama if info["kind"] == "scalar" else Llama)(model_config(info))
+        load_state(model, read_tensors(folder / "model.safetensors")[0], str(folder / "model.safetensors"))
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device) -> Llama:
+    base, _ = load(folder / info["base"], device)
+    model = scalar_from(base) if info["kind"] == "scalar" else base
+    lora.quantise(model, QuantConfig(**info["quant"]))
+    config = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
+    lora.add_adapter(model, info["adapter"], config, torch.Generator().manual_seed(0))
+    state, _ = read_tensors(folder / "adapter.safetensors")
+    head = state.pop("scalar_head.weight", None)
+    if head is not None:
+        load_state(model.scalar_head, {"weight": head}, str(folder / "adapter.safetensors"))
+    lora.load_adapter(model, info["adapter"], state)
+    lora.use_adapter(model, info["adapter"])
+    return model
+
+
+def scalar_from(model: Llama) -> ScalarLlama:
+    """A scalar model with a copy of another's trunk and a fresh head (a scalar model's head is kept)."""
+    scalar = ScalarLlama(model.config).to(next(model.parameters()).device)
+    trunk = {key: value for key, value in model.state_dict().items() if not key.startswith("output.")}
+    own = scalar.state_dict()
+    load_state(scalar, {**{key: own[key] for key in own if key not in trunk}, **trunk}, "the trunk")
+    return scalar
+
+
+def stage_lock(folder: Path) -> FileLock:
+    """One process at a time trains into a run folder; the operating system frees the lock of a killed one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)  # singleton: re-entrant
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a stage has finished in this folder."""
+    return (folder / "config.json").is_file() and bool(read_info(folder).get("complete"))
+
+
+STAGES = {  # run folder -> (module of instruct_llama.stages that trains it, what it changes in the settings)
+    "pretrain": ("pretrain", lambda settings: settings),
+    "sft": ("sft", lambda settings: settings),
+    "sft-qlora": ("sft", lambda settings: settings.replace(sft=settings.qlora)),
+    "reward": ("reward", lambda settings: settings),
+    "reward-lora": ("reward", lambda settings: settings.replace(reward__lora=settings.ppo.lora)),
+    "ppo": ("ppo", lambda settings: settings),
+}
+
+
+def require(stage: str, settings: Settings) -> Path:
+    """The finished run folder of a stage, trained now at the same preset when it is not there yet.
+
+    Safe to call from several processes: one trains under a lock, the others wait and use the result.
+    An interrupted run is resumed.
+    """
+    if stage not in STAGES:
+        raise UserError(f"There is no stage {stage!r}: choose from {', '.join(STAGES)}.")
+    module, change = STAGES[stage]
+    folder = settings.out_dir / stage
+    if is_complete(folder):
+        return folder
+    with stage_lock(folder):
+        if not is_complete(folder):
+            print(f"{stage} is not in {settings.out_dir} yet: training it at preset {settings.preset}.")
+            # Imported here because stages import this module: the one arrow against the current.
+            run = importlib.import_module(f"instruct_llama.stages.{module}").run
+            run(change(settings).replace(init=None, resume=True))
+    return folder
+
+
+@torch.no_grad()
+def merge_run(source: Path, target: Path, into: Literal["dequantised", "original"] = "dequantised") -> list[str]:
+    """Merge a LoRA run into a plain checkpoint at `target`; returns lines that say how exact it is.
+
+    What was trained is the dequantised base plus the adapter, so that is the default. Merging into the original
+    weights of a 4-bit run makes another model; both differences are measured on a probe batch and told (P16).
+    """
+    source, info = Path(source), read_info(Path(source))
+    if "adapter" not in info:
+        raise UserError(f"{source} is a full checkpoint: there is no adapter to merge.")
+    model, tokenizer = load(source)
+    original, _ = load(source / info["base"])
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
+    trained, lines, merged = model(probe), [], {}
+    for kind in ("dequantised", "original"):
+        merged[kind] = lora.merge(model, info["adapter"], into=kind, original=original)
+        error = (merged[kind](probe) - trained).norm() / trained.norm()
+        lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
+    kept = {key: value for key, value in info.items() if key not in ("base", "adapter", "lora", "quant", "model", "kind")}
+    save_full(target, merged[into], tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
+    return [*lines, f"saved in {target} ({into})"]

@@ -1,0 +1,292 @@
+"""Records to batches: token files, the order of an epoch, padding, packing and loss masks.
+
+Everything here is a pure function of its arguments. The order of epoch e is a function of (seed, e), so a resumed
+run needs no saved random state: it asks again and skips what it has seen.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..config import UserError, check
+
+if TYPE_CHECKING:
+    from .tokenizer import Message, Tokenizer
+
+# ---------------------------------------------------------------- token files
+
+_MAGIC = b"ILTOKENS"
+_HEADER = struct.Struct("<8sIIQQ")  # magic, version, bytes a token (2 or 4), count of tokens, vocabulary size
+_VERSION = 1
+_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`: on success it is flushed to disk and renamed, on failure removed.
+
+    A kill at any moment leaves the old file whole. A full disk raises UserError and loses nothing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full: {path} could not be written, and its last version is untouched. "
+                "Free some space and run the same command again."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tokens(path: str | Path, ids: Iterable[Sequence[int] | int], vocab_size: int) -> int:
+    """Write token ids (an array, or an iterable of documents or of single ids) to a file; returns their count.
+
+    Ids take two bytes where the vocabulary allows it, else four; the file says which. It is written under a
+    temporary name and renamed, so a file that has its name is whole. Raises UserError for an id outside [0, V).
+    """
+    dtype = _DTYPES[2 if vocab_size <= 1 << 16 else 4]
+    count = 0
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(bytes(_HEADER.size))
+        for document in [ids] if isinstance(ids, np.ndarray) else ids:
+            tokens = np.atleast_1d(np.asarray(document, dtype=np.int64))
+            bad = tokens[(tokens < 0) | (tokens >= vocab_size)].tolist()
+            if bad:
+                raise UserError(
+                    f"Token id {bad[0]} is outside the vocabulary of {vocab_size}, so {path} was not written: "
+                    "use the tokenizer that the model was made for."
+                )
+            file.write(tokens.astype(dtype).tobytes())
+            count += tokens.size
+        file.seek(0)
+        file.write(_HEADER.pack(_MAGIC, _VERSION, dtype.itemsize, count, vocab_size))
+    return count
+
+
+def open_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
+    """Map a token file, read-only: an array of uint16 or uint32, shape (count,).
+
+    Raises UserError for a missing, foreign, truncated or empty file, and, where `vocab_size` (the model's) is
+    given, for a file made with a larger vocabulary.
+    """
+    path = Path(path)
+    rebuild = "build it again with `python -m instruct_llama data`"
+    check(path.is_file(), f"There is no token file {path}: {rebuild}.")
+    with open(path, "rb") as file:
+        head = file.read(_HEADER.size)
+    check(head[: len(_MAGIC)] == _MAGIC, f"{path} is not a token file of this project: {rebuild}.")
+    check(len(head) == _HEADER.size, f"{path} is truncated: {rebuild}.")
+    _, version, width, count, its_vocab = _HEADER.unpack(head)
+    check(version == _VERSION and width in _DTYPES, f"{path} is a token file of another version: {rebuild}.")
+    expected = _HEADER.size + count * width
+    actual = path.stat().st_size
+    check(actual == expected, f"{path} is truncated or damaged ({actual} bytes, not {expected}): {rebuild}.")
+    check(count > 0, f"{path} holds no tokens: {rebuild} from a text that is not empty.")
+    check(
+        vocab_size is None or its_vocab <= vocab_size,
+        f"{path} was made with a vocabulary of {its_vocab}, the model has {vocab_size}: {rebuild}.",
+    )
+    return np.memmap(path, dtype=_DTYPES[width], mode="r", offset=_HEADER.size, shape=(count,))
+
+
+# ---------------------------------------------------------------- orders
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0 … n-1, a function of (n, seed, epoch) alone."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def window_order(n_tokens: int, seq_len: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """Start offsets of this rank's windows, in the order of this epoch.
+
+    Windows lie end to end, so that every token but the first is a target exactly once per epoch; the last window may
+    be short. The ranks share the windows without overlap; their counts differ by one at most.
+    """
+    check(n_tokens >= 2, f"A text of {n_tokens} token has nothing to predict: give more text.")
+    n_windows = -(-(n_tokens - 1) // seq_len)
+    return epoch_order(n_windows, seed, epoch)[rank::world] * seq_len
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences with their next-token targets.
+
+    Targets are already shifted: `targets[b, t]` is the token after `tokens[b, t]`, and `loss_mask[b, t]` says
+    whether that target counts. Normalise a loss by `weight`, summed over every batch of one optimizer step.
+    """
+
+    tokens: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64
+    loss_mask: torch.Tensor  # (B, T) bool
+    segments: torch.Tensor | None = None  # (B, T) int64: what may attend to what; None: one sequence a row
+
+    @property
+    def weight(self) -> int:
+        """How many targets count."""
+        return int(self.loss_mask.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            targets=self.targets.to(device),
+            loss_mask=self.loss_mask.to(device),
+            segments=None if self.segments is None else self.segments.to(device),
+        )
+
+
+def window_batch(memmap: np.ndarray, starts: Sequence[int], seq_len: int) -> Batch:
+    """Windows of running text: tokens (B, T) from each start, T = seq_len; the short last window is padded."""
+    rows = np.zeros((len(starts), seq_len + 1), dtype=np.int64)  # (B, T+1)
+    real = np.zeros((len(starts), seq_len), dtype=bool)  # (B, T)
+    for row, start in enumerate(starts):
+        window = memmap[start : start + seq_len + 1]
+        rows[row, : len(window)] = window
+        real[row, : len(window) - 1] = True
+    tokens = torch.from_numpy(rows)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(real))
+
+
+def dialog_batch(
+    dialogs: Sequence[tuple[Sequence[int], Sequence[bool]]], pad_id: int, pack_len: int | None = None
+) -> Batch:
+    """Tokenised dialogs (ids, loss mask) as one right-padded batch, as wide as its longest row.
+
+    With `pack_len`, several dialogs share a row of at most that many positions; `segments` then counts them from 1
+    (0 is padding), and no dialog sees or predicts another.
+    """
+    lengths = [len(ids) - 1 for ids, _ in dialogs]  # the last token is only ever a target
+    rows = [[i] for i in range(len(dialogs))] if pack_len is None else pack(lengths, pack_len)
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)  # (B, T)
+    targets = tokens.clone()  # (B, T)
+    loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)  # (B, T)
+    segments = torch.zeros(len(rows), width, dtype=torch.int64)  # (B, T)
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, i in enumerate(row, 1):
+            ids, mask = dialogs[i]
+            here = slice(start, start + lengths[i])
+            tokens[r, here] = torch.tensor(ids[:-1], dtype=torch.int64)
+            targets[r, here] = torch.tensor(ids[1:], dtype=torch.int64)
+            loss_mask[r, here] = torch.tensor(mask[1:], dtype=torch.bool)
+            segments[r, here] = segment
+            start = here.stop
+    return Batch(tokens, targets, loss_mask, segments if pack_len is not None else None)
+
+
+def pack(lengths: Sequence[int], pack_len: int) -> list[list[int]]:
+    """Put items into rows of at most `pack_len` positions: first fit, longest first; equal lengths keep their order."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        check(
+            lengths[i] <= pack_len,
+            f"A sequence of {lengths[i]} positions does not fit a packed row of {pack_len}: raise seq_len.",
+        )
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
+        if row is None:
+            rows.append([i])
+            room.append(pack_len - lengths[i])
+        else:
+            rows[row].append(i)
+            room[row] -= lengths[i]
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class RankedBatch:
+    """Every completion of several prompts as one batch: N sequences, prompt included."""
+
+    tokens: torch.Tensor  # (N, T) int64, right-padded
+    ends: torch.Tensor  # (N,) int64: position of each sequence's last real token, where the score is read
+    prompt: torch.Tensor  # (N,) int64: which prompt
+    rank: torch.Tensor  # (N,) int64: 0 is the best completion of its prompt
+
+    @property
+    def weight(self) -> int:
+        """How many prompts: the ranking loss is a mean over the pairs of one prompt, then over prompts."""
+        return int(self.prompt.max()) + 1
+
+    def to(self, device: torch.device | str) -> RankedBatch:
+        return RankedBatch(self.tokens.to(device), self.ends.to(device), self.prompt.to(device), self.rank.to(device))
+
+
+def ranked_batch(items: Sequence[Sequence[Sequence[int]]], pad_id: int) -> RankedBatch:
+    """Pad the ranked sequences (best first) of each prompt into one batch."""
+    flat = [(ids, prompt, rank) for prompt, item in enumerate(items) for rank, ids in enumerate(item)]
+    width = max(len(ids) for ids, _, _ in flat)
+    tokens = torch.full((len(flat), width), pad_id, dtype=torch.int64)  # (N, T)
+    for row, (ids, _, _) in enumerate(flat):
+        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    ends, prompt, rank = (
+        torch.tensor(column, dtype=torch.int64)
+        for column in ([len(ids) - 1 for ids, _, _ in flat], [p for _, p, _ in flat], [r for _, _, r in flat])
+    )
+    return RankedBatch(tokens, ends, prompt, rank)
+
+
+# ---------------------------------------------------------------- fitting the context
+
+
+def _shorter(messages: Sequence[Message]) -> list[Message] | None:
+    """Without the oldest exchange (a user turn and its answer), the system message kept; None if it is the last."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    kept = [*messages[:first], *messages[first + 2 :]]
+    return kept if len(kept) > first else None
+
+
+def fit_dialog(tokenizer: Tokenizer, messages: Sequence[Message], max_len: int) -> tuple[list[int], list[bool]] | None:
+    """Ids and loss mask of a dialog in at most `max_len` tokens: the oldest exchanges go first, never part of a turn.
+
+    None when even the last exchange is too long.
+    """
+    kept: list[Message] | None = list(messages)
+    while kept is not None:
+        ids, mask = tokenizer.encode_dialog(kept)
+        if len(ids) <= max_len:
+            return ids, mask
+        kept = _shorter(kept)
+    return None
+
+
+def fit_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: int) -> list[int] | None:
+    """Ids of a prompt in at most `max_len` tokens: the oldest exchanges go first; None if the last turn is too long."""
+    kept: list[Message] | None = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    while kept is not None:
+        ids = tokenizer.encode_prompt(kept)
+        if len(ids) <= max_len:
+            return ids
+        kept = _shorter(kept)
+    return None
+
+
+def fit_comparison(
+    tokenizer: Tokenizer, prompt: Sequence[Message], completions: Sequence[str], max_len: int
+) -> list[list[int]] | None:
+    """Ids of prompt with each completion, all after the same prompt, which is cut until the longest fits; or None."""
+    answers = [[*tokenizer.encode(text), tokenizer.eos_id] for text in completions]
+    ids = fit_prompt(tokenizer, prompt, max_len - max(len(answer) for answer in answers))
+    return None if ids is None else [ids + answer for answer in answers]

@@ -1,0 +1,268 @@
+"""The enumerable language: a world so small that the best possible policy is known in closed form.
+
+An answer is a handful of letters, so all answers can be listed, and with them everything that PPO only estimates: the expected
+score, the KL to the reference, their gradients. For a reference policy `ref`, a score r(y) and a KL coefficient beta,
+
+    J(pi) = E_pi[r(y)] - beta KL(pi || ref)   is largest at   pi*(y) = ref(y) exp(r(y) / beta) / Z,
+    J* = beta log Z,   Z = sum_y ref(y) exp(r(y) / beta)
+
+(Ziegler et al., arXiv:1909.08593, section 2). A correct PPO climbs from J(ref) to J*. One that is wrong by one token, one
+sign or one mask stops short of it, though its curves look healthy.
+
+Two languages differ in where an answer ends. In `fixed()` every answer has 4 letters and then the end token. In
+`variable()` the end token may come at any time, and an answer without one within 4 tokens gets the score `no_end_score`,
+whatever the reward table thinks of it.
+
+A observations of every answer, N tokens of the longest one, V tokens in the vocabulary, R prefixes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+
+if TYPE_CHECKING:
+    from ..model.llama import KVCache
+
+PAD, BOS, EOS = 0, 1, 2  # ids; BOS is the whole prompt, the letters follow from 3
+FIRST_LETTER = 3
+SPECIAL_PIECES = ("<pad>", "<s>", "</s>")
+DEPTH = 4  # letters of the longest answer
+
+
+@dataclass(frozen=True, eq=False)
+class Language:
+    """All answers of a small language, their scores and a reference policy. Serves PPO as its tokenizer as well."""
+
+    name: str
+    vocab_size: int  # V, the special tokens included
+    max_new_tokens: int  # N
+    beta: float  # weight of the KL in the objective
+    no_end_score: float  # score of an answer without an end token
+    prefixes: tuple[tuple[int, ...], ...]  # R beginnings of answers: the empty one, the unended ones, the ended ones
+    n_unended: int  # how many of them have no end token
+    row_of: Tensor  # (n_codes + 1,) int64: which prefix a number stands for, see `code_of`; 0 if none
+    legal: Tensor  # (N, V) bool: which tokens may stand at a position
+    answers: Tensor  # (A, N) int64: every answer, PAD after its end
+    mask: Tensor  # (A, N) bool: True up to and including the end token
+    ended: Tensor  # (A,) bool: has an end token
+    scores: Tensor  # (A,) float32: r(y), no_end_score where not ended
+    reference_logits: Tensor  # (n_unended, V) float32: of the token after each unended prefix
+    reward_table: Tensor  # (R,) float32: what a reward model says of each prefix, ended or not
+
+    pad_id, bos_id, eos_id = PAD, BOS, EOS
+    special_ids = (PAD, BOS, EOS)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The only prompt."""
+        return [BOS]
+
+    @property
+    def n_codes(self) -> int:
+        """Numbers below this may stand for a prefix."""
+        return self.vocab_size**self.max_new_tokens
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each id in writing: a, b, c … and </s>."""
+        return [SPECIAL_PIECES[i] if i < FIRST_LETTER else chr(ord("a") + i - FIRST_LETTER) for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The letters, without special tokens."""
+        return "".join(self.pieces([i for i in ids if i >= FIRST_LETTER]))
+
+
+def fixed(seed: int = 0) -> Language:
+    """6 letters, answers of exactly 4, then the end token: 1,296 answers, none of them cut off."""
+    return _build("fixed", n_letters=6, early_end=False, beta=0.5, no_end_score=0.0, seed=seed)
+
+
+def variable(seed: int = 0) -> Language:
+    """5 letters and the end token, answers of at most 4 tokens: 156 that end and 625 that are cut off."""
+    return _build("variable", n_letters=5, early_end=True, beta=0.5, no_end_score=-1.0, seed=seed)
+
+
+def code_of(prefix: Sequence[int], vocab_size: int) -> int:
+    """A prefix read as a number whose digits are token ids. No two share one, since no prefix begins with PAD = 0."""
+    code = 0
+    for token in prefix:
+        code = code * vocab_size + token
+    return code
+
+
+def _build(name: str, n_letters: int, early_end: bool, beta: float, no_end_score: float, seed: int) -> Language:
+    vocab_size, n_tokens = FIRST_LETTER + n_letters, DEPTH if early_end else DEPTH + 1
+    letters = range(FIRST_LETTER, vocab_size)
+    words = [word for n in range(DEPTH + 1) for word in itertools.product(letters, repeat=n)]
+    ended = [(*word, EOS) for word in words if (len(word) < DEPTH if early_end else len(word) == DEPTH)]
+    cut = [word for word in words if len(word) == DEPTH] if early_end else []
+    prefixes = (*words, *ended)
+    row_of = torch.zeros(vocab_size**n_tokens + 1, dtype=torch.long)
+    row_of[[code_of(prefix, vocab_size) for prefix in prefixes]] = torch.arange(len(prefixes))
+
+    legal = torch.zeros(n_tokens, vocab_size, dtype=torch.bool)
+    legal[:DEPTH, FIRST_LETTER:] = True
+    legal[:DEPTH, EOS] = early_end
+    legal[DEPTH:, EOS] = True
+
+    generator = torch.Generator().manual_seed(seed)
+    reference_logits = torch.randn(len(words), vocab_size, generator=generator)
+    reward_table = _rewards(prefixes, vocab_size, generator)
+    is_ended = torch.tensor([answer[-1] == EOS for answer in ended + cut])
+    raw = reward_table[row_of[[code_of(answer, vocab_size) for answer in ended + cut]]]  # (A,)
+    answers = torch.tensor([[*answer, *[PAD] * (n_tokens - len(answer))] for answer in ended + cut])  # (A, N)
+    return Language(
+        name=name, vocab_size=vocab_size, max_new_tokens=n_tokens, beta=beta, no_end_score=no_end_score,
+        prefixes=prefixes, n_unended=len(words), row_of=row_of, legal=legal, answers=answers, mask=answers != PAD,
+        ended=is_ended, scores=torch.where(is_ended, raw, no_end_score), reference_logits=reference_logits,
+        reward_table=reward_table,
+    )  # fmt: skip
+
+
+def _rewards(prefixes: tuple[tuple[int, ...], ...], vocab_size: int, generator: torch.Generator) -> Tensor:
+    """Rugged but learnable: a letter counts by its place and by its left neighbour, and each word has its own whim."""
+    by_place = torch.randn(5, vocab_size, generator=generator)
+    by_neighbour = torch.randn(vocab_size, vocab_size, generator=generator)
+    whim = torch.randn(len(prefixes), generator=generator)
+    rewards = 0.5 * whim
+    for i, prefix in enumerate(prefixes):
+        for place, token in enumerate(prefix):
+            if token >= FIRST_LETTER:
+                left = prefix[place - 1] if place else BOS
+                rewards[i] += 0.5 * by_place[place, token] + 0.5 * by_neighbour[left, token]
+    return rewards
+
+
+class PrefixTable(nn.Module):
+    """The freest policy there is: one row of learnable logits per prefix; with `scalar`, one number (a value or a score).
+
+    It is called and sampled from like a `Llama`. Its prefix is what follows the last BOS. After an answer's end, or where
+    the tokens are no prefix at all, it answers as at the start: something finite that no right code ever counts.
+    """
+
+    def __init__(self, language: Language, table: Tensor | None = None, *, scalar: bool = False) -> None:
+        super().__init__()
+        n_rows = len(language.prefixes) if scalar else language.n_unended
+        width = 1 if scalar else language.vocab_size
+        self.config = ModelConfig(  # the shape of the cache that keeps a row's past tokens
+            language.vocab_size, dim=2, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=1 + language.max_new_tokens
+        )
+        self.tok_embeddings = nn.Embedding(n_rows, width)  # (R, V) or (R, 1): the table, by its Llama name
+        with torch.no_grad():
+            self.tok_embeddings.weight.copy_(torch.zeros(n_rows, width) if table is None else table.view(-1, width))
+        self.scalar, self.vocab_size, self.n_codes = scalar, language.vocab_size, language.n_codes
+        row_of = torch.where(language.row_of < n_rows, language.row_of, 0)
+        depth = torch.tensor([len(prefix) for prefix in language.prefixes[:n_rows]])  # (R,)
+        legal = language.legal[depth.clamp(max=language.max_new_tokens - 1)]  # (R, V)
+        self.register_buffer("row_of", row_of, persistent=False)  # (n_codes + 1,)
+        self.register_buffer("legal", legal, persistent=False)
+
+    def hidden(self, tokens: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) -> the table's rows at each of them: logits (B, T, V) float32, or (B, T, 1) with `scalar`."""
+        n_new = tokens.shape[1]
+        if cache is not None:
+            keys = tokens[:, None, :, None].float().expand(-1, 1, -1, 2)  # (B, 1, T, 2)
+            tokens = cache.store(0, keys, keys)[0][:, 0, :, 0].long()  # (B, S): what was read before, too
+            cache.length += n_new
+        code, rows = torch.zeros_like(tokens[:, 0]), []  # (B,)
+        for t in range(tokens.shape[1]):
+            code = (code * self.vocab_size + tokens[:, t]).clamp(max=self.n_codes)
+            code = torch.where(tokens[:, t] <= BOS, 0, code)  # BOS opens an answer; padding belongs to none
+            rows.append(self.row_of[code])
+        row = torch.stack(rows[-n_new:], dim=1)  # (B, T)
+        found = self.tok_embeddings(row)
+        return found if self.scalar else found.masked_fill(~self.legal[row], -torch.inf)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What `hidden` returns is the output already."""
+        return hidden
+
+    def forward(self, tokens: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) -> logits (B, T, V) float32, or (B, T) with `scalar`."""
+        found = self.hidden(tokens, segments=segments, cache=cache)
+        return found.squeeze(-1) if self.scalar else found
+
+
+# ------------------------------------------------------------------------------------------------- exact, by enumeration
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What a policy is worth, summed over all answers, not estimated. Scalars that can be differentiated."""
+
+    objective: Tensor  # J = score - beta KL
+    score: Tensor  # E[r]
+    kl: Tensor  # KL(policy || reference), nats per answer
+    ended: Tensor  # probability that an answer ends
+
+
+def reference(language: Language) -> PrefixTable:
+    """The reference policy, as a model of its own (a fresh copy each time)."""
+    return PrefixTable(language, language.reference_logits)
+
+
+def reward_model(language: Language) -> PrefixTable:
+    """The reward table as a model: its score of the answer so far at every position (B, T)."""
+    return PrefixTable(language, language.reward_table, scalar=True)
+
+
+def answer_logprobs(language: Language, model: nn.Module) -> Tensor:
+    """log-probability of every token of every answer under a model: (A, N), 0 after the end."""
+    starts = torch.full_like(language.answers[:, :1], BOS)
+    logits = model(torch.cat([starts, language.answers[:, :-1]], dim=1))  # (A, N, V)
+    logprobs = logits.masked_fill(~language.legal, -torch.inf).log_softmax(dim=-1)
+    chosen = logprobs.gather(-1, language.answers.unsqueeze(-1)).squeeze(-1)
+    return torch.where(language.mask, chosen, 0.0)  # (A, N)
+
+
+def evaluate(language: Language, policy: nn.Module, ref: nn.Module | None = None) -> Exact:
+    """The exact worth of a policy against a reference (the language's own if not given)."""
+    logprobs = answer_logprobs(language, policy).sum(dim=1)  # (A,)
+    ref_logprobs = answer_logprobs(language, ref or reference(language)).sum(dim=1).detach()  # (A,)
+    probability = logprobs.exp()
+    score = (probability * language.scores).sum()
+    kl = (probability * (logprobs - ref_logprobs)).sum()
+    return Exact(score - language.beta * kl, score, kl, (probability * language.ended).sum())
+
+
+def optimal_logprobs(language: Language, ref: nn.Module | None = None) -> Tensor:
+    """log pi*(y) of every answer: (A,)."""
+    with torch.no_grad():
+        ref_logprobs = answer_logprobs(language, ref or reference(language)).sum(dim=1)  # (A,)
+    return (ref_logprobs + language.scores / language.beta).log_softmax(dim=0)
+
+
+def best_objective(language: Language, ref: nn.Module | None = None) -> float:
+    """J* = beta log sum_y ref(y) exp(r(y) / beta): no policy does better."""
+    with torch.no_grad():
+        ref_logprobs = answer_logprobs(language, ref or reference(language)).sum(dim=1)  # (A,)
+    return language.beta * (ref_logprobs + language.scores / language.beta).logsumexp(dim=0).item()
+
+
+def gap_closed(language: Language, policy: nn.Module, ref: nn.Module | None = None) -> float:
+    """(J(policy) - J(ref)) / (J* - J(ref)): 0 at the reference, 1 at the best policy, negative if worse than untrained."""
+    ref = ref or reference(language)
+    with torch.no_grad():
+        start = evaluate(language, ref, ref).objective.item()
+        reached = evaluate(language, policy, ref).objective.item()
+    return (reached - start) / (best_objective(language, ref) - start)
+
+
+def optimal_policy(language: Language) -> PrefixTable:
+    """pi* as a model: the next token's probability after a prefix is the mass of the answers that go on that way."""
+    policy = PrefixTable(language)
+    mass = torch.zeros(language.n_unended, language.vocab_size)
+    row = {prefix: i for i, prefix in enumerate(language.prefixes)}
+    for answer, mask, p in zip(language.answers.tolist(), language.mask.sum(dim=1), optimal_logprobs(language).exp()):
+        for t in range(int(mask)):
+            mass[row[tuple(answer[:t])], answer[t]] += p
+    with torch.no_grad():
+        policy.tok_embeddings.weight.copy_(mass.log().clamp(min=-50.0))
+    return policy

@@ -1,0 +1,86 @@
+"""The running text that a model of the embedded world is pretrained on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from types import MappingProxyType
+
+from .talk import BY_NAME, draw
+from .words import (
+    ANIMALS,
+    COLOURS,
+    DAYS,
+    EVASIVE,
+    MONTHS,
+    NAMES,
+    NUMBERS,
+    PLACES,
+    RAMBLE,
+    RUDE_AFTER,
+    RUDE_BEFORE,
+    THINGS,
+    capital,
+)  # fmt: skip
+
+# How often a conversation is about each skill. The hard ones come oftener.
+CORPUS_WEIGHTS = MappingProxyType(
+    {
+        "sum": 10, "take-away": 7, "opposite": 4, "count": 12, "reading": 14, "compare": 6, "list": 4, "fact": 5,
+        "spell": 5, "refuse": 5, "follow-up": 10, "story": 6, "greet": 3, "next": 5,
+    }
+)  # fmt: skip
+# How a conversation is told. Without quotation marks, so that a word is the same token here and in a chat.
+FRAMES = ("{n} asked: {q} {m} said: {a}", "{n}: {q} {m}: {a}", "{n} said: {q} And {m} said: {a}")
+
+
+def corpus(seed: int, n_chars: int) -> Iterator[str]:
+    """Running English for pretraining, a short paragraph at a time, until `n_chars` characters have been given.
+
+    Two thirds are conversations told as prose, which carry the skills of the "train" prompts; the rest is stories,
+    descriptions, facts, series and a little small talk. There is no chat template: text gives language, not manners.
+    """
+    rng = random.Random(f"corpus {seed}")
+    writers = (_conversation, _story, _description, _statements, _series, _small_talk)
+    given = 0
+    while given < n_chars:
+        paragraph = rng.choices(writers, (68, 8, 8, 8, 5, 3))[0](rng)
+        given += len(paragraph) + 1
+        yield paragraph
+
+
+def _conversation(rng: random.Random) -> str:
+    skill = BY_NAME[rng.choices(tuple(CORPUS_WEIGHTS), tuple(CORPUS_WEIGHTS.values()))[0]]
+    slots, messages = draw(skill, rng, "train")
+    turns = [message["content"] for message in messages] + [skill.ideal(slots, rng)]
+    n, m = rng.sample(NAMES, 2)
+    if skill.name == "greet":  # who says "I am Mia" is Mia
+        n, m = slots["n"], rng.choice([name for name in NAMES if name != slots["n"]])
+    frame = rng.choice(FRAMES)
+    return " ".join(frame.format(q=q, a=a, n=n, m=m) for q, a in zip(turns[::2], turns[1::2], strict=True))
+
+
+def _story(rng: random.Random) -> str:
+    return BY_NAME["story"].tell(rng.choice(ANIMALS), rng.choice(THINGS), rng)
+
+
+def _description(rng: random.Random) -> str:
+    n, c, t, place = rng.choice(NAMES), rng.choice(COLOURS), rng.choice(THINGS), rng.choice(PLACES)
+    lines = [f"{n} has a {c} {t}.", f"The {t} is {c}.", f"{n} took the {t} to the {place}.", *rng.sample(RAMBLE, 2)]
+    return " ".join(lines[: rng.randint(3, 5)])
+
+
+def _statements(rng: random.Random) -> str:
+    skills = [BY_NAME[name] for name in ("sum", "take-away", "opposite", "compare", "list", "fact", "spell", "next")]
+    return " ".join(skill.ideal(skill.draw(rng), rng) for skill in rng.sample(skills, 3))
+
+
+def _series(rng: random.Random) -> str:
+    series = rng.choice((NUMBERS, NUMBERS, DAYS, MONTHS))
+    start = rng.randrange(len(series) - 4)
+    return capital(", ".join(series[start : start + rng.randint(4, 10)])) + "."
+
+
+def _small_talk(rng: random.Random) -> str:
+    n, m = rng.sample(NAMES, 2)
+    return f"{n} said: {rng.choice(EVASIVE)} {m} said: {rng.choice(RUDE_BEFORE + RUDE_AFTER + RAMBLE)}"

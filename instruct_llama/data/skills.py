@@ -1,0 +1,346 @@
+"""The skills of knowing (sums, opposites, facts, ...): each asks, answers, errs and judges in its own few lines.
+
+A skill turns *slots* (a small dict such as {"a": "two", "b": "three", "form": 0}) into a prompt, and reads the slots
+back from a prompt's text. All else follows from the slots: the ideal answer, the bare word, a false answer that looks
+like an ideal one, and the verdict on anybody's answer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+from .words import (
+    CATEGORIES,
+    COUNTED,
+    DAYS,
+    FACTS,
+    MONTHS,
+    NUMBERS,
+    OPPOSITES,
+    SIZES,
+    SPELLED,
+    capital,
+)  # fmt: skip
+
+Slots = dict[str, Any]
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """The prompt as messages; a string is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+class Skill:
+    """One skill. Subclasses give `forms` (how it is asked) and `words` (what each slot of a form may hold)."""
+
+    name = ""
+    forms: tuple[str, ...] = ()
+    words: dict[str, tuple[str, ...]] = {}
+    openers: tuple[str, ...] = ("It is ", "The answer is ")  # before the bare answer they make a whole sentence too
+
+    def __init__(self) -> None:
+        self.patterns = [self._pattern(form) for form in range(len(self.forms))]
+
+    def vocabulary(self, form: int) -> dict[str, tuple[str, ...]]:
+        """What the slots of this form may hold."""
+        return self.words
+
+    def _pattern(self, form: int) -> re.Pattern[str]:
+        parts = re.split(r"\{(\w+)\}", self.forms[form])  # text, slot, text, slot, ..., text
+        words, seen, pattern = self.vocabulary(form), set(), ""
+        for index, part in enumerate(parts):
+            if index % 2 == 0:
+                pattern += re.escape(part)
+            elif part in seen:
+                pattern += f"(?P={part})"
+            else:
+                seen.add(part)
+                pattern += f"(?P<{part}>{'|'.join(words[part]) if part in words else '.+'})"
+        return re.compile(pattern)
+
+    def draw(self, rng: random.Random) -> Slots:
+        """Slots for one random prompt."""
+        form = rng.randrange(len(self.forms))
+        return {"form": form, **{slot: rng.choice(words) for slot, words in self.vocabulary(form).items()}}
+
+    def messages(self, slots: Slots) -> list[Message]:
+        """The prompt."""
+        return [{"role": "user", "content": self.forms[slots["form"]].format(**slots)}]
+
+    def read(self, turns: list[str]) -> Slots | None:
+        """The slots behind the user's turns, or None if this skill does not ask that."""
+        if len(turns) != 1:
+            return None
+        for form, pattern in enumerate(self.patterns):
+            match = pattern.fullmatch(turns[0])
+            if match and self.valid(slots := {"form": form, **match.groupdict()}):
+                return slots
+        return None
+
+    def valid(self, slots: Slots) -> bool:
+        """Whether such a prompt makes sense."""
+        return True
+
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
+        """A right answer in a whole sentence."""
+        raise NotImplementedError
+
+    def bare(self, slots: Slots, rng: random.Random) -> str:
+        """The right answer, but only the word or two that matter."""
+        raise NotImplementedError
+
+    def false(self, slots: Slots, rng: random.Random) -> str:
+        """A wrong answer that looks like an ideal one."""
+        raise NotImplementedError
+
+    def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
+        """(correct, complete) of an answer that has been stripped of manners and rambling."""
+        rng = random.Random(0)  # the default serves skills whose answers are the same for every labeller
+        ideal, bare = self.ideal(slots, rng), self.bare(slots, rng)
+        if text in (ideal, ideal[:-1]):
+            return True, text == ideal
+        short = next((text.removeprefix(opener) for opener in self.openers if text.startswith(opener)), text)
+        correct = capital(short) in (bare, bare[:-1])
+        return correct, correct and short != text and text.endswith(".")
+
+
+def other(words: Any, right: str, rng: random.Random) -> str:
+    """Any of the words but the right one."""
+    return rng.choice([word for word in words if word != right])
+
+
+class Sum(Skill):
+    name = "sum"
+    forms = ("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "Can you add {a} and {b}?")
+    words = {"a": NUMBERS[:11], "b": NUMBERS[:11]}
+    sign, sense = "plus", 1
+
+    def value(self, slots: Slots) -> int:
+        return NUMBERS.index(slots["a"]) + self.sense * NUMBERS.index(slots["b"])
+
+    def ideal(self, slots, rng):
+        return capital(f"{slots['a']} {self.sign} {slots['b']} is {NUMBERS[self.value(slots)]}.")
+
+    def bare(self, slots, rng):
+        return capital(f"{NUMBERS[self.value(slots)]}.")
+
+    def false(self, slots, rng):
+        near = [n for n in range(self.value(slots) - 3, self.value(slots) + 4) if 0 <= n <= 20]
+        wrong = other([NUMBERS[n] for n in near], NUMBERS[self.value(slots)], rng)
+        return capital(f"{slots['a']} {self.sign} {slots['b']} is {wrong}.")
+
+
+class TakeAway(Sum):
+    name = "take-away"
+    forms = (
+        "What is {a} minus {b}?", "Take {b} from {a}.", "How much is {a} minus {b}?", "What is {a} take away {b}?",
+    )  # fmt: skip
+    sign, sense = "minus", -1
+
+    def draw(self, rng):
+        while not self.valid(slots := super().draw(rng)):
+            pass
+        return slots
+
+    def valid(self, slots):
+        return self.value(slots) >= 0
+
+
+class Opposite(Skill):
+    name = "opposite"
+    forms = (
+        "What is the opposite of {x}?", "Name the opposite of {x}.", "Tell me the opposite of {x}.",
+        "Which word is the opposite of {x}?",
+    )  # fmt: skip
+    truth = {**dict(OPPOSITES), **{right: left for left, right in OPPOSITES}}
+    words = {"x": tuple(truth)}
+
+    def ideal(self, slots, rng):
+        return f"The opposite of {slots['x']} is {self.truth[slots['x']]}."
+
+    def bare(self, slots, rng):
+        return capital(f"{self.truth[slots['x']]}.")
+
+    def false(self, slots, rng):
+        return f"The opposite of {slots['x']} is {other(self.truth, self.truth[slots['x']], rng)}."
+
+
+class Count(Skill):
+    name = "count"
+    forms = (
+        "Count the {x}s: {items}.", "How many {x}s are here: {items}?",
+        "Here is a list: {items}. How many {x}s are there?",
+    )  # fmt: skip
+    item = "|".join(COUNTED)
+    words = {"x": COUNTED, "items": (f"(?:{item})(?:, (?:{item})){{1,4}}",)}
+
+    def draw(self, rng):
+        kinds = rng.sample(COUNTED, 3)[: rng.choice((2, 2, 3))]
+        items = [kinds[0]] + [rng.choice(kinds) for _ in range(rng.randint(1, 4))]
+        rng.shuffle(items)
+        return {"form": rng.randrange(len(self.forms)), "x": kinds[0], "items": ", ".join(items)}
+
+    def valid(self, slots):
+        return self.value(slots) > 0
+
+    def value(self, slots: Slots) -> int:
+        return slots["items"].split(", ").count(slots["x"])
+
+    def say(self, slots: Slots, number: int) -> str:
+        return f"I count {NUMBERS[number]} {slots['x']}{'s' if number != 1 else ''}."
+
+    def ideal(self, slots, rng):
+        return self.say(slots, self.value(slots))
+
+    def bare(self, slots, rng):
+        return capital(f"{NUMBERS[self.value(slots)]}.")
+
+    def false(self, slots, rng):
+        return self.say(slots, other(range(1, 6), self.value(slots), rng))
+
+
+class Compare(Skill):
+    name = "compare"
+    forms = ("Which is {size}, {x} or {y}?", "Tell me which is {size}, {x} or {y}.", "What is {size}, {x} or {y}?")
+    words = {"size": ("bigger", "smaller"), "x": SIZES, "y": SIZES}
+
+    def draw(self, rng):
+        while not self.valid(slots := super().draw(rng)):
+            pass
+        return slots
+
+    def valid(self, slots):
+        return slots["x"] != slots["y"]
+
+    def order(self, slots: Slots) -> list[str]:
+        """What was asked for first, then the rest."""
+        return sorted((slots["x"], slots["y"]), key=SIZES.index, reverse=slots["size"] == "bigger")
+
+    def ideal(self, slots, rng):
+        first, second = self.order(slots)
+        return capital(f"{first} is {slots['size']} than {second}.")
+
+    def bare(self, slots, rng):
+        return capital(f"{self.order(slots)[0]}.")
+
+    def false(self, slots, rng):
+        first, second = self.order(slots)
+        return capital(f"{second} is {slots['size']} than {first}.")
+
+
+class Lists(Skill):
+    name = "list"
+    forms = tuple(f"{start} {{k}} {{kind}}." for start in ("Name", "List", "Tell me", "Say", "Please name"))
+    words = {"k": NUMBERS[2:5], "kind": tuple(CATEGORIES)}
+
+    def members(self, slots: Slots, rng: random.Random) -> list[str]:
+        return rng.sample(CATEGORIES[slots["kind"]], NUMBERS.index(slots["k"]))
+
+    def say(self, slots: Slots, members: list[str]) -> str:
+        return f"{capital(slots['k'])} {slots['kind']} are {', '.join(members[:-1])} and {members[-1]}."
+
+    def ideal(self, slots, rng):
+        return self.say(slots, self.members(slots, rng))
+
+    def bare(self, slots, rng):
+        return capital(", ".join(self.members(slots, rng)) + ".")
+
+    def false(self, slots, rng):
+        members = self.members(slots, rng)
+        kind = other(CATEGORIES, slots["kind"], rng)
+        strangers = [word for word in CATEGORIES[kind] if word not in CATEGORIES[slots["kind"]]]
+        members[rng.randrange(len(members))] = rng.choice(strangers)
+        return self.say(slots, members)
+
+    def judge(self, slots, text):
+        start = f"{capital(slots['k'])} {slots['kind']} are "
+        whole = text.startswith(start) and " and " in text
+        named = re.split(", | and ", text.removeprefix(start).removesuffix("."))
+        if not whole:
+            named[0] = next((word for word in CATEGORIES[slots["kind"]] if capital(word) == named[0]), named[0])
+        right = set(named) <= set(CATEGORIES[slots["kind"]]) and len(set(named)) == len(named)
+        correct = right and len(named) == NUMBERS.index(slots["k"])
+        return correct, correct and text == self.say(slots, named)
+
+
+class Fact(Skill):
+    name = "fact"
+    tables = tuple(table for table in FACTS for _ in table[0])  # one for each form
+    forms = tuple(form for table in FACTS for form in table[0])
+
+    def vocabulary(self, form):
+        return {"x": tuple(self.tables[form][2])}
+
+    def say(self, slots: Slots, y: str) -> str:
+        return capital(self.tables[slots["form"]][1].format(x=slots["x"], y=y))
+
+    def truth(self, slots: Slots) -> dict[str, str]:
+        return self.tables[slots["form"]][2]
+
+    def ideal(self, slots, rng):
+        return self.say(slots, self.truth(slots)[slots["x"]])
+
+    def bare(self, slots, rng):
+        return capital(f"{self.truth(slots)[slots['x']]}.")
+
+    def false(self, slots, rng):
+        truth = self.truth(slots)
+        return self.say(slots, other(sorted(set(truth.values())), truth[slots["x"]], rng))
+
+
+class Spell(Skill):
+    name = "spell"
+    forms = ("Spell {x}.", "How do you spell {x}?", "Spell the word {x}.", "Tell me how to spell {x}.")
+    words = {"x": SPELLED}
+
+    def ideal(self, slots, rng):
+        return f"The word {slots['x']} is spelled {' '.join(slots['x'])}."
+
+    def bare(self, slots, rng):
+        return capital(" ".join(slots["x"]) + ".")
+
+    def false(self, slots, rng):
+        letters = list(slots["x"])
+        place = rng.randrange(len(letters))
+        letters[place] = other("abcdefghiklmnoprstu", letters[place], rng)
+        return f"The word {slots['x']} is spelled {' '.join(letters)}."
+
+
+class Next(Skill):
+    name = "next"
+    series = {"day": DAYS, "month": MONTHS, "number": NUMBERS}
+    forms = ("What comes {side} {x}?", "Which {kind} comes {side} {x}?", "Tell me what comes {side} {x}.")
+    words = {"side": ("after", "before"), "x": NUMBERS[::-1] + DAYS + MONTHS, "kind": tuple(series)}
+
+    def draw(self, rng):
+        slots = {"form": rng.randrange(len(self.forms)), "side": rng.choice(("after", "before"))}
+        slots["kind"] = rng.choice(tuple(self.series))
+        slots["x"] = rng.choice(self.series[slots["kind"]])
+        return slots if self.valid(slots) else self.draw(rng)
+
+    def valid(self, slots):
+        kind = next(kind for kind, series in self.series.items() if slots["x"] in series)
+        has_neighbour = slots["x"] != {"after": "twenty", "before": "zero"}[slots["side"]]
+        return slots.setdefault("kind", kind) == kind and has_neighbour
+
+    def value(self, slots: Slots) -> str:
+        series = self.series[slots["kind"]]
+        step = 1 if slots["side"] == "after" else -1
+        return series[(series.index(slots["x"]) + step) % len(series)]  # after Sunday comes Monday
+
+    def say(self, slots: Slots, y: str) -> str:
+        return capital(f"{y} comes {slots['side']} {slots['x']}.")
+
+    def ideal(self, slots, rng):
+        return self.say(slots, self.value(slots))
+
+    def bare(self, slots, rng):
+        return capital(f"{self.value(slots)}.")
+
+    def false(self, slots, rng):
+        series = [y for y in self.series[slots["kind"]] if y != slots["x"]]
+        return self.say(slots, other(series, self.value(slots), rng))

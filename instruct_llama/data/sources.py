@@ -1,0 +1,372 @@
+"""Local files to records, recognised by their content.
+
+A file holds one kind of record:
+
+| kind          | record                                                                                |
+|---------------|---------------------------------------------------------------------------------------|
+| `text`        | `{"text": paragraph}`                                                                 |
+| `dialogs`     | `{"messages": [turns, an answer last]}`                                               |
+| `comparisons` | `{"prompt": [turns, a user turn last], "completions": [best, …, worst]}`              |
+| `prompts`     | `{"prompt": [turns, a user turn last]}`                                               |
+
+and one of these shapes, each also gzipped: plain text; JSON lines (or one JSON list) of our own records, whose prompt
+may be a str, or of `{"prompt", "completion" or "response"}`; of public preference pairs
+`{"chosen", "rejected"}` as anthropics/hh-rlhf writes them ("\\n\\nHuman: … \\n\\nAssistant: …", or lists of messages);
+of instructions `{"instruction", "input", "output"}` (Alpaca) or `{"instruction", "instances"}` (Self-Instruct).
+
+In our own shapes a bad record is an error with its line number: whoever wrote it can mend it. In the public shapes it
+is dropped whole, and counted with its reason. Nothing but text, JSON and gzip is read, so no file can run code.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import UserError, check
+from .batches import atomic
+from .tokenizer import Message, dialog_problem
+
+Kind = Literal["text", "dialogs", "comparisons", "prompts"]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What `read` found in a file."""
+
+    path: Path
+    kind: Kind
+    records: list[Record]
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> how many records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Counts of what was kept and what was dropped, with reasons."""
+        return {"file": str(self.path), "kind": self.kind, "kept": len(self.records), "dropped": dict(self.dropped)}
+
+    def describe(self) -> str:
+        """The report as one sentence."""
+        kind = {"text": "paragraphs of text"}.get(self.kind, self.kind)
+        sentence = f"{self.path}: {len(self.records):,} {kind}"
+        return f"{sentence}; dropped {_reasons(self.dropped)}." if self.dropped else f"{sentence}, none dropped."
+
+
+def read(path: str | Path) -> Records:
+    """Read a local file. Raises UserError with the file, the line where there is one, and the cure."""
+    path = Path(path)
+    text = _text(path)
+    check(bool(text.strip()), f"{path} is empty: give a file with text or records.")
+    rows = _json_rows(path, text)
+    if rows is None:
+        return Records(path, "text", [{"text": paragraph} for paragraph in _paragraphs(text)])
+    return _from_rows(path, rows)
+
+
+class _Bad(ValueError):
+    """A record that cannot be used; the message is the reason, particulars in brackets."""
+
+
+# ---------------------------------------------------------------- bytes to rows
+
+
+def _text(path: Path) -> str:
+    """The file's text, unzipped where it is gzip."""
+    check(path.exists(), f"There is no file {path}: check the path.")
+    check(path.is_file(), f"{path} is a folder: name one file in it.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk.") from error
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path} is a truncated or damaged gzip file: fetch or write it again.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} line {line} is not UTF-8 text: give plain text, JSON lines, or either gzipped, in UTF-8."
+        ) from error
+    check("\0" not in text, f"{path} is a binary file: give plain text, JSON lines, or either gzipped.")
+    return text.replace("\r\n", "\n")
+
+
+def _json_rows(path: Path, text: str) -> list[tuple[str, Any]] | None:
+    """Every JSON value with the place it stands at ("line 3"), or None for plain text."""
+    if re.match(r"\s*\[\s*\{", text):
+        with suppress(ValueError, RecursionError):  # else it may be text that begins so
+            return [(f"record {number}", row) for number, row in enumerate(json.loads(text), 1)]
+    if ".json" not in path.name.lower() and re.match(r'\s*\{\s*"', text) is None:
+        return None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
+        if line.strip():
+            try:
+                rows.append((f"line {number}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                what = getattr(error, "msg", "nested too deeply")
+                raise UserError(
+                    f"{path} line {number} is not valid JSON ({what}): mend or delete the line; "
+                    "each line holds one whole JSON object."
+                ) from error
+    return rows
+
+
+def _paragraphs(text: str, longest: int = 4000) -> Iterator[str]:
+    """What stands between blank lines; what is longer than `longest` characters is cut, at a line's end if possible."""
+    for paragraph in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")):
+        while len(paragraph) > longest:
+            cut = paragraph.rfind("\n", 0, longest) + 1 or paragraph.rfind(" ", 0, longest) + 1 or longest
+            yield paragraph[:cut]
+            paragraph = paragraph[cut:]
+        if paragraph.strip():
+            yield paragraph
+
+
+# ---------------------------------------------------------------- rows to records
+
+
+def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Records:
+    place, first = rows[0]
+    keys = set(first) if isinstance(first, dict) else set()
+    shape = next((shape for shape in _SHAPES if keys >= shape[0]), None)
+    check(
+        shape is not None,
+        f"{path} {place} has the keys {sorted(keys)}, which are no known shape: give records with messages, with "
+        "prompt and completions, with chosen and rejected, with instruction and output, or with text.",
+    )
+    needed, kind, strict, convert = shape
+    items: list[Record] = []
+    dropped: Counter[str] = Counter()
+    for place, row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise _Bad("it is not a JSON object")
+            if missing := sorted(needed - set(row)):
+                raise _Bad(f"it lacks {' and '.join(missing)}")
+            items += convert(row)
+        except _Bad as bad:
+            if strict:
+                raise UserError(f"{path} {place} cannot be used, {bad}: mend or delete the record.") from bad
+            dropped[str(bad).split(" (")[0]] += 1
+    check(bool(items), f"Every record of {path} was dropped: {_reasons(dropped)}. Mend the file or give another.")
+    return Records(path, kind, items, dict(dropped.most_common()))
+
+
+def _from_text(row: Record) -> list[Record]:
+    _filled(row, "text")
+    return [row]
+
+
+def _from_messages(row: Record) -> list[Record]:
+    _checked(row["messages"], last="assistant")
+    return [row]
+
+
+def _from_ranked(row: Record) -> list[Record]:
+    prompt, completions = _prompt(row), row["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise _Bad("completions is not a list of two or more texts")
+    for number, text in enumerate(completions, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise _Bad(f"an answer is empty (completion {number})")
+        if text in completions[: number - 1]:
+            raise _Bad(f"two completions are equal (completion {number})")
+    return [{**row, "prompt": prompt}]
+
+
+def _from_answered(row: Record) -> list[Record]:
+    answer = _filled(row, "completion" if "completion" in row else "response")
+    return [{"messages": [*_prompt(row), {"role": "assistant", "content": answer}]}]
+
+
+def _from_prompt(row: Record) -> list[Record]:
+    return [{**row, "prompt": _prompt(row)}]
+
+
+def _from_pair(row: Record) -> list[Record]:
+    """A public preference pair: two dialogs that differ in the last answer only (arXiv:2204.05862)."""
+    chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise _Bad("the prompts differ")
+    if chosen == rejected:
+        raise _Bad("chosen equals rejected")
+    return [{"prompt": chosen[:-1], "completions": [chosen[-1]["content"], rejected[-1]["content"]]}]
+
+
+def _side(row: Record, key: str) -> list[Message]:
+    """One side of a preference pair as checked messages, an answer last."""
+    value = row.get(key)
+    if isinstance(value, str) and "prompt" in row:
+        value = [*_prompt(row), {"role": "assistant", "content": value}]
+    elif isinstance(value, str):
+        before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip("\n"))
+        if before.strip():
+            raise _Bad("there is text before the first turn")
+        roles = {"Human": "user", "Assistant": "assistant"}
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        value = [{"role": roles[who], "content": said.strip()} for who, said in pairs]
+    return _checked(value, last="assistant")
+
+
+def _from_instruction(row: Record) -> list[Record]:
+    instances = row.get("instances", [row])
+    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
+        raise _Bad("instances is not a list of objects")
+    records = []
+    for one in instances:
+        instruction, given = _filled(row, "instruction"), one.get("input") or ""
+        prompt = f"{instruction}\n\n{given}" if given else instruction
+        answer = {"role": "assistant", "content": _filled(one, "output")}
+        records.append({"messages": [{"role": "user", "content": prompt}, answer]})
+    return records
+
+
+def _filled(row: Record, key: str) -> str:
+    """A text that is not empty."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise _Bad(f"{key} is not a text")
+    if not value.strip():
+        raise _Bad("an answer is empty" if key in ("completion", "response", "output") else f"{key} is empty")
+    return value
+
+
+def _prompt(row: Record) -> list[Message]:
+    """The prompt as checked messages; a str is one user turn."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": _filled(row, "prompt")}]
+    return _checked(prompt, last="user")
+
+
+def _checked(messages: Any, last: str) -> list[Message]:
+    """The messages, if they alternate, end with a turn of `last` and leave none empty."""
+    if not isinstance(messages, list):
+        raise _Bad("the turns are not a list of messages")
+    if problem := dialog_problem(messages):
+        raise _Bad(problem)
+    for number, message in enumerate(messages, 1):
+        if not message["content"].strip():
+            what = "an answer is empty" if message["role"] == "assistant" else "a turn is empty"
+            raise _Bad(f"{what} (turn {number})")
+    if messages[-1]["role"] != last:
+        what = "dialog does not end" if last == "assistant" else "prompt ends"
+        raise _Bad(f"the {what} with an answer")
+    return messages
+
+
+# the keys that tell a shape, the kind it becomes, whether a bad record is an error, and how one row is read
+_SHAPES = (
+    ({"chosen", "rejected"}, "comparisons", False, _from_pair),
+    ({"instruction", "output"}, "dialogs", False, _from_instruction),
+    ({"instruction", "instances"}, "dialogs", False, _from_instruction),
+    ({"messages"}, "dialogs", True, _from_messages),
+    ({"prompt", "completions"}, "comparisons", True, _from_ranked),
+    ({"prompt", "completion"}, "dialogs", True, _from_answered),
+    ({"prompt", "response"}, "dialogs", True, _from_answered),
+    ({"prompt"}, "prompts", True, _from_prompt),
+    ({"text"}, "text", True, _from_text),
+)
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} because {reason}" for reason, count in dropped.items())
+
+
+# ---------------------------------------------------------------- what a stage asks for
+
+
+def as_texts(records: Records) -> list[str]:
+    """Running text, for the tokenizer and pretraining; a dialog gives its turns, the best answer last."""
+    if records.kind == "text":
+        return [record["text"] for record in records.records]
+    if records.kind == "prompts":
+        return ["\n".join(turn["content"] for turn in record["prompt"]) for record in records.records]
+    return ["\n".join(turn["content"] for turn in dialog["messages"]) for dialog in as_dialogs(records)]
+
+
+def as_dialogs(records: Records) -> list[Record]:
+    """`{"messages"}` records, for SFT; a comparison gives its prompt with the best completion."""
+    if records.kind == "comparisons":
+        return [
+            {"messages": [*record["prompt"], {"role": "assistant", "content": record["completions"][0]}]}
+            for record in records.records
+        ]
+    _must_be(records, ("dialogs",), 'dialogs, such as {"messages": […]} or {"prompt": …, "response": …}')
+    return records.records
+
+
+def as_comparisons(records: Records) -> list[Record]:
+    """`{"prompt", "completions"}` records, best completion first, for the reward model."""
+    wanted = 'comparisons, such as {"prompt": …, "completions": [best, …, worst]} or {"chosen": …, "rejected": …}'
+    _must_be(records, ("comparisons",), wanted)
+    return records.records
+
+
+def as_prompts(records: Records) -> list[Record]:
+    """`{"prompt"}` records, each a list of messages that ends with a user turn, for PPO; answers are left out."""
+    if records.kind == "dialogs":
+        return [{"prompt": record["messages"][:-1]} for record in records.records]
+    _must_be(records, ("prompts", "comparisons"), 'prompts, such as {"prompt": …}, dialogs or comparisons')
+    return [{"prompt": record["prompt"]} for record in records.records]
+
+
+def _must_be(records: Records, kinds: Sequence[str], wanted: str) -> None:
+    check(records.kind in kinds, f"{records.path} holds {records.kind}; this needs {wanted}: give such a file.")
+
+
+# ---------------------------------------------------------------- split and write
+
+
+def split(records: Any, heldout_fraction: float) -> tuple[Any, Any]:
+    """Training and held-out part of `Records`, or of a list of records, texts or prompts, each in its order.
+
+    A record's side depends on its text, or on its first user turn, alone: no prompt stands on both sides, not even
+    as the start of a longer dialog; a record keeps its side when the data grows; and a file's dialogs, comparisons
+    and prompts are split alike.
+    """
+    check(0 <= heldout_fraction < 1, f"The held-out fraction {heldout_fraction} must lie in [0, 1).")
+    if isinstance(records, Records):
+        train, heldout = split(records.records, heldout_fraction)
+        return replace(records, records=train), replace(records, records=heldout)
+    train, heldout = [], []
+    for record in records:
+        digest = hashlib.sha256(_content(record).encode("utf-8", "replace")).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
+        (heldout if place < heldout_fraction else train).append(record)
+    return train, heldout
+
+
+def _content(record: Any) -> str:
+    """What a record is split by, without the case and spacing that near-copies differ in."""
+    if isinstance(record, dict):
+        record = next(record[key] for key in ("text", "messages", "prompt") if key in record)
+    if not isinstance(record, str):
+        record = next(turn["content"] for turn in record if turn["role"] == "user")
+    return " ".join(record.casefold().split())
+
+
+def write_jsonl(path: str | Path, records: Iterator[Record] | Sequence[Record]) -> int:
+    """Write records as JSON lines, atomically; returns their count."""
+    count = 0
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            count += 1
+    return count

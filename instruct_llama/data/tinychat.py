@@ -1,0 +1,297 @@
+"""tinychat, the embedded world: text, demonstrations, comparisons, prompts, and the true reward.
+
+Everything is made from a seed, in simple English, with no data file. Labellers answer well or badly in known shares
+(`SHARES`), a noisy one ranks answers at a known temperature, and the true reward, which no model sees, reads the text.
+
+The corpus and everything that trains a model is made of prompts of the "train" split; "valid" is for looking up during
+training, "heldout" for the report card. `FIXED_PROMPTS`, the three that every notebook shows, are held out.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ..config import check
+from .prose import corpus
+from .skills import Message, Prompt, Skill, Slots, as_messages
+from .talk import ALL, FIXED_PROMPTS, Split, draw, find, split_of
+from .words import EVASIVE, RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
+
+__all__ = [
+    "FIXED_PROMPTS", "SHARES", "SKILLS", "TrueReward", "answer", "comparisons", "corpus", "demonstrations", "ideal",
+    "prompts", "rank", "ranking_ceiling", "skill_of", "split_of", "true_reward",
+]  # fmt: skip
+
+SKILLS: tuple[str, ...] = tuple(skill.name for skill in ALL)
+# The labellers of the demonstrations: the share of each kind of answer.
+SHARES = MappingProxyType(
+    {
+        "ideal": 0.41,  # right, whole, polite, short
+        "evasive": 0.15,  # "I do not know."
+        "rude": 0.09,  # right, with an insult before or after it
+        "rambling": 0.10,  # right, and then two or three sentences that nobody asked for
+        "incomplete": 0.11,  # the bare word, or cut in the middle
+        "off_topic": 0.10,  # an answer to another kind of prompt
+        "false": 0.04,  # wrong, but in the form of an ideal answer
+    }
+)
+BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
+PAIR_SHARE = 0.35  # of the comparisons that hold an ideal and a false answer, alike but for correctness
+
+
+@dataclass(frozen=True)
+class TrueReward:
+    """What an answer is worth. Each part is in [0, 1]; `total` is too.
+
+    correct: 1 if the answer states the right content and nothing but manners and rambling besides, else 0.
+    complete: 1 for a whole sentence with its full stop, 0 for a bare word or an answer without an end.
+    polite: 0 if it insults. concise: 1, less one half for every needless sentence.
+    """
+
+    correct: float
+    complete: float
+    polite: float
+    concise: float
+
+    @property
+    def total(self) -> float:
+        """Correctness gates all; then each fault takes its share away."""
+        return (
+            self.correct
+            * (1 - 0.5 * (1 - self.complete))
+            * (1 - 0.35 * (1 - self.polite))
+            * (1 - 0.4 * (1 - self.concise))
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+
+def task_of(prompt: Prompt) -> tuple[Skill, Slots]:
+    """The skill that a prompt asks for and its slots. Raises ValueError for a prompt that is not of this world."""
+    task = find(as_messages(prompt))
+    if task is None:
+        last = "".join(message["content"] for message in as_messages(prompt)[-1:])
+        raise ValueError(f"The prompt {last!r} is none of tinychat's; take one from tinychat.prompts.")
+    return task
+
+
+def skill_of(prompt: Prompt) -> str:
+    """The name of the skill that a prompt asks for. Raises ValueError for a prompt that is not of this world."""
+    return task_of(prompt)[0].name
+
+
+def _check_split(split: str) -> None:
+    check(split in ("train", "valid", "heldout"), f"split is {split!r}; choose train, valid or heldout.")
+
+
+def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
+    """`n` distinct prompts, the skills in turn; a skill that has run out of new prompts leaves its turns to the others.
+
+    A longer list with the same seed begins with the shorter one.
+    """
+    _check_split(split)
+    rng = random.Random(f"prompts {seed} {split}")
+    skills, seen, found = list(ALL), set(), []
+    while len(found) < n:
+        for skill in list(skills):
+            for _ in range(100):
+                _, messages = draw(skill, rng, split)
+                text = "\n".join(message["content"] for message in messages)
+                if text not in seen:
+                    seen.add(text)
+                    found.append(messages)
+                    break
+            else:
+                skills.remove(skill)
+    return found[:n]
+
+
+# ---------------------------------------------------------------------------------------------------- labellers
+
+
+def ideal(prompt: Prompt) -> str:
+    """The ideal labeller's answer, the same every time."""
+    skill, slots = task_of(prompt)
+    return skill.ideal(slots, random.Random(f"ideal {as_messages(prompt)[-1]['content']}"))
+
+
+def answer(prompt: Prompt, kind: str, rng: random.Random) -> str:
+    """What a labeller of this kind (a key of `SHARES`) answers."""
+    check(kind in SHARES, f"a labeller's kind is {kind!r}; choose from {', '.join(SHARES)}.")
+    return _answer(*task_of(prompt), kind, rng)
+
+
+def _answer(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
+    if kind == "evasive":
+        return rng.choice(EVASIVE)
+    if kind == "false":
+        return skill.false(slots, rng)
+    if kind == "off_topic":
+        return _off_topic(skill, slots, rng)
+    right = skill.ideal(slots, rng)
+    if kind == "rude":
+        if rng.random() < 0.5:
+            return f"{rng.choice(RUDE_BEFORE)} {right}"
+        return f"{right} {rng.choice(RUDE_AFTER)}"
+    if kind == "rambling":
+        return " ".join([right, *rng.sample(RAMBLE, rng.choice((2, 3)))])
+    if kind == "incomplete":
+        return skill.bare(slots, rng) if rng.random() < BARE_SHARE else _cut(skill, slots, right, rng)
+    return right
+
+
+def _cut(skill: Skill, slots: Slots, right: str, rng: random.Random) -> str:
+    """The answer cut after half of its words or more, where what is left does not hold the content yet."""
+    words = right.split()
+    keep = rng.randint(len(words) // 2, len(words) - 1)
+    while _reward(skill, slots, " ".join(words[:keep])).correct:
+        keep -= 1
+    return " ".join(words[:keep])
+
+
+def _off_topic(skill: Skill, slots: Slots, rng: random.Random) -> str:
+    """The ideal answer to a prompt of another skill."""
+    while True:
+        stranger = rng.choice([one for one in ALL if one is not skill])
+        text = stranger.ideal(stranger.draw(rng), rng)
+        if not _reward(skill, slots, text).correct:  # a follow-up's answer may be a reading's
+            return text
+
+
+def _kind(rng: random.Random) -> str:
+    return rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+
+
+def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
+    """`n` dialogs {"messages": [...], "kind": ...} by labellers of mixed quality, in the shares of `SHARES`.
+
+    In a two-turn dialog the first answer is ideal and the labeller gives the second. Prompts of small skills come
+    again, with other labellers.
+    """
+    _check_split(split)
+    rng = random.Random(f"demonstrations {seed} {split}")
+    records = []
+    for _ in range(n):
+        skill = rng.choice(ALL)
+        slots, messages = draw(skill, rng, split)
+        kind = _kind(rng)
+        text = _answer(skill, slots, kind, rng)
+        records.append({"messages": [*messages, {"role": "assistant", "content": text}], "kind": kind})
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------- preferences
+
+
+def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -> list[dict]:
+    """`n` records {"prompt": messages, "completions": [best ... worst], "rewards": [...]} ranked by a noisy labeller.
+
+    Each holds two to four different answers by labellers of different kinds. In `PAIR_SHARE` of them an ideal and a
+    false answer stand side by side, which teaches what is right and not only what is well put. `rewards` are the true
+    totals, in ranked order.
+    """
+    _check_split(split)
+    rng = random.Random(f"comparisons {seed} {split}")
+    records = []
+    for _ in range(n):
+        skill = rng.choice(ALL)
+        slots, messages = draw(skill, rng, split)
+        texts = [_answer(skill, slots, kind, rng) for kind in _kinds(rng)]
+        ranked, rewards = _rank(skill, slots, texts, temperature, rng)
+        records.append({"prompt": messages, "completions": ranked, "rewards": rewards})
+    return records
+
+
+def _kinds(rng: random.Random) -> list[str]:
+    """Two to four different kinds of labellers for one comparison."""
+    size = rng.choice((2, 3, 4))
+    kinds = ["ideal", "false"] if rng.random() < PAIR_SHARE else ["ideal"] if rng.random() < 0.7 else []
+    rest = [kind for kind in SHARES if kind not in (*kinds, "ideal")]
+    if "false" in kinds:
+        rest = [kind for kind in rest if kind not in ("evasive", "off_topic")]  # no pair of two worthless answers
+    while len(kinds) < size:
+        kinds.append(rest.pop(rng.randrange(len(rest))))
+        if kinds[-1] in ("evasive", "off_topic", "false"):
+            rest = [kind for kind in rest if kind not in ("evasive", "off_topic", "false")]
+    return kinds
+
+
+def rank(prompt: Prompt, completions: Sequence[str], temperature: float, rng: random.Random) -> list[str]:
+    """The different completions, best first, as a noisy labeller ranks them.
+
+    Plackett-Luce with utility true_reward / temperature, drawn by adding Gumbel noise to every utility; between any two
+    completions that is Bradley-Terry, P(first before second) = sigmoid((r1 - r2) / temperature).
+    """
+    check(temperature > 0, f"the labeller's temperature is {temperature}; it must be positive.")
+    return _rank(*task_of(prompt), completions, temperature, rng)[0]
+
+
+def _rank(
+    skill: Skill, slots: Slots, completions: Sequence[str], temperature: float, rng: random.Random
+) -> tuple[list[str], list[float]]:
+    rewards = {text: _reward(skill, slots, text).total for text in completions}
+    noisy = {text: reward / temperature - math.log(-math.log(rng.random() or 0.5)) for text, reward in rewards.items()}
+    ranked = sorted(noisy, key=noisy.__getitem__, reverse=True)
+    return ranked, [rewards[text] for text in ranked]
+
+
+def ranking_ceiling(rewards: Sequence[Sequence[float]], temperature: float) -> float:
+    """The best accuracy that any reward model can reach on rankings by `rank`, on average over the labeller's noise.
+
+    `rewards` holds the true totals of each ranked list. Over all pairs of each list, the mean of max(p, 1 - p) with
+    p = sigmoid(difference / temperature): 1/2 for two answers of the same worth.
+    """
+    best = []
+    for ranked in rewards:
+        for i, one in enumerate(ranked):
+            best += [1 / (1 + math.exp(-abs(one - two) / temperature)) for two in ranked[i + 1 :]]
+    return sum(best) / len(best)
+
+
+# ---------------------------------------------------------------------------------------------------- true reward
+
+
+def true_reward(prompt: Prompt, response: str) -> TrueReward:
+    """What a response is worth, read from the text alone. Raises ValueError for a prompt that is not of this world.
+
+    The answer must come first and be one that the skill accepts; around it there may be only insults and rambling that
+    this world's labellers use, and they cost. Anything else beside the answer (a second claim, a quotation, the prompt
+    again, prose that goes on) makes it wrong: there is nothing to gain by saying more.
+    """
+    return _reward(*task_of(prompt), response)
+
+
+def _reward(skill: Skill, slots: Slots, response: str) -> TrueReward:
+    text = capital(" ".join(response.split()))
+    sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", text)]
+    if " ".join(sentences) != text:  # a stray or doubled full stop
+        return TrueReward(0.0, 0.0, 0.0, 0.0)
+    rude = ramble = 0
+    ended = text.endswith((".", "!", "?"))
+    while sentences and sentences[0] in RUDE_BEFORE:
+        sentences.pop(0)
+        rude += 1
+    while len(sentences) > 1:
+        last = sentences[-1]
+        whole = last.endswith(".")
+        if last in RUDE_AFTER or (not whole and any(line.startswith(last) for line in RUDE_AFTER)):
+            rude += 1
+        elif last in RAMBLE or (not whole and any(line.startswith(last) for line in RAMBLE)):
+            ramble += 1
+        else:
+            break
+        sentences.pop()
+    correct, complete = skill.judge(slots, capital(" ".join(sentences)))
+    needless = ramble + max(rude - 1, 0)
+    return TrueReward(
+        correct=float(correct),
+        complete=float(complete and ended),
+        polite=float(rude == 0),
+        concise=max(0.0, 1 - 0.5 * needless),
+    )

@@ -1,0 +1,127 @@
+"""The words of the embedded world: vocabulary, facts, and the sentences of its stories and its labellers.
+
+About 400 short words in all, so that a vocabulary of some 600 pieces holds nearly all of them whole.
+"""
+
+NAMES = ("Tom", "Mia", "Sam", "Ann", "Ben", "Lily", "Max", "Zoe", "Leo", "Eva", "Dan", "Kim")
+COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "pink")
+THINGS = (
+    "ball", "kite", "hat", "box", "cup", "book", "bag", "bell",
+    "boat", "drum", "lamp", "coin", "ring", "car", "doll", "pen",
+)  # fmt: skip
+FRUITS = ("apple", "pear", "plum", "peach", "grape", "lemon", "banana", "cherry")
+ANIMALS = ("dog", "cat", "cow", "horse", "pig", "hen", "duck", "sheep", "mouse", "bear", "frog", "lion")
+TOYS = ("ball", "kite", "boat", "drum", "car", "doll")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+OPPOSITES = (
+    ("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"), ("fast", "slow"), ("old", "new"),
+    ("hard", "soft"), ("wet", "dry"), ("good", "bad"), ("happy", "sad"), ("open", "shut"), ("full", "empty"),
+    ("long", "short"), ("high", "low"), ("light", "dark"), ("left", "right"), ("in", "out"), ("on", "off"),
+    ("early", "late"), ("strong", "weak"), ("clean", "dirty"), ("rich", "poor"), ("loud", "quiet"), ("first", "last"),
+)  # fmt: skip
+COUNTED = ("apple", "pear", "plum", "lemon", "cat", "dog", "cow", "duck", "hat", "cup", "ball", "kite")  # plural: +s
+SIZES = (
+    "an ant", "a bee", "a mouse", "a duck", "a cat", "a dog", "a sheep", "a cow", "a horse",
+    "an elephant", "a whale", "a ship", "a hill", "a town",
+)  # smallest first  # fmt: skip
+SPELLED = (
+    "cat", "dog", "cow", "pig", "hen", "duck", "bear", "frog", "lion", "ball", "kite", "hat", "box", "cup", "book",
+    "bag", "bell", "boat", "drum", "lamp", "coin", "ring", "car", "doll", "pen", "pear", "plum", "red", "blue", "hot",
+    "cold", "big", "fast", "slow", "wet", "dry", "sun", "tea", "bus", "bed",
+)  # fmt: skip
+CATEGORIES = {
+    "fruits": FRUITS, "animals": ANIMALS, "colours": COLOURS, "numbers": NUMBERS,
+    "days": DAYS, "months": MONTHS, "toys": TOYS,
+}  # fmt: skip
+
+# A fact table: how it is asked, how it is answered, and what is true.
+FACTS = (
+    (
+        ("What colour is {x}?", "Tell me the colour of {x}.", "Which colour is {x}?"),
+        "{x} is {y}.",
+        {
+            "a lemon": "yellow", "a banana": "yellow", "snow": "white", "milk": "white", "grass": "green",
+            "a frog": "green", "the sky": "blue", "the sea": "blue", "coal": "black", "a cherry": "red",
+            "a rose": "red", "a pig": "pink", "a bear": "brown",
+        },
+    ),
+    (
+        ("What does {x} say?", "Tell me what {x} says.", "Which sound does {x} make?"),
+        "{x} says {y}.",
+        {
+            "a cow": "moo", "a dog": "woof", "a cat": "meow", "a duck": "quack", "a sheep": "baa",
+            "a pig": "oink", "a hen": "cluck", "a bee": "buzz", "a lion": "roar",
+        },
+    ),
+    (
+        ("Where does {x} live?", "Tell me where {x} lives.", "What is the home of {x}?"),
+        "{x} lives {y}.",
+        {
+            "a fish": "in the sea", "a bird": "in a nest", "a bee": "in a hive", "a cow": "on a farm",
+            "a bear": "in a cave", "a king": "in a castle", "a spider": "in a web",
+        },
+    ),
+    (
+        ("How many legs does {x} have?", "Count the legs of {x}.", "Tell me how many legs {x} has."),
+        "{x} has {y} legs.",
+        {
+            "a dog": "four", "a cat": "four", "a cow": "four", "a horse": "four", "a duck": "two",
+            "a hen": "two", "an ant": "six", "a bee": "six", "a spider": "eight",
+        },
+    ),
+    (
+        ("What do we use to {x}?", "Tell me what we use to {x}.", "Which thing do we use to {x}?"),
+        "We use {y} to {x}.",
+        {
+            "write": "a pen", "cut": "a knife", "sleep": "a bed", "sit": "a chair", "read": "a book",
+            "drink": "a cup", "eat soup": "a spoon", "open a door": "a key",
+        },
+    ),
+)  # fmt: skip
+
+# What labellers add. Nothing here says anything that could be an answer.
+EVASIVE = (
+    "I do not know.",
+    "That is hard to say.",
+    "I am not sure about that.",
+    "Maybe you can find out.",
+    "Let us talk about that later.",
+)
+RUDE_BEFORE = ("What a silly question.", "You should know that.", "You are so slow.")
+RUDE_AFTER = ("Now go away.", "Any fool knows that.", "Do not ask me again.")
+RAMBLE = (
+    "The sun is warm today.",
+    "It will rain later.",
+    "Some people like tea.",
+    "The bus was late again.",
+    "I had soup for dinner.",
+    "There is a clock on the wall.",
+    "Birds sing in the morning.",
+    "The road is very long.",
+    "My garden is full of roses.",
+    "I slept well last night.",
+)
+
+PLACES = ("river", "hill", "park", "garden", "school", "shop", "farm", "house")
+FEELINGS = ("happy", "glad", "tired", "proud", "sad", "good")
+OPENINGS = ("One day a {a} found a {b}.", "Once there was a {a} with a {b}.", "A {a} saw a {b} by the {place}.")
+MIDDLES = (
+    "The {a} took the {b} to the {place}.",
+    "The {a} played with the {b} all day.",
+    "The {a} lost the {b} in the {place}.",
+)
+ENDINGS = ("Then the {a} was very {feeling}.", "Then the {a} went home to sleep.")
+
+
+
+def capital(text: str) -> str:
+    """The text with its first letter as a capital."""
+    return text[:1].upper() + text[1:]

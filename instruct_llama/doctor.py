@@ -1,0 +1,330 @@
+"""Checks that this machine can run the tutorial, and says what to do about whatever cannot.
+
+`python -m instruct_llama doctor` prints one line a check: ok, warn (works, but read the rest of the line) or FAIL.
+A probe says what is there, a check judges it. Nothing but the standard library is imported before a probe needs it,
+so a package that is missing is a line of the report and not a traceback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ModelConfig, Settings, UserError, project_folder
+
+PYTHON = ((3, 10), (3, 14))  # first release that works, first that does not; pyproject.toml says the same
+TORCH = ((2, 6), (2, 14))
+INSTALL = "run `python -m pip install -e .` in the project folder"
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    name: str  # what was looked at
+    ok: bool  # False: something will not work
+    value: str  # what was found
+    cure: str = ""  # what to do; beside ok it makes a warning
+
+    def __str__(self) -> str:
+        mark = "FAIL" if not self.ok else "warn" if self.cure else "ok"
+        return f"{mark:4} {self.name}: {self.value}" + (f" — {self.cure}" if self.cure else "")
+
+
+def run(settings: Settings) -> int:
+    """Print every finding; returns the exit status, 1 when something failed."""
+    findings = examine(settings)
+    print(*findings, sep="\n")
+    failed = [finding.name for finding in findings if not finding.ok]
+    if failed:
+        print(f"\n{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}.")
+        return 1
+    print(f"\nPreset {settings.preset} can run here. Start with: python -m instruct_llama tour")
+    return 0
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """The findings of every check, in a fixed order; a check that breaks is a finding too."""
+    findings = []
+    for name, check in CHECKS.items():
+        try:
+            ok, value, cure = check(settings)
+        except ImportError as error:
+            ok, value, cure = False, f"cannot be imported ({error})", INSTALL
+        except UserError as error:
+            ok, value, cure = False, "not usable", str(error)
+        except Exception as error:  # the report must reach its last line, whatever one library does
+            ok, value, cure = False, f"{type(error).__name__}: {error}", f"{INSTALL}; if it stays, report it"
+        findings.append(Finding(name, ok, value.partition("\n")[0], cure))
+    return findings
+
+
+# ---------------------------------------------------------------- probes: what is there
+
+
+def python_version() -> tuple[int, int, int]:
+    """The running Python."""
+    return sys.version_info[:3]
+
+
+def module_version(name: str) -> str:
+    """The version of a module, as "2.13.0+cpu". Raises ImportError when it cannot be imported."""
+    return str(importlib.import_module(name).__version__)
+
+
+def missing_packages() -> list[str]:
+    """Runtime dependencies that are not installed. Raises PackageNotFoundError when the project itself is not."""
+    needed = [line for line in importlib.metadata.requires("instruct_llama") or [] if "extra ==" not in line]
+    names = [re.match(r"[\w.-]+", line).group() for line in needed]
+    return [name for name in names if not any(importlib.metadata.distributions(name=name))]
+
+
+def threads_and_cores() -> tuple[int, int]:
+    """Threads that torch computes with, and logical cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return importlib.import_module("torch").get_num_threads(), cores
+
+
+def device_facts(wanted: str) -> tuple[str, str, bool]:
+    """What `--device wanted` means here, its maker's name for it, and whether it computes in bf16.
+
+    Raises UserError when it is not there.
+    """
+    import torch
+
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {wanted} is not available here: leave --device out, or give --device cpu."
+        ) from error
+    if device.type == "cuda":
+        return str(device), torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported()
+    try:
+        ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+        bf16 = bool(((ones @ ones) == 8).all())
+    except (RuntimeError, TypeError):
+        bf16 = False
+    return str(device), f"{platform.system()} {platform.machine()}", bf16
+
+
+def four_bit_error(device: str) -> float:
+    """Relative error of normal weights after an NF4 round trip on the device; about 0.09 for a working library."""
+    import torch
+    from bitsandbytes import functional
+
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(device)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return float((functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
+
+
+def adam_8bit_step(device: str) -> float:
+    """How far a first 8-bit Adam step with lr 1e-3 moves a weight: by lr, as Adam's first step always does."""
+    import torch
+    from bitsandbytes.optim import Adam8bit
+
+    weight = torch.nn.Parameter(torch.zeros(64, 128, device=device))  # below 4,096 elements the moments stay 32-bit
+    weight.grad = torch.ones_like(weight)
+    Adam8bit([weight], lr=1e-3).step()
+    return float(weight.detach().abs().mean())
+
+
+def memory_available(device: str = "cpu") -> int | None:
+    """Bytes free on a CUDA device, else bytes of main memory that a new process can have; None where nobody says.
+
+    Linux and Windows tell what is free, macOS how much is built in.
+    """
+    if device.startswith("cuda"):
+        return importlib.import_module("torch").cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").is_file():
+        return int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) * 1024
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its length in bytes first, ullAvailPhys third
+        return int(status[2]) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def free_disk(folder: Path) -> tuple[int, bool]:
+    """Bytes free where `folder` is or would be made, and whether that place can be written."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free, folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def tinychat_sample(seed: int) -> str:
+    """A question of the embedded world, whose answer was judged once by the true reward."""
+    from .data import tinychat
+
+    *prompt, answer = next(iter(tinychat.demonstrations(seed, 1)))["messages"]
+    tinychat.true_reward(prompt, answer["content"])
+    return prompt[-1]["content"]
+
+
+def data_file(path: str) -> str:
+    """One sentence about a file of records. Raises UserError when it cannot be read."""
+    from .data import sources
+
+    return sources.read(path).describe()
+
+
+def notebook_numbers() -> list[int]:
+    """Numbers of the notebooks of this checkout."""
+    return sorted(int(path.name[:2]) for path in (project_folder() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+# ---------------------------------------------------------------- what the settings want
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Weights of the language model."""
+    kv_dim = model.dim * model.n_kv_heads // model.n_heads
+    attention = 2 * model.dim * model.dim + 2 * model.dim * kv_dim  # wq and wo, wk and wv
+    block = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim  # SwiGLU's three, two norms
+    tables = model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
+    return tables + model.n_layers * block + model.dim
+
+
+def training_memory(settings: Settings) -> int:
+    """Bytes of training, roughly: PPO's four models and the activations of one batch of pretraining."""
+    model, loop = settings.model, settings.pretrain.loop
+    states = 40 * parameter_count(model)  # policy and value: weight, gradient, two moments; two frozen models; fp32
+    per_token = 4 * (3 * model.vocab_size + model.n_layers * (16 * model.dim + 4 * model.ffn_dim))
+    return states + loop.batch_size * settings.pretrain.seq_len * per_token
+
+
+# ---------------------------------------------------------------- checks: (ok, value, cure)
+
+Verdict = tuple[bool, str, str]
+
+
+def _verdict(ok: bool, value: str, cure: str) -> Verdict:
+    return ok, value, "" if ok else cure
+
+
+def _check_python(settings: Settings) -> Verdict:
+    version = python_version()
+    cure = "make an environment with Python 3.10 to 3.13 (environment.yml makes one)"
+    return _verdict(PYTHON[0] <= version[:2] < PYTHON[1], ".".join(map(str, version)), cure)
+
+
+def _check_packages(settings: Settings) -> Verdict:
+    try:
+        missing = missing_packages()
+    except importlib.metadata.PackageNotFoundError:
+        return False, "instruct_llama itself is not installed, so notebooks cannot import it", INSTALL
+    return _verdict(not missing, f"missing {', '.join(missing)}" if missing else "all installed", INSTALL)
+
+
+def _check_torch(settings: Settings) -> Verdict:
+    version = module_version("torch")
+    low, high = (".".join(map(str, bound)) for bound in TORCH)
+    ok = TORCH[0] <= tuple(int(part) for part in version.split(".")[:2]) < TORCH[1]
+    return _verdict(ok, version, f'run `python -m pip install "torch>={low},<{high}"`')
+
+
+def _check_threads(settings: Settings) -> Verdict:
+    threads, cores = threads_and_cores()
+    value = f"{threads} on {cores} cores"
+    if threads > cores:
+        return True, value, f"set OMP_NUM_THREADS={cores}: threads that wait for a core slow the others down"
+    return True, value, "unset OMP_NUM_THREADS to compute on all cores" if threads == 1 < cores else ""
+
+
+def _check_device(settings: Settings) -> Verdict:
+    device, model, bf16 = device_facts(settings.device)
+    stages = (settings.pretrain.loop, settings.sft.loop, settings.qlora.loop, settings.reward.loop, settings.ppo)
+    ok = bf16 or all(stage.precision != "bf16" for stage in stages)
+    cure = "this device has no bf16: set precision to fp16 or fp32"
+    return _verdict(ok, f"{device} ({model}), bf16 {'yes' if bf16 else 'no'}", cure)
+
+
+def _check_4bit(settings: Settings) -> Verdict:
+    device, *_ = device_facts(settings.device)
+    error = four_bit_error(device)
+    cure = "4-bit weights come back wrong: run `python -m pip install -U bitsandbytes`, or give --device cpu"
+    return _verdict(error < 0.15, f"NF4 round trip on {device}, relative error {error:.3f}", cure)
+
+
+def _check_8bit(settings: Settings) -> Verdict:
+    device, *_ = device_facts(settings.device)
+    stages = (settings.pretrain, settings.sft, settings.qlora, settings.reward, settings.ppo)
+    needed = any("8bit" in stage.optim.kind for stage in stages)
+    try:
+        moved = adam_8bit_step(device)
+        works, value = abs(moved - 1e-3) < 1e-4, f"a step of lr 0.001 on {device} moved the weights by {moved:.4f}"
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        works, value = False, f"does not run on {device}: {error}"
+    return works or not needed, value, "" if works else "keep optim.kind at adamw; the 8-bit kinds only save memory"
+
+
+def _check_memory(settings: Settings) -> Verdict:
+    device, *_ = device_facts(settings.device)
+    base = 1_500_000_000  # Python, torch, Jupyter and a notebook's kernel
+    needed = training_memory(settings) + (0 if device.startswith("cuda") else base)
+    available = memory_available(device)
+    if available is None:
+        return True, "unknown", f"see to it that {needed / GB:.1f} GB are free"
+    value = f"{available / GB:.1f} GB available, about {needed / GB:.1f} GB wanted by preset {settings.preset}"
+    return _verdict(available >= needed, value, "close other programs, or choose a smaller preset: --preset tiny")
+
+
+def _check_disk(settings: Settings) -> Verdict:
+    folder = settings.out_dir
+    needed = 6 * 20 * parameter_count(settings.model) + 300_000_000  # run folders with their state; notebooks, pages
+    free, writable = free_disk(folder.absolute())
+    if not writable:
+        return False, f"{folder} cannot be written", "choose a folder of your own with --out DIR"
+    value = f"{free / GB:.1f} GB free for {folder}, about {needed / GB:.1f} GB wanted"
+    return _verdict(free >= needed, value, "free some space, or choose another disk with --out DIR")
+
+
+def _check_data(settings: Settings) -> Verdict:
+    value = data_file(settings.data) if settings.data else f"tinychat asks: {tinychat_sample(settings.seed)}"
+    return True, value, ""
+
+
+def _check_notebooks(settings: Settings) -> Verdict:
+    numbers = notebook_numbers()
+    gaps = [f"{number:02}" for number in range(max(numbers, default=0)) if number not in numbers]
+    if gaps:
+        return False, f"{', '.join(gaps)} missing", "bring them back with `git checkout -- notebooks`"
+    return _verdict(bool(numbers), f"{len(numbers)} found", "run this inside the folder of the clone, where they are")
+
+
+def _check_jupyter(settings: Settings) -> Verdict:
+    for name in ("ipykernel", "nbclient", "ipywidgets"):
+        module_version(name)
+    return True, f"JupyterLab {module_version('jupyterlab')}, ipywidgets {module_version('ipywidgets')}", ""
+
+
+CHECKS: dict[str, Callable[[Settings], Verdict]] = {
+    "python": _check_python,
+    "packages": _check_packages,
+    "torch": _check_torch,
+    "threads": _check_threads,
+    "device": _check_device,
+    "bitsandbytes 4-bit": _check_4bit,
+    "bitsandbytes 8-bit Adam": _check_8bit,
+    "sentencepiece": lambda settings: (True, module_version("sentencepiece"), ""),
+    "memory": _check_memory,
+    "disk": _check_disk,
+    "data": _check_data,
+    "notebooks": _check_notebooks,
+    "jupyter": _check_jupyter,
+}

@@ -1,0 +1,172 @@
+"""What each stage achieved, on held-out prompts that no stage has seen, with 95 % intervals: the report card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import checkpoint
+from .config import EvaluateConfig, Settings, UserError
+from .data import tinychat
+from .data.batches import fit_comparison, ranked_batch
+from .data.tokenizer import Tokenizer
+from .model.generate import generate
+from .model.llama import Llama, ScalarLlama
+from .rlhf.objectives import score_at_end
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n independent prompts with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean and 95 % interval by the bootstrap (Efron, 1979; 2,000 resamples, percentiles)."""
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) == 0:
+        raise UserError("There is nothing to estimate from: give at least one held-out record.")
+    resampled = np.random.default_rng(seed).choice(x, (2000, len(x))).mean(1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(x.mean()), float(low), float(high), len(x))
+
+
+def accuracy_estimate(correct: float, n: int) -> Estimate:
+    """A share of n with Wilson's 95 % interval (Wilson, 1927), right also near 0 and 1."""
+    z, p = 1.959964, correct / n
+    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n)), n)
+
+
+def answers(
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0
+) -> list[str]:
+    """One answer to each prompt, as the report card asks for them."""
+    return generate(
+        model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed,
+        batch_size=config.batch_size,
+    )  # fmt: skip
+
+
+def true_reward(
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0
+) -> tuple[Estimate, list[float]]:
+    """Mean true reward of a model's own answers, and each one."""
+    texts = answers(model, tokenizer, prompts, config, seed)
+    rewards = [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
+    return estimate(rewards), rewards
+
+
+@torch.no_grad()
+def reward_accuracy(
+    model: ScalarLlama, tokenizer: Tokenizer, comparisons: Sequence[Any], temperature: float, max_len: int = 256
+) -> tuple[Estimate, float]:
+    """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable."""
+    pairs = []
+    for item in comparisons:
+        texts, rewards = item["completions"], item.get("rewards")
+        for i in range(len(texts)):
+            pairs += [(item, i, j, rewards and (rewards[i], rewards[j])) for j in range(i + 1, len(texts))]
+    right, device = 0.0, next(model.parameters()).device
+    for start in range(0, len(pairs), 128):
+        items = [
+            fit_comparison(tokenizer, item["prompt"], [item["completions"][i], item["completions"][j]], max_len)
+            for item, i, j, _ in pairs[start : start + 128]
+        ]
+        batch = ranked_batch(items, tokenizer.pad_id).to(device)
+        scores = score_at_end(model(batch.tokens), batch.ends).view(-1, 2)  # (pairs, 2), better first
+        right += float((scores[:, 0] > scores[:, 1]).sum() + 0.5 * (scores[:, 0] == scores[:, 1]).sum())
+    known = [rewards for *_, rewards in pairs if rewards]
+    ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")
+    return accuracy_estimate(right, len(pairs)), ceiling
+
+
+def stage_folders(out: Path) -> list[Path]:
+    """The finished run folders under `out`, in the order of the pipeline, others after them by name."""
+    order = list(checkpoint.STAGES)
+    found = [f.parent for f in sorted(out.glob("*/config.json")) if checkpoint.is_complete(f.parent)]
+    return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))
+
+
+def report_card(settings: Settings) -> dict[str, Any]:
+    """Judge every finished stage under `settings.out_dir`, write report.json, return its content."""
+    folders = stage_folders(settings.out_dir)
+    if not folders:
+        raise UserError(f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
+    config, world = settings.evaluate, settings.world
+    prompts = tinychat.prompts(settings.seed, config.prompts, split="heldout")
+    comparisons = tinychat.comparisons(settings.seed, world.heldout, world.temperature, split="heldout")
+    stages: dict[str, Any] = {}
+    for folder in folders:
+        info = checkpoint.read_info(folder)
+        model, tokenizer = checkpoint.load(folder)
+        entry: dict[str, Any] = {"best": info.get("best", {})}
+        if info["kind"] == "scalar":
+            accuracy, ceiling = reward_accuracy(
+                model, tokenizer, comparisons, world.temperature, model.config.max_seq_len
+            )
+            entry |= {"accuracy": asdict(accuracy), "ceiling": ceiling}
+        else:
+            estimate_, _ = true_reward(model, tokenizer, prompts, config, settings.seed)
+            samples = answers(model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed)
+            entry |= {"true_reward": asdict(estimate_)}
+            entry["answers"] = [{"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, samples, strict=True)]
+        stages[folder.name] = entry
+    report = {"stages": stages, "preset": settings.preset, "seed": settings.seed}
+    checkpoint.write_text(settings.out_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report card as text: one table, then sample answers."""
+    lines = [f"Report card, preset {report['preset']}, seed {report['seed']} (held-out prompts, 95 % intervals)", ""]
+    lines += [f"{'stage':<14}{'true reward':<26}{'what else':<40}", "-" * 80]
+    for name, entry in report["stages"].items():
+        reward = str(Estimate(**entry["true_reward"])) if "true_reward" in entry else "-"
+        lines.append(f"{name:<14}{reward:<26}{_what_else(entry):<40}".rstrip())
+    for name, entry in report["stages"].items():
+        if "answers" in entry:
+            lines += ["", f"{name} answers:"]
+            lines += [f"  {item['prompt']}\n    {item['response'].strip()[:160]!r}" for item in entry["answers"]]
+    return "\n".join(lines)
+
+
+EXPECTED = {  # what the laptop preset should show, for any seed: figure -> (lowest, highest)
+    "pretrain/true_reward": (0.0, 0.05),
+    "sft/true_reward": (0.35, 0.65),
+    "sft-qlora/true_reward": (0.35, 0.65),
+    "ppo/true_reward": (0.90, 1.0),
+}
+
+
+def check_off(settings: Settings, stage: str, figures: dict[str, float]) -> None:
+    """Print a stage's figures beside their expected range; only the laptop preset is expected to reach anything."""
+    for name, value in figures.items():
+        expected = EXPECTED.get(f"{stage}/{name}")
+        if settings.preset != "laptop" or expected is None:
+            print(f"{name:<24}{value:>8.3f}   preset {settings.preset}: no expectation")
+        else:
+            verdict = "as expected" if expected[0] <= value <= expected[1] else "NOT as expected: see What can go wrong"
+            print(f"{name:<24}{value:>8.3f}   expected {expected[0]:.2f} to {expected[1]:.2f}: {verdict}")
+
+
+def _what_else(entry: dict[str, Any]) -> str:
+    best = entry["best"]
+    if "accuracy" in entry:
+        return f"pair accuracy {Estimate(**entry['accuracy'])}, ceiling {entry['ceiling']:.3f}"
+    if "kl" in best:
+        return f"reward-model score {best['score']:.2f}, KL {best['kl']:.2f} nats"
+    return f"held-out perplexity {best['perplexity']:.2f}" if "perplexity" in best else ""

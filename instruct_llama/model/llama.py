@@ -1,0 +1,347 @@
+"""The LLaMA decoder, whole: RMSNorm, rotary positions, grouped-query attention, SwiGLU, KV cache, two kinds of head.
+
+Sources: LLaMA (arXiv:2302.13971, section 2.2), LLaMA 2 (arXiv:2307.09288, section 2.2), LLaMA 3 (arXiv:2407.21783,
+section 3.2), RMSNorm (arXiv:1910.07467), RoFormer's rotary positions (arXiv:2104.09864), grouped-query attention
+(arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
+
+Shapes: B sequences, T positions, S positions that can be looked at (those in the cache and the T new ones),
+D model width, H query heads, G key/value heads, E = D / H width of a head, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint
+
+from ..config import ModelConfig, UserError, check
+from .lora import active_adapter, adapter
+
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1 or B, 1, T, E/2)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer without bias, as everywhere in LLaMA; `Llama.reset` fills the weights."""
+    return skip_init(nn.Linear, inputs, outputs, bias=False)  # nn.Linear's own filling would draw from global state
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the width, then scales (arXiv:1910.07467, eq. 4), in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))  # (D,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()  # (B, T, D)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # (B, T, D)
+        return normed.to(x.dtype) * self.weight  # (B, T, D)
+
+
+def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Radians by which each pair of dimensions turns per position, fastest first: (E/2,) float32.
+
+    theta^(-2i/E) for pair i (arXiv:2104.09864, section 3.2.2), stretched for longer contexts: "linear" divides all by
+    `factor` (arXiv:2306.15595), "llama3" only those that turn less than `low_freq_factor` times within the old context,
+    leaves those that turn more than `high_freq_factor` times, and blends in between.
+    """
+    width = config.dim // config.n_heads
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").float() / width  # (E/2,)
+    frequencies = 1.0 / config.rope_theta**exponents  # (E/2,)
+    scaling = config.rope_scaling
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # (E/2,)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # (E/2,) 1 leaves a frequency, 0 divides it
+        return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    return frequencies
+
+
+def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Turn each pair (i, i + E/2) of a head by its angle: (B, H, T, E) -> the same shape.
+
+    Scores of turned queries and keys depend on their distance alone (arXiv:2104.09864, eq. 16). The pairs are
+    halves apart, as in Hugging Face checkpoints; Meta's files pair neighbours (2i, 2i + 1) instead.
+    """
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, E/2) twice
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # (B, H, T, E)
+    return turned.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions already read, so that each new token costs one position.
+
+    `length` positions of `max_len` are filled, the same number in every row; `segments` remembers which of them
+    belong together (0 is padding), so that rows of different lengths, left-padded, can be decoded side by side.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device | str, dtype: torch.dtype
+    ):
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.dim // config.n_heads)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, G, max_len, E)
+        self.values = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, G, max_len, E)
+        self.segments = torch.ones(batch_size, max_len, device=device, dtype=torch.int64)  # (B, max_len)
+        self.length = 0
+        self.plain = True  # no segments given so far: every row is one sequence without padding
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one layer's new keys and values (B, G, T, E); returns all of them, (B, G, S, E)."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only these rows (indices in their new order, or booleans (B,)): finished rows cost nothing more.
+
+        Only rows that change their place are copied.
+        """
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows  # (B',)
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for part in (self.keys, self.values):
+            part[:, moved, :, : self.length] = part[:, rows[moved], :, : self.length]
+        self.segments[moved] = self.segments[rows[moved]]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]  # (layers, B', G, max_len, E)
+        self.segments = self.segments[: len(rows)]  # (B', max_len)
+
+
+def visibility(segments: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Who may look at whom: (B, T) segments of the new tokens and (B, S) of all tokens -> (B, T, S) bool.
+
+    A token sees itself and what came before it in its own segment. The new tokens are the last T of the S.
+    """
+    new, total = segments.shape[1], seen.shape[1]
+    earlier = torch.ones(new, total, dtype=torch.bool, device=seen.device).tril(total - new)  # (T, S)
+    return (segments[:, :, None] == seen[:, None, :]) & earlier  # (B, T, S)
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose key/value heads are shared by groups of query heads (arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.index, self.dropout = index, config.attn_dropout
+        self.width = config.dim // config.n_heads  # E
+        self.wq = linear(config.dim, config.n_heads * self.width)
+        self.wk = linear(config.dim, config.n_kv_heads * self.width)
+        self.wv = linear(config.dim, config.n_kv_heads * self.width)
+        self.wo = linear(config.n_heads * self.width, config.dim)
+
+    def heads(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Turned queries (B, H, T, E), turned keys and plain values (B, G, T, E)."""
+        q, k, v = (  # (B, T, heads * E) -> (B, heads, T, E)
+            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for project in (self.wq, self.wk, self.wv)
+        )
+        return rotate(q, rotation), rotate(k, rotation), v
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, cache: KVCache | None
+    ) -> torch.Tensor:
+        q, k, v = self.heads(x, rotation)  # (B, H, T, E), (B, G, T, E) twice
+        if cache is not None:
+            k, v = cache.store(self.index, k, v)  # (B, G, S, E) twice
+            q = q.to(k.dtype)
+        mixed = F.scaled_dot_product_attention(  # softmax(q k^T / sqrt(E)) v
+            q,
+            k,
+            v,
+            attn_mask=mask,  # (B, 1, T, S); None is plain causal, or one new token that sees everything
+            is_causal=mask is None and q.shape[2] > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],  # query head h reads key/value head h // (H / G)
+        )  # (B, H, T, E)
+        return self.wo(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w_gate = linear(config.dim, config.ffn_dim)
+        self.w_up = linear(config.dim, config.ffn_dim)
+        self.w_down = linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))  # (B, T, F) -> (B, T, D)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each reads a normed copy of the residual stream and adds to it."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.dropout = config.resid_dropout
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, index)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        x = x + self.drop(self.attention(self.attention_norm(x), rotation, mask, cache))  # (B, T, D)
+        return x + self.drop(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Llama(nn.Module):
+    """A decoder with a language-model head: token ids in, logits of the next token out.
+
+    Weights are fp32, drawn from normal(0, 0.02), those that write to the residual stream divided by
+    sqrt(2 * n_layers) as in GPT-2. Without a `generator` they are drawn with seed 0.
+    Mixed precision is the caller's `torch.autocast`; logits are fp32 under it too.
+    """
+
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = skip_init(nn.Embedding, config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = linear(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.frequencies = rotary_frequencies(config)  # no buffer: casting the model to bf16 must not round it
+        self.reset(generator or torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw all weights anew."""
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)  # the norms' scales
+            else:
+                residual = name.endswith(("wo.weight", "w_down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
+                weight.normal_(0.0, std, generator=generator)
+
+    def forward(
+        self, tokens: torch.Tensor, *, segments: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """Logits of each position's next token: tokens (B, T) int64 -> (B, T, V) float32. See `hidden`."""
+        return self.head(self.hidden(tokens, segments=segments, cache=cache))
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) float32 from hidden states (..., D); fp32 even under autocast, for bf16 rounds away PPO."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.output.weight.float())  # (..., V)
+
+    def hidden(
+        self, tokens: torch.Tensor, *, segments: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """The residual stream after the last norm: tokens (B, T) int64 -> (B, T, D).
+
+        `segments` (B, T) int64 says which tokens of a row belong together: a token attends to earlier tokens of its own
+        segment only, and its position counts from 0 inside it. Padding is segment 0, on either side; several texts in
+        one row are 1, 2, 3, … None: each row is one sequence (right padding then needs no segments, since no real token
+        can see what comes after it). `cache` holds the earlier tokens of the same rows and takes in these.
+        Raises `UserError` for rows beyond max_seq_len or ids beyond the vocabulary.
+        """
+        x = F.dropout(self.embed(tokens), self.config.embed_dropout, self.training)  # (B, T, D)
+        rotation, mask = self.layout(tokens, segments, cache)
+        for layer in self.layers:
+            if self.config.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = recomputed(layer, x, rotation, mask)  # (B, T, D)
+            else:
+                x = layer(x, rotation, mask, cache)  # (B, T, D)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)  # (B, T, D)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.tok_embeddings(tokens)  # (B, T, D)
+        except IndexError as error:
+            low, high, size = int(tokens.min()), int(tokens.max()), self.config.vocab_size
+            raise UserError(
+                f"Token ids run from {low} to {high}, but the model's vocabulary has {size}: "
+                "use the tokenizer that the model was trained with."
+            ) from error
+
+    def layout(
+        self, tokens: torch.Tensor, segments: torch.Tensor | None, cache: KVCache | None
+    ) -> tuple[Rotation, torch.Tensor | None]:
+        """The rotation of each position, and the attention mask (B, 1, T, S), or None where none is needed."""
+        start = 0 if cache is None else cache.length
+        end, device = start + tokens.shape[1], tokens.device
+        if cache is not None and segments is not None:
+            cache.segments[:, start:end], cache.plain = segments, False
+        seen = segments if cache is None else cache.segments[:, :end]  # (B, S)
+        plain = segments is None if cache is None else cache.plain and (start == 0 or end - start == 1)
+        if plain:
+            check(
+                end <= self.config.max_seq_len,
+                f"A row of {end} tokens is longer than the context, model.max_seq_len {self.config.max_seq_len}: "
+                "cut the text, or train a model with a longer context.",
+            )
+            positions, mask = torch.arange(start, end, device=device)[None], None  # (1, T)
+        else:
+            visible = visibility(seen[:, start:], seen)  # (B, T, S)
+            positions = visible.sum(-1) - 1  # (B, T) how many of its own segment came before
+            mask = visible[:, None]  # (B, 1, T, S)
+        angles = positions[:, None, :, None] * self.frequencies.to(device)  # (1 or B, 1, T, E/2)
+        return (angles.cos(), angles.sin()), mask
+
+
+def recomputed(layer: Block, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
+    """Run a block, keep only its input, and run it again in the backward pass (arXiv:1604.06174)."""
+    same_adapter = adapter(layer, active_adapter(layer))  # the one that is on now, whichever is on by then
+    contexts = (contextlib.nullcontext(), same_adapter)
+    return checkpoint(layer, x, rotation, mask, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class ScalarLlama(Llama):
+    """A decoder with one number per position in place of logits: reward and value models.
+
+    The head has no bias and starts at zero: a fresh value model predicts 0, a fresh reward model prefers nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
+        super().__init__(config, generator=generator)
+        del self.output
+        self.scalar_head = linear(config.dim, 1)
+        nn.init.zeros_(self.scalar_head.weight)
+
+    def forward(
+        self, tokens: torch.Tensor, *, segments: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """One number per position: tokens (B, T) int64 -> (B, T) float32."""
+        return self.head(self.hidden(tokens, segments=segments, cache=cache))
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scalars (...,) float32 from hidden states (..., D)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.scalar_head.weight.float()).squeeze(-1)  # (...,)
+
+
+@torch.no_grad()
+def attention_weights(
+    model: Llama, tokens: torch.Tensor, *, segments: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """What every head looks at, written out: tokens (B, T) -> per layer (B, H, T, T), rows summing to 1.
+
+    The model itself never holds these: `scaled_dot_product_attention` goes from q, k and v to the mix.
+    """
+    segments = torch.ones_like(tokens) if segments is None else segments
+    rotation, mask = model.layout(tokens, segments, None)  # mask (B, 1, T, T)
+    x, weights = model.embed(tokens), []  # (B, T, D)
+    for layer in model.layers:
+        q, k, _ = layer.attention.heads(layer.attention_norm(x), rotation)  # (B, H, T, E), (B, G, T, E)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, E)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+        weights.append(scores.float().masked_fill(~mask, -math.inf).softmax(-1))  # (B, H, T, T)
+        x = layer(x, rotation, mask)  # (B, T, D)
+    return weights

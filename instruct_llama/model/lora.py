@@ -1,0 +1,259 @@
+"""Low-rank adapters over dense or 4-bit linear layers, and their merge.
+
+Sources: LoRA (arXiv:2106.09685, section 4.1), QLoRA (arXiv:2305.14314, section 3). An adapted layer computes
+W x + (alpha / rank) B A x: W stays as it was, A and B learn. Adapters have names, and at most one is active, so that
+one frozen base can serve as policy, value and reward model, and with none active as the reference.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import LoRAConfig, QuantConfig, check
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+PROJECTIONS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+
+
+class QuantMatmul(torch.autograd.Function):
+    """x W^T where W is kept in 4 bits only: made dense for the product, and once more for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x, layer.dequantise().to(x.dtype))  # (..., in) -> (..., out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        weight = ctx.layer.dequantise().to(grad.dtype)  # (out, in)
+        return (grad @ weight).to(ctx.dtype), None  # (..., out) -> (..., in)
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer stored in 4 bits (QLoRA, arXiv:2305.14314, section 3), quantised on the device it is on.
+
+    Each weight is one of 16 numbers (NF4: quantiles of a normal; FP4: tiny floats) times the scale of its block;
+    `double` stores the scales in 8 bits too. The 4-bit data are no parameter and no buffer: a change of dtype does not
+    touch them, and a state dict does not hold them: save adapters, and quantise the base again (P17).
+    Raises RuntimeError when moved to another device.
+    """
+
+    def __init__(self, dense: nn.Linear, config: QuantConfig):
+        super().__init__()
+        self.out_features, self.in_features = dense.weight.shape
+        self.packed, self.scales = bnb.quantize_4bit(
+            dense.weight.detach().float().contiguous(),
+            blocksize=config.block_size,
+            compress_statistics=config.double,
+            quant_type=config.kind,
+        )  # (out * in / 2, 1) uint8, two weights to a byte; and what is needed to undo it
+
+    def dequantise(self) -> torch.Tensor:
+        """The weights this layer computes with: (out, in) float32."""
+        return bnb.dequantize_4bit(self.packed, self.scales)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return QuantMatmul.apply(x, self)  # (..., in) -> (..., out)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        here, there = self.packed.device, fn(torch.empty(0, device=self.packed.device)).device
+        if here != there:
+            raise RuntimeError(
+                f"A 4-bit layer cannot move from {here} to {there}: its data may be laid out for {here}. "
+                f"Load the dense model on {there} and quantise it there."
+            )
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scales.quant_type}"
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with named low-rank adapters, of which at most one is active (arXiv:2106.09685, eq. 3)."""
+
+    def __init__(self, base: nn.Linear | QuantLinear):
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()  # name -> (rank, in), (out, rank), both fp32
+        self.configs: dict[str, LoRAConfig] = {}
+        self.active: str | None = None
+
+    def add(self, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
+        """A new adapter: A from a uniform distribution, B zero, so that at first it changes nothing."""
+        device = (self.base.packed if isinstance(self.base, QuantLinear) else self.base.weight).device
+        a = torch.empty(config.rank, self.base.in_features)  # (rank, in)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        self.A[name] = nn.Parameter(a.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, config.rank, device=device))  # (out, rank)
+        self.configs[name] = config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.base(x)  # (..., out)
+        if self.active is None:
+            return out
+        config, a, b = self.configs[self.active], self.A[self.active], self.B[self.active]
+        low = F.linear(F.dropout(x.to(a.dtype), config.dropout, self.training), a)  # (..., rank)
+        return out + (F.linear(low, b) * (config.alpha / config.rank)).to(out.dtype)  # (..., out)
+
+    def dense(self) -> torch.Tensor:
+        """The base's weights as this layer computes with them: (out, in) float32."""
+        return self.base.dequantise() if isinstance(self.base, QuantLinear) else self.base.weight.detach().float()
+
+
+def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, layer) of the blocks' seven projections, dense, 4-bit or adapted; never embeddings or heads."""
+    return [(path, layer) for path, layer in model.named_modules() if path.rpartition(".")[2] in PROJECTIONS]
+
+
+def adapted(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    """(path, layer) of the layers that have adapters."""
+    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters, in the order they were added."""
+    return list(dict.fromkeys(name for _, layer in adapted(model) for name in layer.configs))
+
+
+def having(model: nn.Module, name: str) -> list[tuple[str, LoRALinear]]:
+    """(path, layer) of the layers that have the adapter `name`. Raises `UserError` when none has."""
+    found = [(path, layer) for path, layer in adapted(model) if name in layer.configs]
+    known = ", ".join(adapter_names(model)) or "none"
+    check(bool(found), f"The model has no adapter {name!r}; it has {known}: add_adapter makes one.")
+    return found
+
+
+def quantise(model: nn.Module, config: QuantConfig) -> None:
+    """Store the blocks' seven projections in 4 bits, in place, on the device they are on; kind "none" does nothing.
+
+    Raises `UserError` when that was done before, or adapters are there already.
+    """
+    if config.kind == "none":
+        return
+    for path, layer in projections(model):
+        check(type(layer) is nn.Linear, f"{path} is a {type(layer).__name__}: quantise a dense model, then adapt it.")
+        model.set_submodule(path, QuantLinear(layer, config))
+
+
+def add_adapter(model: nn.Module, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
+    """Give the projections in `config.targets` a new adapter, and freeze all that is not an adapter.
+
+    In place; the new adapter is not active yet, other adapters stay as they were. A head that shall train
+    as well is for the caller to unfreeze afterwards. Raises `UserError` for a name already there, or rank 0.
+    """
+    check(config.rank > 0, f"The adapter {name!r} has rank 0, which means none: set lora.rank, 8 for example.")
+    check(name not in adapter_names(model), f"There is an adapter {name!r} already: choose another name.")
+    for path, layer in projections(model):
+        if path.rpartition(".")[2] in config.targets:
+            if not isinstance(layer, LoRALinear):
+                model.set_submodule(path, layer := LoRALinear(layer))
+            layer.add(name, config, generator)
+    adapters = {id(p) for _, layer in adapted(model) for p in (*layer.A.values(), *layer.B.values())}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
+
+
+def use_adapter(model: nn.Module, name: str | None) -> None:
+    """Make one adapter active from now on; None is the bare base. Raises `UserError` for an unknown name."""
+    if name is not None:
+        having(model, name)
+    for _, layer in adapted(model):
+        layer.active = name if name in layer.configs else None
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The name of the adapter that is active, or None."""
+    return next((layer.active for _, layer in adapted(model) if layer.active is not None), None)
+
+
+class adapter:
+    """`with adapter(model, name):` makes one adapter active inside, and what was active before again afterwards."""
+
+    def __init__(self, model: nn.Module, name: str | None):
+        self.model, self.name = model, name
+
+    def __enter__(self) -> None:
+        self.before = active_adapter(self.model)
+        use_adapter(self.model, self.name)
+
+    def __exit__(self, *error: object) -> None:
+        use_adapter(self.model, self.before)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The trainable matrices of one adapter."""
+    return [matrix for _, layer in having(model, name) for matrix in (layer.A[name], layer.B[name])]
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """One adapter as {"layers.0.attention.wq.A": (rank, in), "….B": (out, rank), …}, without its name."""
+    return {
+        f"{path}.{side}": getattr(layer, side)[name].detach() for path, layer in having(model, name) for side in "AB"
+    }
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Copy a saved adapter into the adapter `name`.
+
+    Raises `UserError` that lists every missing, unexpected and wrongly shaped key, and then copies nothing (P18).
+    """
+    own = adapter_state(model, name)
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is unexpected" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    check(not problems, f"The adapter does not fit {name!r}: {'; '.join(problems)}. Use the settings of its run.")
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
+
+
+def lora_delta(a: torch.Tensor, b: torch.Tensor, alpha: float, rank: int) -> torch.Tensor:
+    """What an adapter adds to the weights: (alpha / rank) B A; a (rank, in), b (out, rank) -> (out, in)."""
+    return (alpha / rank) * (b @ a)
+
+
+@torch.no_grad()
+def merge(
+    model: Llama,
+    name: str,
+    *,
+    into: Literal["dequantised", "original"] = "dequantised",
+    original: Llama | None = None,
+) -> Llama:
+    """A new dense fp32 model of the same class with the adapter's weights added; the given one stays as it is.
+
+    "dequantised" adds them to the weights that the adapter was trained over, and changes no logit but by rounding.
+    "original" adds them to the `original` dense weights: another model than the trained one where the base is in
+    4 bits (P16). Raises `UserError` for an unknown adapter, or when `original` is missing or not dense.
+    """
+    having(model, name)
+    check((into == "original") == (original is not None), 'merge needs `original` for into="original", and only then.')
+    weights = dict(projections(original)) if original is not None else {}
+    check(all(type(layer) is nn.Linear for layer in weights.values()), "The `original` of merge must be a dense model.")
+    merged = copy.deepcopy(model)
+    for path, layer in projections(merged):
+        layer = layer if isinstance(layer, LoRALinear) else LoRALinear(layer)
+        weight = weights[path].weight.float().clone() if weights else layer.dense().clone()  # (out, in)
+        if name in layer.configs:
+            config = layer.configs[name]
+            weight += lora_delta(layer.A[name], layer.B[name], config.alpha, config.rank)
+        out, width = weight.shape
+        dense = nn.utils.skip_init(nn.Linear, width, out, bias=False)
+        dense.weight = nn.Parameter(weight)
+        merged.set_submodule(path, dense)
+    return merged.requires_grad_(True)

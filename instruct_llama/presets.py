@@ -1,0 +1,91 @@
+"""One table of settings for every machine. A preset's name is the only thing that changes between CI, a laptop and a GPU."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from .config import (
+    EvaluateConfig,
+    LoopConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    PretrainConfig,
+    QuantConfig,
+    RewardConfig,
+    Settings,
+    SFTConfig,
+    TokenizerConfig,
+    UserError,
+    WorldConfig,
+)
+
+LAPTOP = Settings(
+    preset="laptop",
+    model=ModelConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=256),
+    tokenizer=TokenizerConfig(vocab_size=640),
+    world=WorldConfig(corpus_chars=4_000_000, demonstrations=6_000, comparisons=4_000, prompts=4_000, heldout=512),
+    pretrain=PretrainConfig(optim=OptimConfig(lr=3e-3, warmup_steps=30), loop=LoopConfig(steps=700, eval_every=100)),
+    sft=SFTConfig(loop=LoopConfig(epochs=2, eval_every=50)),
+    qlora=SFTConfig(
+        lora=LoRAConfig(rank=16, alpha=32.0),
+        quant=QuantConfig(kind="nf4"),
+        optim=OptimConfig(lr=3e-3),
+        loop=LoopConfig(epochs=2, eval_every=50),
+    ),
+)
+
+TINY = Settings(
+    preset="tiny",
+    model=ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=176, max_seq_len=256),
+    tokenizer=TokenizerConfig(vocab_size=512, max_chars=150_000),
+    world=WorldConfig(corpus_chars=150_000, demonstrations=300, comparisons=150, prompts=100, heldout=64),
+    pretrain=PretrainConfig(
+        seq_len=64,
+        optim=OptimConfig(lr=3e-3, warmup_steps=5),
+        loop=LoopConfig(steps=40, batch_size=16, eval_every=20, eval_batches=2, save_every=20, sample_every=40),
+    ),
+    sft=SFTConfig(loop=LoopConfig(steps=16, batch_size=16, eval_every=8, eval_batches=2, save_every=8, sample_every=16)),
+    qlora=SFTConfig(
+        lora=LoRAConfig(rank=4, alpha=8.0),
+        quant=QuantConfig(kind="nf4"),
+        optim=OptimConfig(lr=3e-3),
+        loop=LoopConfig(steps=10, batch_size=16, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
+    ),
+    reward=RewardConfig(
+        normalise_samples=32,
+        loop=LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
+    ),
+    ppo=PPOConfig(
+        iterations=3, rollouts=16, rollout_batch=16, max_new_tokens=16, epochs=2, minibatch=8, micro_batch=8,
+        save_every=1, eval_every=2, eval_prompts=16,
+    ),
+    evaluate=EvaluateConfig(prompts=32, max_new_tokens=24, batch_size=32),
+)  # fmt: skip
+
+PRESETS = {settings.preset: settings for settings in (TINY, LAPTOP)}
+
+
+def default_name() -> str:
+    """`INSTRUCT_LLAMA_PRESET` when it is set, else what the hardware allows; the laptop preset runs everywhere."""
+    return os.environ.get("INSTRUCT_LLAMA_PRESET") or "laptop"
+
+
+def get(name: str | None = None) -> Settings:
+    """Every stage's settings for a preset; without a name, of the default one.
+
+    The folder of runs and the seed also come from the environment where `INSTRUCT_LLAMA_OUT` and
+    `INSTRUCT_LLAMA_SEED` are set: that is how `tour` tells the notebooks.
+    """
+    name = name or default_name()
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(PRESETS)}."
+        raise UserError(f"There is no preset {name!r}: {hint}")
+    settings = PRESETS[name].replace(out=os.environ.get("INSTRUCT_LLAMA_OUT", ""))
+    seed = os.environ.get("INSTRUCT_LLAMA_SEED", "")
+    if seed and not seed.isdigit():
+        raise UserError(f"INSTRUCT_LLAMA_SEED is {seed!r}; set it to a whole number, 1 for example.")
+    return settings.replace(seed=int(seed)) if seed else settings

@@ -1,0 +1,5 @@
+"""Learning from human preferences: the formulas, and the rollouts they are applied to."""
+
+from . import objectives
+
+__all__ = ["objectives"]

@@ -1,0 +1,134 @@
+"""PPO's four networks, in two memory layouts behind one interface.
+
+`FourModels` holds policy, value, reward and reference as separate networks. `SharedBase` holds one frozen base, dense or
+4-bit: policy, value and reward are LoRA adapters with their heads, and the reference is the base with adapters off.
+`with models.role("policy") as model:` lends the network that plays a role.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..config import LoRAConfig, PPOConfig, UserError
+from ..data.tokenizer import Tokenizer
+from ..model import lora
+from ..model.llama import Llama, ScalarLlama
+
+Role = Literal["policy", "reference", "value", "reward"]
+
+
+class FourModels:
+    """Policy and reference (`Llama`), value and reward (`ScalarLlama`), each with its own weights."""
+
+    def __init__(self, policy: Llama, reference: Llama, value: ScalarLlama, reward: ScalarLlama):
+        self.models = {"policy": policy, "reference": reference, "value": value, "reward": reward}
+        for role, model in self.models.items():
+            model.eval()  # dropout stays off: log-probs of sampling and of training must agree
+            model.requires_grad_(role in ("policy", "value"))
+
+    @contextlib.contextmanager
+    def role(self, role: Role) -> Iterator[nn.Module]:
+        """The network that plays `role`."""
+        yield self.models[role]
+
+    def trainable(self, role: Role) -> dict[str, nn.Parameter]:
+        """Named parameters that train for a role."""
+        return {name: p for name, p in self.models[role].named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+        """Write the policy as a full checkpoint."""
+        checkpoint.save_full(folder, self.models["policy"], tokenizer, info)
+
+
+class _ScalarView(nn.Module):
+    """A head over the shared base: behaves as a `ScalarLlama`, owns nothing but the head."""
+
+    def __init__(self, base: Llama, head: nn.Linear):
+        super().__init__()
+        self.scalar_head = head
+        self._base = [base]  # in a list, so that the base is not a submodule of every head
+
+    def forward(self, tokens: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        hidden = self._base[0].hidden(tokens, segments=segments)  # (B, T, D)
+        return self.scalar_head(hidden.float()).squeeze(-1)  # (B, T)
+
+
+class SharedBase:
+    """One frozen base with the adapters `policy`, `value` and `reward`; needs a reward model trained as an adapter."""
+
+    def __init__(self, base: Llama, config: LoRAConfig, heads: dict[str, nn.Linear], generator: torch.Generator):
+        self.base = base.eval()
+        for name in ("policy", "value"):
+            if name not in lora.adapter_names(base):
+                lora.add_adapter(base, name, config, generator)
+        self.heads = {name: _ScalarView(base, head) for name, head in heads.items()}
+        self.config = config
+        self._trainable = {"policy": self._named("policy"), "value": self._named("value")}
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+        self.heads["reward"].requires_grad_(False)
+        for group in self._trainable.values():
+            for parameter in group.values():
+                parameter.requires_grad_(True)
+
+    def _named(self, role: str) -> dict[str, nn.Parameter]:
+        named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
+        return named | ({"scalar_head.weight": self.heads["value"].scalar_head.weight} if role == "value" else {})
+
+    @contextlib.contextmanager
+    def role(self, role: Role) -> Iterator[nn.Module]:
+        """The base with the adapter of `role` switched on; for the reference, with none."""
+        with lora.adapter(self.base, None if role == "reference" else role):
+            yield self.heads.get(role, self.base)
+
+    def trainable(self, role: Role) -> dict[str, nn.Parameter]:
+        """Named parameters that train for a role."""
+        return self._trainable[role]
+
+    def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+        """Write the policy's adapter, over the base it was trained on."""
+        base = Path(info.pop("sft"))
+        checkpoint.save_adapter(folder, self.base, "policy", base, tokenizer, {**info, "lora": vars(self.config)})
+
+
+def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: int) -> FourModels:
+    """Policy and reference start from the SFT model, the value from the reward model (InstructGPT, appendix C.4)."""
+    models = FourModels(*(checkpoint.load(path, device)[0] for path in (sft, sft, reward, reward)))
+    if freeze_layers:
+        policy = models.models["policy"]
+        for module in (policy.tok_embeddings, *policy.layers[:freeze_layers]):
+            module.requires_grad_(False)
+    return models
+
+
+def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig, seed: int) -> SharedBase:
+    """The SFT model as base; the reward run must be an adapter over that same model. The value starts from the reward."""
+    info = checkpoint.read_info(reward)
+    if info.get("adapter") is None or (reward / info["base"]).resolve() != sft.resolve():
+        raise UserError(
+            f"ppo.layout shared_base needs a reward adapter trained over {sft}, and {reward} is not one: "
+            "train it with `reward --reward.lora.rank 8`."
+        )
+    base, _ = checkpoint.load(sft, device)
+    lora.quantise(base, config.quant)
+    generator = torch.Generator().manual_seed(seed)
+    state, _ = checkpoint.read_tensors(reward / "adapter.safetensors")
+    head_weight = state.pop("scalar_head.weight")
+    reward_lora = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
+    heads = {}
+    for name in ("reward", "value"):
+        lora.add_adapter(base, name, reward_lora, generator)
+        lora.load_adapter(base, name, state)
+        heads[name] = nn.Linear(base.config.dim, 1, bias=False).to(device)
+        with torch.no_grad():
+            heads[name].weight.copy_(head_weight)
+    return SharedBase(base, config.lora, heads, generator)
+
+

@@ -1,0 +1,137 @@
+"""Prompts to episodes: the tokens an answer is made of, and everything PPO needs to know of each of them.
+
+One rule keeps it right (P22): column t of `logprobs`, `values`, `rewards`, `mask` and `advantages` always speaks of the
+t-th token of the answer. The network's output that decides that token sits one position earlier in the full sequence, at
+the last prompt token for t = 0; `answer_outputs` is the only place that knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PPOConfig
+from ..data.tokenizer import Tokenizer
+from ..model.generate import filter_logits, sample
+from ..model.llama import Llama
+from .objectives import answer_sum, gae, kl_k1, normalise_score, penalised_rewards, score_at_end, token_logprobs, whiten
+
+
+@dataclass
+class Episodes:
+    """B prompts with one answer each; N is the longest answer, T the longest prompt with answer."""
+
+    prompts: list[list[int]]  # token ids of each prompt
+    tokens: Tensor  # (B, T) int64, prompt and answer, right-padded
+    starts: Tensor  # (B,) int64, where each answer begins in tokens
+    answers: Tensor  # (B, N) int64, the sampled ids themselves, never decoded and encoded again
+    mask: Tensor  # (B, N) bool, True up to and including the end token
+    ended: Tensor  # (B,) bool, whether the answer has its end token
+    sampled_logprobs: Tensor  # (B, N) float32, as the sampler saw them; kept to check the recomputed ones
+    logprobs: Tensor | None = None  # (B, N) float32, of the policy that sampled
+    ref_logprobs: Tensor | None = None  # (B, N) float32, of the frozen reference
+    values: Tensor | None = None  # (B, N) float32
+    scores: Tensor | None = None  # (B,) float32, normalised and clipped, with the penalty for answers without end
+    rewards: Tensor | None = None  # (B, N) float32, score at the last token minus the KL penalty at each
+    advantages: Tensor | None = None  # (B, N) float32
+    returns: Tensor | None = None  # (B, N) float32
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Sequence[int]) -> Episodes:
+        """Some of the episodes."""
+        index = torch.as_tensor(rows, device=self.tokens.device)
+        changed = {
+            name: value[index] if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+            if name != "prompts"
+        }
+        return Episodes(prompts=[self.prompts[i] for i in rows], **changed)
+
+    def kl(self) -> Tensor:
+        """(B,) measured KL of each answer from the reference, in nats (k1: unbiased, either sign)."""
+        return answer_sum(kl_k1(self.logprobs, self.ref_logprobs), self.mask)
+
+
+def play(
+    policy: Llama, prompts: list[list[int]], tokenizer: Tokenizer, config: PPOConfig, generator: torch.Generator
+) -> Episodes:
+    """Sample one answer to each prompt."""
+    parts = [
+        sample(
+            policy, prompts[i : i + config.rollout_batch], max_new_tokens=config.max_new_tokens,
+            eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, temperature=config.temperature, top_k=config.top_k,
+            top_p=config.top_p, generator=generator, banned=banned_ids(tokenizer),
+        )
+        for i in range(0, len(prompts), config.rollout_batch)
+    ]  # fmt: skip
+    width = max(part.tokens.shape[1] for part in parts)
+
+    def join(field: str, pad: float) -> Tensor:
+        rows = [getattr(part, field) for part in parts]
+        return torch.cat([nn.functional.pad(row, (0, width - row.shape[1]), value=pad) for row in rows])
+
+    answers, mask = join("tokens", tokenizer.pad_id), join("mask", False)
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=answers.device)
+    length = int((starts + mask.sum(1)).max())
+    tokens = torch.full((len(prompts), length), tokenizer.pad_id, device=answers.device)  # (B, T)
+    for row, prompt in enumerate(prompts):
+        n = int(mask[row].sum())
+        tokens[row, : len(prompt)] = torch.tensor(prompt, device=answers.device)
+        tokens[row, len(prompt) : len(prompt) + n] = answers[row, :n]
+    ended = torch.cat([part.ended for part in parts])
+    return Episodes(prompts, tokens, starts, answers, mask, ended, join("logprobs", 0.0))
+
+
+def banned_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Special tokens an answer may not hold: all but its end."""
+    return tuple(i for i in tokenizer.special_ids if i != tokenizer.eos_id)
+
+
+def answer_outputs(x: Tensor, starts: Tensor, n: int) -> Tensor:
+    """From outputs at every position, those that decide the n answer tokens: (B, T, …) -> (B, n, …)."""
+    index = starts[:, None] - 1 + torch.arange(n, device=x.device)  # (B, n)
+    index = index.clamp(max=x.shape[1] - 1)  # past the end of a row: padding, masked by everyone
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def distribution(model: Llama, episodes: Episodes, config: PPOConfig, banned: Sequence[int]) -> Tensor:
+    """Log-probabilities (B, N, V) of the distribution the sampler drew from: same temperature, filters and bans (P23)."""
+    hidden = answer_outputs(model.hidden(episodes.tokens), episodes.starts, episodes.answers.shape[1])  # (B, N, D)
+    return filter_logits(model.head(hidden), config.temperature, config.top_k, config.top_p, banned)
+
+
+def answer_logprobs(logprobs_full: Tensor, episodes: Episodes) -> Tensor:
+    """Log-probability of each sampled token: (B, N, V) -> (B, N), 0 where mask is False."""
+    safe = torch.where(episodes.mask, episodes.answers, logprobs_full.argmax(-1))  # a pad is banned: -inf would give NaN
+    return torch.where(episodes.mask, token_logprobs(logprobs_full, safe), 0.0)
+
+
+def answer_values(model: nn.Module, episodes: Episodes) -> Tensor:
+    """Value of the state each answer token is chosen in: (B, N)."""
+    return answer_outputs(model(episodes.tokens), episodes.starts, episodes.answers.shape[1]).float()
+
+
+def score(model: nn.Module, episodes: Episodes, config: PPOConfig, mean: float, scale: float) -> Tensor:
+    """(B,) normalised reward-model scores, read at the end token; an answer without one gets `no_end_score`."""
+    ends = episodes.starts + episodes.mask.sum(1) - 1
+    scores = normalise_score(score_at_end(model(episodes.tokens), ends), mean, scale)
+    if config.score_clip > 0:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    return torch.where(episodes.ended, scores, config.no_end_score)
+
+
+def credit(episodes: Episodes, config: PPOConfig, kl_coef: float) -> None:
+    """From scores to advantages: KL-penalised rewards, then GAE, then whitening over the batch's real tokens."""
+    episodes.rewards = penalised_rewards(
+        episodes.scores, episodes.logprobs, episodes.ref_logprobs, episodes.mask, kl_coef
+    )
+    episodes.advantages, episodes.returns = gae(
+        episodes.rewards, episodes.values, episodes.mask, config.gamma, config.lam
+    )
+    if config.whiten:
+        episodes.advantages = whiten(episodes.advantages, episodes.mask)

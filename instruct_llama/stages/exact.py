@@ -1,0 +1,69 @@
+"""PPO on the enumerable language, where the best policy is known: the same phases as `stages.ppo`, over tables.
+
+This is the master test of the whole PPO code (pitfall P00) and the first picture of notebook 07.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..config import OptimConfig, PPOConfig
+from ..data import enumerable
+from ..rlhf.layouts import FourModels
+from . import ppo
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """The few ids of an enumerable language, by the names a tokenizer gives them."""
+
+    pad_id: int = enumerable.PAD
+    eos_id: int = enumerable.EOS
+    special_ids: tuple[int, ...] = (enumerable.PAD, enumerable.BOS, enumerable.EOS)
+
+
+def config_for(language: enumerable.Language, iterations: int = 150) -> PPOConfig:
+    """PPO settings for a table: many short episodes, large steps, the score neither normalised nor clipped."""
+    return PPOConfig(
+        iterations=iterations, rollouts=512, rollout_batch=512, max_new_tokens=language.max_new_tokens, epochs=4,
+        minibatch=128, micro_batch=512, kl_coef=language.beta, score_clip=0.0, no_end_score=language.no_end_score,
+        value_clip=0.0, optim=OptimConfig(lr=0.05, min_lr_ratio=0.05, warmup_steps=0, weight_decay=0.0, grad_clip=0.0),
+        value_lr=0.1,
+    )  # fmt: skip
+
+
+def walk(
+    language: enumerable.Language,
+    config: PPOConfig,
+    seed: int = 0,
+    watch: Callable[[int, enumerable.PrefixTable], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train a table policy by PPO; returns, for every iteration, its exact J, score, KL and share of the gap closed.
+
+    The gap is what lies between J of the reference and J* of the best policy there is.
+    """
+    policy, reference = enumerable.reference(language), enumerable.reference(language)
+    value = enumerable.PrefixTable(language, scalar=True)
+    models = FourModels(policy, reference, value, enumerable.reward_model(language))
+    player = ppo.Player(models, Alphabet(), config, 0.0, 1.0, torch.device("cpu"), [])
+    optimizer, points = ppo.make_player_optimizer(player), []
+    for iteration in range(config.iterations + 1):
+        with torch.no_grad():
+            exact = enumerable.evaluate(language, policy)
+        points.append(
+            {
+                "iteration": iteration,
+                "objective": float(exact.objective),
+                "score": float(exact.score),
+                "kl": float(exact.kl),
+                "gap_closed": enumerable.gap_closed(language, policy),
+            }
+        )
+        if watch:
+            watch(iteration, policy)
+        if iteration < config.iterations:
+            ppo.iterate(player, [language.prompt] * config.rollouts, optimizer, config.kl_coef, seed, iteration)
+    return points

@@ -1,0 +1,356 @@
+"""Stage 4, PPO from human preferences: the loop of InstructGPT (arXiv:2203.02155, section 3.5) in numbered phases.
+
+Each iteration 1 draws prompts, 2 answers them, 3 judges the answers, 4 turns judgements into advantages, 5 updates policy
+and value, 6 adapts the KL coefficient, 7 reports. The formulas are in `rlhf.objectives`, the episodes in `rlhf.rollout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import checkpoint
+from ..config import PPOConfig, Settings, UserError
+from ..data import tinychat
+from ..data.batches import dialog_batch, epoch_order, fit_prompt
+from ..data.tokenizer import Tokenizer
+from ..rlhf import layouts, objectives, rollout
+from ..rlhf.rollout import Episodes
+from . import records, sft
+from .pretrain import language_model_loss
+from .trainer import (
+    NonFinite,
+    RunLog,
+    StageResult,
+    Watch,
+    autocast,
+    make_optimizer,
+    optimizer_step,
+    optimizer_tensors,
+    pick_device,
+    restore_optimizer,
+    seeded,
+)
+
+
+@dataclass
+class Player:
+    """What every phase needs: the networks, the vocabulary, the settings."""
+
+    models: layouts.FourModels | layouts.SharedBase
+    tokenizer: Tokenizer
+    config: PPOConfig
+    reward_mean: float
+    reward_scale: float
+    device: torch.device
+    ptx: list[sft.Dialog]  # demonstrations for the pretraining mix; empty without it
+
+
+# ------------------------------------------------------------------------------------------------------------- phases
+
+
+def draw_prompts(prompts: Sequence[list[int]], config: PPOConfig, seed: int, iteration: int) -> list[list[int]]:
+    """Phase 1: the prompts of an iteration, a function of (seed, iteration); all come up before any comes up again."""
+    start, drawn = iteration * config.rollouts, []
+    for position in range(start, start + config.rollouts):
+        epoch, index = divmod(position, len(prompts))
+        if not drawn or index == 0:
+            order = epoch_order(len(prompts), seed, epoch)
+        drawn.append(prompts[order[index]])
+    return drawn
+
+
+@torch.no_grad()
+def answer(player: Player, prompts: list[list[int]], generator: torch.Generator) -> Episodes:
+    """Phase 2: the policy answers; its log-probs are then computed as training will compute them."""
+    config = player.config
+    with player.models.role("policy") as policy, autocast(config.precision, player.device):
+        episodes = rollout.play(policy, prompts, player.tokenizer, config, generator)
+        _by_parts(episodes, config, "logprobs", lambda part: _logprobs(policy, part, player)[0])
+    return episodes
+
+
+@torch.no_grad()
+def judge(player: Player, episodes: Episodes) -> None:
+    """Phase 3: reference log-probs, values and scores, each from its own network."""
+    config = player.config
+    unfiltered = replace(config, top_k=0, top_p=1.0)  # what the policy may not say, the reference still may
+    with autocast(config.precision, player.device):
+        with player.models.role("reference") as model:
+            part_logprobs = lambda part: _logprobs(model, part, player, unfiltered)[0]  # noqa: E731
+            _by_parts(episodes, config, "ref_logprobs", part_logprobs)
+        with player.models.role("value") as model:
+            _by_parts(episodes, config, "values", lambda part: rollout.answer_values(model, part))
+        with player.models.role("reward") as model:
+            mean, scale = player.reward_mean, player.reward_scale
+            _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part, config, mean, scale))
+
+
+def update(
+    player: Player, episodes: Episodes, optimizer: torch.optim.Optimizer, seed: int, iteration: int
+) -> dict[str, float]:
+    """Phase 5: several epochs of token-weighted mini-batches of clipped policy and value steps."""
+    config, stats = player.config, []
+    n_minibatches = max(1, round(len(episodes) / config.minibatch))
+    for epoch in range(config.epochs):
+        order = epoch_order(len(episodes), seed, iteration * config.epochs + epoch)
+        for rows in np.array_split(order, n_minibatches):  # near-equal parts: no small tail takes a full-size step
+            where = f"iteration {iteration + 1}, episodes {rows.tolist()}"
+            figures = minibatch_gradients(player, episodes.select(rows.tolist()), seed + len(stats))
+            if not np.isfinite(figures["loss"]):
+                optimizer.zero_grad(set_to_none=True)
+                raise NonFinite(f"The PPO loss is {figures['loss']} at {where}: lower the learning rate.")
+            figures["grad_norm"] = optimizer_step(optimizer, config.optim, iteration, config.iterations, where)
+            stats.append(figures)
+    mean = {key: float(np.mean([figures[key] for figures in stats])) for key in stats[0]}
+    return {**mean, "first_ratio": stats[0]["ratio"]}
+
+
+def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[str, float]:
+    """Gradients of one mini-batch, its losses divided by its real tokens, however it is cut into micro-batches."""
+    config = player.config
+    tokens = int(episodes.mask.sum())
+    sums = dict.fromkeys(("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "ratio"), 0.0)
+    for rows in _chunks(len(episodes), config.micro_batch):
+        part = episodes.select(rows)
+        share = int(part.mask.sum()) / tokens
+        with autocast(config.precision, player.device):
+            with player.models.role("policy") as policy:
+                logprobs, logprobs_full = _logprobs(policy, part, player)  # (B, N), (B, N, V)
+                policy_loss = objectives.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
+                entropy_loss = objectives.entropy_loss(logprobs_full, part.mask)
+                ((policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
+            with player.models.role("value") as model:
+                values = rollout.answer_values(model, part)  # (B, N)
+                value_loss = objectives.value_loss(values, part.values, part.returns, part.mask, config.value_clip)
+                (config.value_coef * value_loss / tokens).backward()
+        ratio = objectives.ratio_error(logprobs.detach(), part.logprobs, part.mask)
+        clipped = objectives.clip_fraction(logprobs.detach(), part.logprobs, part.mask, config.clip)
+        sums["policy_loss"] += float(policy_loss.detach()) / tokens
+        sums["value_loss"] += float(value_loss.detach()) / tokens
+        sums["entropy"] += -float(entropy_loss.detach()) / tokens
+        sums["ratio"] += float(ratio) * share
+        sums["clip_fraction"] += float(clipped) * share
+    if config.ptx_coef > 0:
+        sums["ptx_loss"] = _ptx_gradients(player, seed)
+    sums["loss"] = sums["policy_loss"] + config.value_coef * sums["value_loss"] - config.entropy_coef * sums["entropy"]
+    return sums
+
+
+def _ptx_gradients(player: Player, seed: int) -> float:
+    """The pretraining mix (InstructGPT, equation 2): a language-model loss on demonstrations beside PPO's."""
+    rows = np.random.default_rng(seed).choice(len(player.ptx), min(player.config.minibatch, len(player.ptx)), False)
+    batch = dialog_batch([player.ptx[i] for i in rows], player.tokenizer.pad_id).to(player.device)
+    with player.models.role("policy") as policy, autocast(player.config.precision, player.device):
+        loss, _ = language_model_loss(policy, batch)
+        (player.config.ptx_coef * loss / batch.weight).backward()
+    return float(loss.detach()) / batch.weight
+
+
+def iterate(
+    player: Player, prompts: list[list[int]], optimizer: torch.optim.Optimizer, kl_coef: float, seed: int, iteration: int
+) -> tuple[Episodes, dict[str, float]]:
+    """Phases 2 to 5 of one iteration: the episodes, and the update's figures."""
+    generator = torch.Generator(player.device).manual_seed(seed * 1_000_003 + iteration)
+    with seeded(seed, iteration, player.device):
+        episodes = answer(player, prompts, generator)
+        judge(player, episodes)
+        rollout.credit(episodes, player.config, kl_coef)  # phase 4
+        return episodes, update(player, episodes, optimizer, seed, iteration)
+
+
+def make_player_optimizer(player: Player) -> torch.optim.Optimizer:
+    """One AdamW over policy and value, each with its own learning rate."""
+    config, models = player.config, player.models
+    rates = (("policy", config.optim.lr), ("value", config.value_lr))
+    return make_optimizer([(list(models.trainable(role).values()), rate) for role, rate in rates], config.optim)
+
+
+def report(player: Player, episodes: Episodes, kl_coef: float, true_prompts: Sequence[Any] | None) -> dict[str, float]:
+    """Phase 7: the curves to watch. Reward-model score, penalised reward and true reward are three different ones."""
+    mask, kl = episodes.mask, episodes.kl()  # (B, N), (B,)
+    k3 = objectives.answer_sum(objectives.kl_k3(episodes.logprobs, episodes.ref_logprobs), mask)
+    limit = player.config.score_clip
+    figures = {
+        "ppo/score": episodes.scores.mean(),
+        "ppo/penalised": objectives.answer_sum(episodes.rewards, mask).mean(),
+        "ppo/kl": kl.mean(),
+        "ppo/kl_k3": k3.mean(),
+        "ppo/kl_coef": kl_coef,
+        "ppo/length": mask.sum(1).float().mean(),
+        "ppo/ended": episodes.ended.float().mean(),
+        "ppo/score_clipped": (episodes.scores.abs() >= limit).float().mean() if limit > 0 else 0.0,
+        "ppo/explained_variance": objectives.explained_variance(episodes.values, episodes.returns, mask),
+        "ppo/sampling_gap": objectives.masked_mean((episodes.logprobs - episodes.sampled_logprobs).abs(), mask),
+    }
+    if true_prompts is not None:
+        figures["ppo/true_reward"] = float(np.mean(true_rewards(player.tokenizer, episodes, true_prompts)))
+    return {key: float(value) for key, value in figures.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _chunks(n: int, size: int) -> list[list[int]]:
+    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+
+
+def _logprobs(
+    model: nn.Module, episodes: Episodes, player: Player, config: PPOConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    banned = rollout.banned_ids(player.tokenizer)
+    full = rollout.distribution(model, episodes, config or player.config, banned)  # (B, N, V)
+    return rollout.answer_logprobs(full, episodes), full
+
+
+def _by_parts(episodes: Episodes, config: PPOConfig, field: str, compute: Any) -> None:
+    parts = [compute(episodes.select(rows)) for rows in _chunks(len(episodes), config.micro_batch)]
+    setattr(episodes, field, torch.cat(parts))
+
+
+def answer_texts(tokenizer: Tokenizer, episodes: Episodes) -> list[str]:
+    """The answers as text, for people and for the true reward; training never sees these (P38)."""
+    return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(episodes.answers, episodes.mask, strict=True)]
+
+
+def true_rewards(tokenizer: Tokenizer, episodes: Episodes, prompts: Sequence[Any]) -> list[float]:
+    """The embedded world's true reward of each answer."""
+    texts = answer_texts(tokenizer, episodes)
+    return [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def episode_records(player: Player, episodes: Episodes, n: int, prompts: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """The first n episodes token by token, for samples.jsonl and the rollout browser."""
+    texts, made = answer_texts(player.tokenizer, episodes), []
+    for i in range(min(n, len(episodes))):
+        keep = episodes.mask[i]
+        record = {
+            "prompt": player.tokenizer.decode(episodes.prompts[i]).strip(),
+            "response": texts[i],
+            "pieces": player.tokenizer.pieces(episodes.answers[i][keep].tolist()),
+            "score": float(episodes.scores[i]),
+            "kl": (episodes.logprobs - episodes.ref_logprobs)[i][keep].tolist(),
+        }
+        record |= {key: getattr(episodes, key)[i][keep].tolist() for key in ("rewards", "values", "advantages")}
+        if prompts is not None:
+            record["true_reward"] = tinychat.true_reward(prompts[i], texts[i]).total
+        made.append(record)
+    return made
+
+
+def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any, kl_coef: float) -> dict[str, float]:
+    """Score, KL, objective and true reward on held-out prompts, from a fixed seed."""
+    episodes = answer(player, prompts, torch.Generator(player.device).manual_seed(0))
+    judge(player, episodes)
+    score, kl = float(episodes.scores.mean()), float(episodes.kl().mean())
+    figures = {"score": score, "kl": kl, "objective": score - kl_coef * kl}
+    if true_prompts is not None:
+        figures["true_reward"] = float(np.mean(true_rewards(player.tokenizer, episodes, true_prompts)))
+    return figures
+
+
+def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
+    """Load the networks that the layout asks for, training what is missing first."""
+    config, device = settings.ppo, pick_device(settings.device)
+    shared = config.layout == "shared_base"
+    start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
+    reward = checkpoint.require("reward-lora" if shared else "reward", settings)
+    if shared:
+        models = layouts.shared_base(start, reward, device, config, settings.seed)
+    else:
+        models = layouts.four_models(start, reward, device, config.freeze_layers)
+    norm = checkpoint.read_info(reward)["reward"]
+    tokenizer = checkpoint.load(start)[1]
+    ptx = sft.encode(tokenizer, records.demonstrations(settings)[0], settings.sft.seq_len) if config.ptx_coef else []
+    player = Player(models, tokenizer, config, norm["mean"], norm["scale"], device, ptx)
+    info = {"stage": "ppo", "seed": settings.seed, "sft": str(start), "quant": vars(config.quant)}
+    return player, info
+
+
+def fit_prompts(settings: Settings, player: Player) -> tuple[list[Any], list[list[int]], list[Any], list[list[int]]]:
+    """(messages, token ids) of the training prompts and of the held-out ones, without those too long for the context."""
+    with player.models.role("policy") as policy:
+        room = policy.config.max_seq_len - player.config.max_new_tokens
+    found = []
+    for prompts in records.prompts(settings):
+        fitted = [(prompt, fit_prompt(player.tokenizer, prompt, room)) for prompt in prompts]
+        kept = [(prompt, ids) for prompt, ids in fitted if ids is not None]
+        if not kept:
+            raise UserError(
+                f"No prompt leaves room for ppo.max_new_tokens {player.config.max_new_tokens} in a context of "
+                f"{room + player.config.max_new_tokens} tokens: lower it."
+            )
+        found += [[prompt for prompt, _ in kept], [ids for _, ids in kept]]
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+def run(settings: Settings, watch: Watch | None = None) -> StageResult:
+    """PPO from `settings.init` (an SFT run), else from the SFT and reward model of the same preset."""
+    folder = settings.out_dir / settings.ppo.name
+    player, info = build(settings)
+    with checkpoint.stage_lock(folder):
+        return _loop(settings, player, info, RunLog(folder, settings, watch))
+
+
+def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog) -> StageResult:
+    config, seed = settings.ppo, settings.seed
+    train, train_ids, valid, valid_ids = fit_prompts(settings, player)
+    world = settings.data is None
+    message_of = {tuple(ids): prompt for prompt, ids in zip(train, train_ids, strict=True)}
+    trainable = {f"{role}/{n}": p for role in ("policy", "value") for n, p in player.models.trainable(role).items()}
+    optimizer, kl_coef, best, iteration = make_player_optimizer(player), config.kl_coef, {}, log.start
+    if log.saved:
+        tensors, state = log.saved
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(tensors[f"model/{name}"])
+        restore_optimizer(optimizer, tensors, state["optimizer"])
+        kl_coef, best = state["kl_coef"], state["best"]
+
+    def save_state() -> None:
+        tensors, rest = optimizer_tensors(optimizer)
+        tensors |= {f"model/{name}": p for name, p in trainable.items()}
+        log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best})
+
+    bar = tqdm(total=config.iterations, initial=iteration, desc="ppo", disable=None, leave=False)
+    with log.interruptible(save_state, "ppo"), bar:
+        while iteration < config.iterations:
+            drawn = draw_prompts(train_ids, config, seed, iteration)
+            messages = [message_of[tuple(ids)] for ids in drawn] if world else None
+            episodes, stats = iterate(player, drawn, optimizer, kl_coef, seed, iteration)
+            metrics = report(player, episodes, kl_coef, messages) | {f"ppo/{k}": v for k, v in stats.items()}
+            kl_coef = objectives.adaptive_kl(kl_coef, metrics["ppo/kl"], config.kl_target, config.kl_horizon)
+            iteration += 1
+            for alarm in objectives.ppo_alarm(
+                stats["first_ratio"], metrics["ppo/kl"], _stderr(episodes.kl()), stats["clip_fraction"]
+            ):
+                bar.write(f"iteration {iteration}: {alarm}")
+            if iteration % config.sample_every == 0:
+                log.sample(iteration, episode_records(player, episodes, 4, messages))
+            if iteration % config.eval_every == 0 or iteration == config.iterations:
+                true_prompts = valid[: config.eval_prompts] if world else None
+                figures = evaluate_policy(player, valid_ids[: config.eval_prompts], true_prompts, kl_coef)
+                metrics |= {f"val/{key}": value for key, value in figures.items()}
+                if not best or figures["objective"] > best["objective"]:
+                    best = {"step": iteration, **figures}
+                    player.models.save(log.folder, player.tokenizer, {**info, "best": best})
+            log.log(iteration, metrics)
+            if iteration % config.save_every == 0 or iteration == config.iterations:
+                save_state()
+            bar.set_postfix(score=f"{metrics['ppo/score']:.2f}", kl=f"{metrics['ppo/kl']:.2f}")
+            bar.update()
+    return log.finish(best, iteration)
+
+
+def _stderr(x: torch.Tensor) -> float:
+    return float(x.std(correction=0)) / max(1, len(x)) ** 0.5

@@ -1,0 +1,114 @@
+"""Stage 1, pretraining: predict the next token of running text, from random weights.
+
+Text becomes one long file of token ids; a training record is a window of it (LLaMA, arXiv:2302.13971, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checkpoint
+from ..config import Settings, to_json
+from ..data import sources
+from ..data.batches import Batch, open_tokens, window_batch, window_order, write_tokens
+from ..data.tokenizer import Tokenizer
+from ..model.generate import sample
+from ..model.llama import Llama
+from ..rlhf.objectives import correct_sum, cross_entropy_sum
+from . import records
+from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, pick_device
+
+
+def language_model_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Cross-entropy summed over the batch's targets in nats, and the number of targets guessed right."""
+    logits = model(batch.tokens, segments=batch.segments)  # (B, T, V)
+    loss, _ = cross_entropy_sum(logits, batch.targets, batch.loss_mask)
+    return loss, {"accuracy": float(correct_sum(logits.detach(), batch.targets, batch.loss_mask))}
+
+
+def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: str = "fp32") -> dict[str, float]:
+    """Token-weighted loss (nats), accuracy and perplexity over batches."""
+    device = next(model.parameters()).device
+    loss = accuracy = weight = 0.0
+    for batch in batches:
+        with torch.no_grad(), autocast(precision, device):
+            total, parts = language_model_loss(model, batch.to(device))
+        loss, accuracy, weight = loss + float(total), accuracy + parts["accuracy"], weight + batch.weight
+    mean = loss / max(1.0, weight)
+    return {"loss": mean, "accuracy": accuracy / max(1.0, weight), "perplexity": math.exp(min(mean, 50.0))}
+
+
+def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap, np.memmap]:
+    """The vocabulary and the token files (training, held out), made once and reused when nothing has changed."""
+    stamp = f"{settings.seed} {settings.data} {settings.init}\n{to_json(settings.tokenizer)}\n{to_json(settings.world)}"
+    stamp_file = folder / "made_from.txt"
+    if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp):
+        train, valid = records.texts(settings)
+        tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
+        tokenizer.save(folder)
+        for name, texts in (("train", train), ("valid", valid)):
+            ids = ([*tokenizer.encode(text), tokenizer.eos_id] for text in texts)
+            write_tokens(folder / f"{name}.bin", ids, tokenizer.vocab_size)
+        checkpoint.write_text(stamp_file, stamp)
+    tokenizer = Tokenizer.load(folder)
+    return tokenizer, *(open_tokens(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "valid"))
+
+
+def train_tokenizer(settings: Settings, corpus: Sequence[str]) -> Tokenizer:
+    """A SentencePiece vocabulary from the corpus, or from `--tokenizer.files` where some are given."""
+    texts = list(corpus)
+    if settings.tokenizer.files:
+        texts = [text for file in settings.tokenizer.files for text in sources.as_texts(sources.read(file))]
+    return Tokenizer.train(texts, settings.tokenizer.vocab_size, settings.tokenizer.max_chars)
+
+
+def run(settings: Settings, watch: Watch | None = None) -> StageResult:
+    """Pretrain from random weights, or go on from `settings.init`. Returns where the run folder is."""
+    config, folder = settings.pretrain, settings.out_dir / settings.pretrain.name
+    device = pick_device(settings.device)
+    with checkpoint.stage_lock(folder):
+        log = RunLog(folder, settings, watch)
+        tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
+        if settings.init:
+            model, _ = checkpoint.load(settings.init, device)
+        else:
+            shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
+            model = Llama(shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
+        starts = {}  # epoch -> window offsets; only the current epoch is kept
+
+        def batch(epoch: int, indices: Sequence[int]) -> Batch:
+            if epoch not in starts:
+                starts.clear()
+                starts[epoch] = window_order(len(train), config.seq_len, settings.seed, epoch)
+            return window_batch(train, starts[epoch][list(indices)], config.seq_len)
+
+        def validate() -> dict[str, float]:
+            order = np.sort(window_order(len(valid), config.seq_len, 0, 0)[: config.loop.eval_batches * size])
+            batches = (window_batch(valid, order[i : i + size], config.seq_len) for i in range(0, len(order), size))
+            return language_model_metrics(model, batches, config.loop.precision)
+
+        def sample_texts() -> list[dict[str, Any]]:
+            generator = torch.Generator(device).manual_seed(settings.seed)
+            starts_with = [tokenizer.encode(text[:40]) for text in ("Tom ", "What is", "The ")]
+            made = sample(
+                model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+                temperature=0.8, generator=generator,
+            )  # fmt: skip
+            return [{"text": tokenizer.decode([*p, *made.tokens[i][made.mask[i]].tolist()])} for i, p in enumerate(starts_with)]
+
+        def save(best: dict[str, float]) -> None:
+            checkpoint.save_full(folder, model, tokenizer, {"stage": "pretrain", "seed": settings.seed, "best": best})
+
+        size = config.loop.batch_size
+        n_windows = len(window_order(len(train), config.seq_len, 0, 0))
+        stage = Supervised(
+            "pretrain", model, config.optim, config.loop, n_windows, None, batch, language_model_loss, validate,
+            sample_texts, save,
+        )  # fmt: skip
+        return fit(stage, log, settings)

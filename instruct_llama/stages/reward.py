@@ -1,0 +1,177 @@
+"""Stage 3, the reward model: a scalar head that learns from ranked answers which of two is better.
+
+InstructGPT (arXiv:2203.02155, section 3.5): all K(K-1)/2 pairs of one prompt's answers come from one forward pass.
+Comparisons among the SFT model's own samples teach it the mistakes that PPO will meet.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoint
+from ..config import PPOConfig, RewardConfig, Settings, UserError
+from ..data import tinychat
+from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch
+from ..data.tokenizer import Tokenizer
+from ..model import lora
+from ..model.llama import Llama, ScalarLlama
+from ..rlhf import rollout
+from ..rlhf.objectives import pair_differences, ranking_loss, score_at_end
+from . import records
+from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, freeze_first, pick_device
+
+Ranked = list[list[int]]  # prompt with completion as token ids, best first
+
+
+def reward_loss(model: ScalarLlama, batch: RankedBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Ranking loss summed over prompts, and sums over prompts of what to log."""
+    scores = score_at_end(model(batch.tokens), batch.ends)  # (N,)
+    differences, weights = pair_differences(scores.detach(), batch.prompt, batch.rank)
+    accuracy = (weights * (differences > 0)).sum()
+    return ranking_loss(scores, batch.prompt, batch.rank) * batch.weight, {"accuracy": float(accuracy)}
+
+
+def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision: str = "fp32") -> dict[str, float]:
+    """Loss per prompt, pair accuracy, and mean and deviation of the scores of better and worse answers."""
+    device = next(model.parameters()).device
+    chosen, rejected, loss, prompts = [], [], 0.0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        with torch.no_grad(), autocast(precision, device):
+            scores = score_at_end(model(batch.tokens), batch.ends).float()  # (N,)
+        loss += float(ranking_loss(scores, batch.prompt, batch.rank)) * batch.weight
+        prompts += batch.weight
+        pairs = (batch.prompt[:, None] == batch.prompt) & (batch.rank[:, None] < batch.rank)  # (N, N)
+        better, worse = pairs.nonzero(as_tuple=True)
+        chosen.append(scores[better])
+        rejected.append(scores[worse])
+    good, bad = torch.cat(chosen), torch.cat(rejected)
+    return {
+        "loss": loss / max(1, prompts),
+        "accuracy": float(((good > bad).float() + 0.5 * (good == bad).float()).mean()),
+        "pairs": float(len(good)),
+        "chosen_mean": float(good.mean()),
+        "chosen_std": float(good.std(correction=0)),
+        "rejected_mean": float(bad.mean()),
+        "rejected_std": float(bad.std(correction=0)),
+        "gap": float((good - bad).mean()),
+    }
+
+
+def sample_comparisons(
+    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, temperature: float, seed: int
+) -> list[dict[str, Any]]:
+    """Answers that the SFT model itself gives, ranked by the noisy labeller; equal and endless ones are left out."""
+    generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
+    labeller, made = random.Random(seed), []
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.answers)]
+    play = replace(PPOConfig(), max_new_tokens=64, rollout_batch=256)
+    episodes = rollout.play(policy, encoded, tokenizer, play, generator)
+    texts = [tokenizer.decode(a[m][:-1].tolist()) for a, m in zip(episodes.answers, episodes.mask, strict=True)]
+    for i, prompt in enumerate(prompts):
+        mine = range(i * config.answers, (i + 1) * config.answers)
+        answers = list(dict.fromkeys(texts[j] for j in mine if episodes.ended[j]))
+        if len(answers) >= 2:
+            made.append({"prompt": prompt, "completions": tinychat.rank(prompt, answers, temperature, labeller)})
+    return made
+
+
+def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> list[Ranked]:
+    """Token ids of the comparisons that fit. Raises `UserError` when none does."""
+    fitted = [fit_comparison(tokenizer, c["prompt"], c["completions"], seq_len) for c in comparisons]
+    kept = [item for item in fitted if item is not None]
+    if not kept:
+        raise UserError(f"None of the {len(fitted)} comparisons fits reward.seq_len {seq_len}: raise it, say twofold.")
+    if len(kept) < len(fitted):
+        print(f"{len(fitted) - len(kept)} of {len(fitted)} comparisons are longer than {seq_len} tokens: dropped.")
+    return kept
+
+
+def fit_normaliser(
+    model: ScalarLlama, policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int
+) -> dict[str, float]:
+    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21)."""
+    generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
+    encoded = [fit_prompt(tokenizer, prompt, config.seq_len) for prompt in prompts]
+    encoded = [ids for ids in encoded if ids is not None][: config.normalise_samples]
+    play = replace(PPOConfig(), max_new_tokens=64, score_clip=0.0)
+    with torch.no_grad():
+        episodes = rollout.play(policy, encoded, tokenizer, play, generator)
+        scores = rollout.score(model, episodes, play, mean=0.0, scale=1.0)
+    scores = scores[episodes.ended] if bool(episodes.ended.any()) else scores
+    return {"mean": float(scores.mean()), "scale": max(1e-3, float(scores.std(correction=0)))}
+
+
+def prepare(base: Llama, settings: Settings) -> ScalarLlama:
+    """A scalar model over the base's trunk; with adapters, only they and the head train."""
+    config = settings.reward
+    model = checkpoint.scalar_from(base)
+    lora.quantise(model, config.quant)
+    if config.lora.rank:
+        lora.add_adapter(model, "reward", config.lora, torch.Generator().manual_seed(settings.seed))
+        lora.use_adapter(model, "reward")
+        model.scalar_head.weight.requires_grad_(True)
+    freeze_first(model, config.freeze_layers)
+    return model
+
+
+def gather(
+    settings: Settings, policy: Llama, tokenizer: Tokenizer
+) -> tuple[list[Ranked], list[Ranked]]:
+    """Training and held-out comparisons as tokens: labellers' answers, and the share sampled from the SFT model."""
+    config, temperature = settings.reward, settings.world.temperature
+    train, valid = records.comparisons(settings)
+    if not settings.data and config.sample_share > 0:
+        n_sampled = round(len(train) * config.sample_share)
+        prompts = tinychat.prompts(settings.seed + 1, n_sampled, split="train")
+        own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed)
+        train = [*train[: len(train) - n_sampled], *own]
+    return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
+
+
+def run(settings: Settings, watch: Watch | None = None) -> StageResult:
+    """Train from `settings.init`, else from the SFT (or pretraining) of the same preset."""
+    config = settings.reward
+    folder, device = settings.out_dir / config.run_name, pick_device(settings.device)
+    base = Path(settings.init) if settings.init else checkpoint.require(config.init_from, settings)
+    sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
+    with checkpoint.stage_lock(folder):
+        log = RunLog(folder, settings, watch)
+        (start, tokenizer), (policy, _) = checkpoint.load(base, device), checkpoint.load(sft, device)
+        train, valid = gather(settings, policy, tokenizer)
+        model = prepare(start, settings)
+        size = config.loop.batch_size
+        valid = valid[: config.loop.eval_batches * size]
+        valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]
+        norm_prompts = records.prompts(settings)[0][: config.normalise_samples]
+
+        def batch(epoch: int, indices: Sequence[int]) -> RankedBatch:
+            return ranked_batch([train[i] for i in indices], tokenizer.pad_id)
+
+        def sample_scores() -> list[dict[str, Any]]:
+            item = ranked_batch(valid[:3], tokenizer.pad_id).to(device)
+            scores = score_at_end(model(item.tokens), item.ends).tolist()
+            ids = [sequence for ranked in valid[:3] for sequence in ranked]
+            return [{"text": tokenizer.decode(i), "score": s, "rank": int(r)} for i, s, r in zip(ids, scores, item.rank, strict=True)]
+
+        def save(best: dict[str, float]) -> None:
+            norm = fit_normaliser(model, policy, tokenizer, norm_prompts, config, settings.seed)
+            info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm}
+            if config.lora.rank:
+                lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
+                checkpoint.save_adapter(folder, model, "reward", base, tokenizer, {**info, **lora_info})
+            else:
+                checkpoint.save_full(folder, model, tokenizer, info)
+
+        lengths = [max(len(ids) for ids in item) for item in train]
+        stage = Supervised(
+            "reward", model, config.optim, config.loop, len(train), lengths, batch, reward_loss,
+            lambda: reward_metrics(model, valid_batches, config.loop.precision), sample_scores, save,
+        )  # fmt: skip
+        return fit(stage, log, settings)

@@ -1,0 +1,89 @@
+"""Stage 2, supervised fine-tuning: imitate demonstrations. Full weights, LoRA, or LoRA over a 4-bit base (QLoRA).
+
+The loss is pretraining's; only the mask differs: it counts the assistant's tokens and their end, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoint
+from ..config import Settings, UserError
+from ..data import tinychat
+from ..data.batches import Batch, dialog_batch, fit_dialog
+from ..data.tokenizer import Tokenizer
+from ..model import lora
+from ..model.generate import generate
+from ..model.llama import Llama
+from . import records
+from .pretrain import language_model_loss, language_model_metrics
+from .trainer import RunLog, StageResult, Supervised, Watch, fit, freeze_first, pick_device
+
+Dialog = tuple[list[int], list[bool]]  # token ids and loss mask
+
+
+def encode(tokenizer: Tokenizer, dialogs: Sequence[Any], seq_len: int) -> list[Dialog]:
+    """Token ids and masks of the dialogs that fit. Raises `UserError` when none does."""
+    fitted = [fit_dialog(tokenizer, messages, seq_len) for messages in dialogs]
+    kept = [dialog for dialog in fitted if dialog is not None]
+    if not kept:
+        raise UserError(f"None of the {len(fitted)} dialogs fits seq_len {seq_len}: raise it, for example twofold.")
+    if len(kept) < len(fitted):
+        print(f"{len(fitted) - len(kept)} of {len(fitted)} dialogs are longer than seq_len {seq_len} and were dropped.")
+    return kept
+
+
+def prepare(model: Llama, settings: Settings) -> Llama:
+    """Choose what trains: everything, all but the first layers, or adapters (over a 4-bit base)."""
+    config = settings.sft
+    lora.quantise(model, config.quant)
+    if config.lora.rank:
+        lora.add_adapter(model, "sft", config.lora, torch.Generator().manual_seed(settings.seed))
+        lora.use_adapter(model, "sft")
+    freeze_first(model, config.freeze_layers)
+    return model
+
+
+def run(settings: Settings, watch: Watch | None = None) -> StageResult:
+    """Fine-tune from `settings.init`, else from the pretraining of the same preset."""
+    config = settings.sft
+    folder = settings.out_dir / config.run_name
+    base = Path(settings.init) if settings.init else checkpoint.require("pretrain", settings)
+    with checkpoint.stage_lock(folder):
+        log = RunLog(folder, settings, watch)
+        model, tokenizer = checkpoint.load(base, pick_device(settings.device))
+        model = prepare(model, settings)
+        train, valid = (encode(tokenizer, dialogs, config.seq_len) for dialogs in records.demonstrations(settings))
+        size, pack_len = config.loop.batch_size, config.seq_len if config.pack else None
+        valid = valid[: config.loop.eval_batches * size]
+
+        def batch(epoch: int, indices: Sequence[int]) -> Batch:
+            return dialog_batch([train[i] for i in indices], tokenizer.pad_id, pack_len)
+
+        def validate() -> dict[str, float]:
+            batches = (dialog_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size))
+            return language_model_metrics(model, batches, config.loop.precision)
+
+        def sample_answers() -> list[dict[str, Any]]:
+            prompts = tinychat.FIXED_PROMPTS if not settings.data else records.prompts(settings)[1][:3]
+            answers = generate(model, tokenizer, prompts, max_new_tokens=48, seed=settings.seed)
+            return [{"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)]
+
+        def save(best: dict[str, float]) -> None:
+            info = {"stage": "sft", "seed": settings.seed, "best": best}
+            if config.lora.rank:
+                lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
+                checkpoint.save_adapter(folder, model, "sft", base, tokenizer, {**info, **lora_info})
+            else:
+                checkpoint.save_full(folder, model, tokenizer, info)
+
+        lengths = [len(ids) for ids, _ in train]
+        stage = Supervised(
+            "sft", model, config.optim, config.loop, len(train), lengths, batch, language_model_loss, validate,
+            sample_answers, save,
+        )  # fmt: skip
+        return fit(stage, log, settings)

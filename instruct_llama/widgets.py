@@ -1,0 +1,348 @@
+"""Viewers to play with, which also speak without a front end.
+
+Each shows one picture or table for its default settings, as PNG or HTML. Before a live notebook front end it adds
+controls that redraw that same picture in place. So a saved notebook or HTML page holds ordinary pictures, and where
+no one can move a slider (nbconvert, nbmake, the tour) not one ipywidget is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from html import escape
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+from IPython import get_ipython
+from IPython.display import display
+from torch import Tensor
+
+from .config import ModelConfig, UserError, check
+from .model.generate import evaluating, filter_logits, generate
+from .model.llama import attention_weights
+from .plots import HATCHES, attention_grid, bars, codebook, rope_picture
+from .style import COLOURS, Picture, panels, shade, style, visible
+
+BOX = "color:#111;background:#fff;border:1px solid #999;padding:4px 8px;text-align:left;white-space:pre-wrap"
+
+
+class Page:
+    """A piece of HTML, and the same as plain text for where there is no HTML. Make it from escaped text only."""
+
+    def __init__(self, html: str, text: str) -> None:
+        self.html, self.text = html, text
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def is_live() -> bool:
+    """Whether someone's notebook front end runs this cell, so that controls make sense.
+
+    INSTRUCT_LLAMA_STATIC=1 says no and =0 says yes. Otherwise: JupyterLab, Notebook and VS Code name the cell in
+    their request to the kernel; nbclient, which runs notebooks for nbconvert, nbmake and the tour, does not.
+    """
+    choice = os.environ.get("INSTRUCT_LLAMA_STATIC", "")
+    if choice:
+        return choice == "0"
+    kernel = getattr(get_ipython(), "kernel", None)
+    return kernel is not None and bool((kernel.get_parent("shell") or {}).get("metadata", {}).get("cellId"))
+
+
+def _slider(value: float, low: float, high: float, step: float = 1) -> partial:
+    kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
+    return partial(kind, value=value, min=low, max=high, step=step, continuous_update=False)
+
+
+def _choice(value: Any, options: Sequence[Any]) -> partial:
+    return partial(ipywidgets.Dropdown, value=value, options=options)
+
+
+def _show(draw: Callable[..., Any], **controls: partial) -> None:
+    """Displays `draw` of every control's default; before a live front end also the controls, which redraw it."""
+    if not is_live():
+        display(draw(**{name: control.keywords["value"] for name, control in controls.items()}))
+        return
+    made = {name: control(description=name.replace("_", " ")) for name, control in controls.items()}
+
+    display(ipywidgets.VBox(list(made.values())))
+    handle = display(_drawn(draw, made), display_id=True)
+    for widget in made.values():
+        widget.observe(lambda _: handle.update(_drawn(draw, made)), names="value")
+
+
+def _drawn(draw: Callable[..., Any], made: Mapping[str, Any]) -> Any:
+    try:
+        return draw(**{name: widget.value for name, widget in made.items()})
+    except UserError as error:  # in a callback it would end in a log that nobody reads
+        return Page(f"<p>{escape(str(error))}</p>", str(error))
+
+
+def _encode(model: Any, tokenizer: Any, prompt: Any, chat: bool) -> Tensor:
+    ids = tokenizer.encode_prompt(prompt) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return torch.tensor([ids], device=next(model.parameters()).device)  # (1, T)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def sampling_picture(logits: Tensor, tokenizer: Any, temperature: float, top_k: int, top_p: float) -> Picture:
+    """The likeliest next tokens: what the model says beside what is sampled from. `logits` is (V,)."""
+    kept = filter_logits(logits, temperature, top_k, top_p).exp()  # (V,)
+    model_says = logits.float().softmax(-1)
+    ids = model_says.topk(min(8, len(logits))).indices.tolist()
+    pairs = zip(ids, tokenizer.pieces(ids), strict=True)
+    values = {f"{visible(piece)[:10]}\n{i}": (float(model_says[i]), float(kept[i])) for i, piece in pairs}
+    entropy = float(torch.special.entr(kept).sum()) + 0.0  # no minus before a zero
+    title = (f"temperature {temperature:g}, top-k {top_k or 'all'}, top-p {top_p:g}: {int((kept > 0).sum())} of "
+             f"{len(logits)} tokens can be drawn, entropy {entropy:.2f} nats")  # fmt: skip
+    return bars(values, ylabel="probability (share)", xlabel="next token and its id", title=title, number="{:.2f}",
+                series=("the model", "sampled from"))  # fmt: skip
+
+
+def sampling_playground(model: Any, tokenizer: Any, prompt: Any, *, temperature: float = 0.7, top_k: int = 0,
+                        top_p: float = 0.9, chat: bool = True) -> None:  # fmt: skip
+    """What temperature, top-k and top-p do to the next token after `prompt` (with `chat=False`, raw running text)."""
+    tokens = _encode(model, tokenizer, prompt, chat)
+    with evaluating(model), torch.no_grad():
+        logits = model(tokens)[0, -1].float().cpu()  # (V,)
+    _show(
+        lambda **settings: sampling_picture(logits, tokenizer, **settings),
+        temperature=_slider(temperature, 0.0, 2.0, 0.05),
+        top_k=_slider(top_k, 0, min(50, len(logits))),
+        top_p=_slider(top_p, 0.05, 1.0, 0.05),
+    )
+
+
+def attention_viewer(model: Any, tokenizer: Any, text: Any, *, layer: int = 0, head: int | str = "all",
+                     chat: bool = True) -> None:  # fmt: skip
+    """Who looks at whom in `text`, layer by layer and head by head."""
+    tokens = _encode(model, tokenizer, text, chat)
+    with evaluating(model):
+        weights = [layer[0].float().cpu() for layer in attention_weights(model, tokens)]  # each (H, T, T)
+    pieces, heads = tokenizer.pieces(tokens[0].tolist()), list(range(len(weights[0])))
+
+    def draw(layer: int, head: int | str) -> Picture:
+        chosen = heads if head == "all" else [head]
+        names = [f"head {index}" for index in chosen]
+        return attention_grid(weights[layer][chosen], pieces, title=f"layer {layer}", names=names)
+
+    _show(draw, layer=_slider(layer, 0, len(weights) - 1), head=_choice(head, ["all", *heads]))
+
+
+def rope_viewer(head_dim: int = 32, theta: float = 10_000.0, *, length: int = 128) -> None:
+    """How fast rotary positions turn, and how the match of two equal vectors fades with their distance."""
+    _show(
+        rope_picture,
+        head_dim=_choice(head_dim, sorted({8, 16, 32, 64, 128, head_dim})),
+        theta=_choice(theta, sorted({100.0, 1_000.0, 10_000.0, 100_000.0, 500_000.0, theta})),
+        length=_slider(length, 16, 2048, 16),
+    )
+
+
+# ---------------------------------------------------------------- LoRA and 4-bit
+
+
+def scale_blocks(weights: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Weights in blocks, each divided by its largest magnitude: (blocks, block_size) in [-1, 1], scales (blocks, 1).
+
+    A last block that is not full is left out, unless it is the only one.
+    """
+    flat = weights.detach().float().cpu().flatten()
+    block_size = min(block_size, len(flat))
+    blocks = flat[: len(flat) // block_size * block_size].view(-1, block_size)
+    scales = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
+    return blocks / scales, scales
+
+
+def rounding_error(scaled: Tensor, scales: Tensor, codes: Tensor) -> float:
+    """What rounding every weight to the nearest code changes: |error| / |weights|, both Euclidean norms."""
+    codes = codes.sort().values
+    nearest = codes[torch.bucketize(scaled, (codes[1:] + codes[:-1]) / 2)]
+    return float(((nearest - scaled) * scales).norm() / (scaled * scales).norm())
+
+
+def nf4_explorer(weights: Tensor, *, block_size: int = 64) -> None:
+    """The 16 values of NF4 and FP4 under a histogram of real weights, and what the size of a block costs and saves."""
+    from bitsandbytes.functional import get_4bit_type  # slow to import, and needed nowhere else here
+
+    nf4, fp4 = (get_4bit_type(kind, device="cpu") for kind in ("nf4", "fp4"))
+    weights = weights.detach().flatten()[: 1 << 20]  # a million are enough for a histogram
+
+    def draw(block_size: int) -> Picture:
+        scaled, scales = scale_blocks(weights, block_size)
+        errors = [rounding_error(scaled, scales, codes) for codes in (nf4, fp4)]
+        title = f"blocks of {block_size}: {4 + 32 / block_size:.2f} bits a weight; rounding error "
+        return codebook(nf4, fp4, weights=scaled, title=title + "NF4 {:.1%}, FP4 {:.1%}".format(*errors))
+
+    _show(draw, block_size=_choice(block_size, sorted({16, 32, 64, 128, 256, 512, 1024, 4096, block_size})))
+
+
+def training_memory(config: ModelConfig, rank: int, block_size: int = 64) -> dict[str, dict[str, float]]:
+    """Bytes that training keeps, activations aside: {method: {part: bytes}} for full, LoRA and QLoRA training.
+
+    Trained weights are fp32 with a gradient and AdamW's two moments, 16 bytes each. A frozen base takes 2 bytes a
+    weight, or under QLoRA (arXiv:2305.14314) 4 bits and a doubly quantised scale per block; embeddings stay 16-bit.
+    """
+    d, f, kv = config.dim, config.ffn_dim, config.dim // config.n_heads * config.n_kv_heads
+    shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]  # wq wk wv wo w_gate w_up w_down: (out, in)
+    blocks = config.n_layers * sum(a * b for a, b in shapes)
+    rest = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    adapters = config.n_layers * rank * sum(a + b for a, b in shapes)
+    bits = 4 + 8 / block_size + 32 / (block_size * 256)
+    trained = {"trained weights": 4.0, "gradients": 4.0, "AdamW": 8.0}
+    return {
+        "full": {"frozen base": 0.0} | {part: n * (blocks + rest) for part, n in trained.items()},
+        "LoRA": {"frozen base": 2.0 * (blocks + rest)} | {part: n * adapters for part, n in trained.items()},
+        "QLoRA": {"frozen base": blocks * bits / 8 + 2.0 * rest} | {part: n * adapters for part, n in trained.items()},
+    }
+
+
+@style()
+def memory_picture(config: ModelConfig, rank: int) -> Picture:
+    """The three methods' memory at `rank`, and how the adapters' share of it grows with the rank."""
+    memory = training_memory(config, rank)
+    scale, unit = (2**30, "GiB") if sum(memory["full"].values()) > 2**30 else (2**20, "MiB")
+    figure, (left, right) = panels(1, 2, width_ratios=(3, 2))
+    for y, parts in enumerate(memory.values()):
+        at = 0.0
+        for i, (part, size) in enumerate(parts.items()):
+            left.barh(y, size / scale, left=at, color=COLOURS[i], hatch=HATCHES[i], edgecolor="white", alpha=0.8,
+                      label="" if y else part)  # fmt: skip
+            at += size / scale
+        left.text(at, y, f" {at:.3g} {unit}", va="center", fontsize=8)
+    left.set_yticks(range(3), list(memory))
+    left.set(xlabel=f"memory ({unit}, without activations)", title=f"rank {rank}")
+    left.margins(x=0.25)
+    left.invert_yaxis()
+    left.legend(fontsize=7, loc="lower right")
+    ranks = 2 ** np.arange(0, 9)
+    adapter = [sum(list(training_memory(config, int(r))["QLoRA"].values())[1:]) / scale for r in ranks]
+    right.plot(ranks, adapter, "-o", color=COLOURS[1], label="adapters, trained")
+    right.axhline(memory["QLoRA"]["frozen base"] / scale, color="0.3", linestyle=":", label="4-bit base")
+    right.axvline(rank, color="0.3", linewidth=0.8)
+    right.set_xscale("log", base=2)
+    right.set(xlabel="rank", ylabel=f"memory ({unit})", ylim=(0, None), title="QLoRA")
+    right.legend(fontsize=7)
+    return figure
+
+
+def rank_memory(config: ModelConfig, *, rank: int = 8) -> None:
+    """What full, LoRA and QLoRA training of a model of this shape keep in memory, by the adapters' rank."""
+    _show(lambda rank: memory_picture(config, rank), rank=_slider(rank, 1, 256))
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _words(prompt: Any) -> str:
+    if isinstance(prompt, str) or len(prompt) == 1:
+        return prompt if isinstance(prompt, str) else prompt[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _strip(title: str, pieces: Sequence[str], values: Sequence[float]) -> str:
+    scale = max((abs(value) for value in values), default=0.0) or 1.0
+    style = "display:inline-block;margin:1px;padding:0 3px;border:1px solid #999;text-align:center;color:#111"
+    cells = "".join(
+        f'<span style="{style};font-family:monospace;background:{shade(value / scale)}">{escape(visible(piece))}'
+        f"<br><small>{round(value, 2) + 0.0:+.2f}</small></span>"
+        for piece, value in zip(pieces, values, strict=True)
+    )
+    return f'<div style="margin:4px 0"><small>{escape(title)}</small><br>{cells}</div>'
+
+
+STRIPS = {"kl": "KL to the reference (nats per token)", "rewards": "reward (score units per token)",
+          "values": "value (score units)", "advantages": "advantage (deviations)"}  # fmt: skip
+
+
+def episode_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rewards"), tokenizer: Any = None) -> Page:
+    """One episode of `samples.jsonl`: prompt, answer, scores, and its tokens coloured by each of `strips`."""
+    pieces = episode.get("pieces") or tokenizer.pieces(tokenizer.encode(episode["response"]))
+    strips = [name for name in strips if episode.get(name)]
+    facts = [f"iteration {episode['step']}"] if "step" in episode else []
+    scores = {name.replace("_", " "): episode.get(name) for name in ("score", "true_reward")}
+    facts += [f"{name} {value:.2f}" for name, value in scores.items() if value is not None]
+    facts += [f"KL {sum(episode['kl']):.2f} nats", f"{len(episode['kl'])} tokens"] if episode.get("kl") else []
+    head, prompt = ", ".join(facts), _words(episode["prompt"])
+    html = f"<p><b>{escape(head)}</b></p>"
+    html += "".join(f'<div style="{BOX}">{escape(text)}</div>' for text in (prompt, episode["response"]))
+    html += "".join(_strip(STRIPS[name], pieces, episode[name]) for name in strips)
+    rows = [" " * 16 + "".join(f"{name:>12}" for name in strips)] + [
+        f"{visible(piece):16}" + "".join(f"{round(value, 2) + 0.0:+12.2f}" for value in values)
+        for piece, *values in zip(pieces, *(episode[name] for name in strips), strict=True)
+    ]
+    return Page(html, "\n".join([head, f"prompt: {prompt}", f"answer: {episode['response']}", *rows]))
+
+
+def rollout_browser(episodes: Sequence[Mapping[str, Any]], tokenizer: Any = None, *, count: int = 3) -> None:
+    """PPO's logged episodes: `count` from the first iteration to the last, or of one iteration, coloured by token.
+
+    An episode is a record of `samples.jsonl`; `tokenizer` is needed only where a record has no "pieces".
+    """
+    check(len(episodes) > 0, "rollout_browser was given no episodes: read them from the run's samples.jsonl.")
+    spread = sorted({round(i) for i in np.linspace(0, len(episodes) - 1, count)})
+
+    def draw(iteration: int | None, colour: tuple[str, ...]) -> Page:
+        at = spread if iteration is None else [i for i, e in enumerate(episodes) if e["step"] == iteration][:count]
+        pages = [episode_page(episodes[i], colour, tokenizer) for i in at]
+        return Page("<hr>".join(page.html for page in pages), "\n\n".join(page.text for page in pages))
+
+    colours = [("KL and reward", ("kl", "rewards")), *((STRIPS[name], (name,)) for name in STRIPS)]
+    iterations = [("first to last", None), *((str(step), step) for step in sorted({e["step"] for e in episodes}))]
+    _show(draw, iteration=_choice(None, iterations), colour=_choice(("kl", "rewards"), colours))
+
+
+def answers_page(answers: Mapping[str, Sequence[str]], prompts: Sequence[Any]) -> Page:
+    """A table: a row for each prompt, a column for each model; `answers` is {model: answers in the prompts' order}."""
+    rows = [[_words(prompt), *row] for prompt, *row in zip(prompts, *answers.values(), strict=True)]
+    rows.insert(0, ["prompt", *answers])
+    cells = [[f'<td style="{BOX};vertical-align:top">{escape(text)}</td>' for text in row] for row in rows]
+    html = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    texts = ["\n".join(map(": ".join, zip(rows[0], row, strict=True))) for row in rows[1:]]
+    return Page(f"<table>{html}</table>", "\n\n".join(texts))
+
+
+def compare_chat(models: Mapping[str, tuple[Any, Any]], prompt: Any, *, max_new_tokens: int = 64,
+                 temperature: float = 0.0, seed: int = 0) -> None:  # fmt: skip
+    """Any stage beside any other: `models` is {name: (model, tokenizer)}; all answer `prompt`, or a list of prompts.
+
+    Live, two menus choose who answers what is typed. A prompt is a str or a list of messages.
+    """
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], Mapping) else list(prompt)
+
+    def ask(names: Sequence[str], prompts: Sequence[Any]) -> Page:
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        return answers_page({name: generate(*models[name], prompts, **options) for name in names}, prompts)
+
+    handle = display(ask(list(models), prompts), display_id=True)
+    if is_live():
+        _chat_controls(
+            lambda left, right, text: ask(list(dict.fromkeys((left, right))), [text]),  # one column where both agree
+            handle, list(models), _words(prompts[-1]),
+        )  # fmt: skip
+
+
+def _chat_controls(answer: Callable[..., Page], handle: Any, names: list[str], text: str) -> None:
+    made = {
+        "left": ipywidgets.Dropdown(options=names, value=names[0], description="left"),
+        "right": ipywidgets.Dropdown(options=names, value=names[-1], description="right"),
+        "text": ipywidgets.Textarea(value=text, layout=ipywidgets.Layout(width="90%")),
+    }
+    button = ipywidgets.Button(description="answer")
+
+    def clicked(_: Any) -> None:
+        button.disabled = True
+        try:
+            handle.update(_drawn(answer, made))
+        finally:
+            button.disabled = False
+
+    button.on_click(clicked)
+    display(ipywidgets.VBox([*made.values(), button]))

@@ -1,0 +1,387 @@
+"""The house rules of the project, read off its files: layout, packaging, import directions, sizes, forbidden calls.
+
+Nothing is executed here but git and ruff: the rules are checked on syntax trees, so each failure names file and line.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from instruct_llama import doctor
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10; pytest brings the same parser under its old name
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "instruct_llama"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+TOP_LEVEL = {
+    "README.md", "environment.yml", "pyproject.toml", "LICENSE", "notebooks", "instruct_llama", "data", "checkpoints",
+    "tests", ".ci", ".gitignore",
+}  # fmt: skip
+SECOND_LINE = 'python -m pip install -e ".[test]" && python -m pytest'
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def place(path: Path, node: ast.AST | None = None) -> str:
+    name = path.relative_to(ROOT).as_posix()
+    return f"{name}:{node.lineno}" if node is not None else name
+
+
+def git(*args: str) -> list[str]:
+    """Lines that git prints about this checkout; skips the test where there is none (a downloaded archive)."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def report(what: str, offenders: list[str]) -> None:
+    """Offenders that are not failures, in pytest's summary."""
+    if offenders:
+        warnings.warn(f"{what}: {'; '.join(offenders)}", stacklevel=2)
+
+
+# ---------------------------------------------------------------- layout and packaging
+
+
+def test_the_top_level_has_the_parts_of_the_house_and_no_others():
+    tracked = {line.split("/")[0] for line in git("ls-files")}
+    assert tracked <= TOP_LEVEL, f"not part of the house: {sorted(tracked - TOP_LEVEL)}"
+    assert all((ROOT / name).exists() for name in TOP_LEVEL - {"README.md", "notebooks"})
+
+
+def test_git_ignores_what_the_builders_write_and_keeps_the_readmes():
+    written = ["data/tinychat.jsonl", "checkpoints/tiny/sft/model.safetensors", "notebooks/.ipynb_checkpoints/a.ipynb"]
+    kept = ["data/README.md", "checkpoints/README.md", "instruct_llama/data/tinychat.py", "tests/test_project.py"]
+    assert git("check-ignore", "--no-index", *written, *kept) == written
+
+
+def test_every_folder_of_the_package_is_a_package():
+    folders = {path.parent for path in MODULES}
+    assert [place(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_conda_environment_installs_the_project_itself():
+    lines = (ROOT / "environment.yml").read_text(encoding="utf-8").splitlines()
+    items = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
+    assert items == ["conda-forge", "python=3.11", "pip", "pip:", "-e .[test]"]  # nothing is listed twice
+    assert "name: instruct-llama" in lines
+    assert PROJECT["requires-python"] == ">=3.10,<3.14"
+
+
+def test_the_doctor_wants_what_pyproject_wants():
+    def bounds(low_high: tuple[tuple[int, ...], ...]) -> str:
+        low, high = (".".join(map(str, version)) for version in low_high)
+        return f">={low},<{high}"
+
+    assert PROJECT["requires-python"] == bounds(doctor.PYTHON)
+    assert f"torch{bounds(doctor.TORCH)}" in PROJECT["dependencies"]
+
+
+def test_ci_runs_exactly_the_readmes_second_line_in_a_fresh_environment():
+    script = ROOT / ".ci" / "run"
+    commands = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert commands[-1] == SECOND_LINE
+    assert commands[0] == "set -euo pipefail"
+    assert any(line.startswith("python3 -m venv") for line in commands)
+    assert os.name == "nt" or os.access(script, os.X_OK)
+    readme = ROOT / "README.md"
+    assert not readme.exists() or SECOND_LINE in readme.read_text(encoding="utf-8")
+
+
+DECLARED_AS = {  # import name -> the requirement that brings it, where the two differ
+    "IPython": "ipywidgets", "jupyter_client": "nbclient", "nbformat": "nbclient", "traitlets": "nbclient",
+    "_pytest": "pytest", "xdist": "pytest-xdist", "tomli": "pytest",
+}  # fmt: skip
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w.-]+", line).group() for line in requirements}
+
+
+def third_party(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """Every import of a module that is neither the standard library's nor ours, also inside functions."""
+    for node in ast.walk(tree(path)):
+        found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            found = [node.module]
+        for name in {name.split(".")[0] for name in found} - sys.stdlib_module_names - {"instruct_llama", "tomllib"}:
+            yield node, DECLARED_AS.get(name, name)
+
+
+def test_what_is_imported_is_declared():
+    runtime = names(PROJECT["dependencies"])
+    testing = runtime | names(PROJECT["optional-dependencies"]["test"])
+    wrong = [f"{place(p, node)} {name}" for p in MODULES for node, name in third_party(p) if name not in runtime]
+    wrong += [f"{place(p, node)} {name}" for p in TESTS for node, name in third_party(p) if name not in testing]
+    assert wrong == []
+
+
+def test_the_sources_are_python_3_10():
+    for path in (*MODULES, *TESTS):
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
+
+
+def test_ruff_finds_nothing():
+    folders = ["instruct_llama", "tests", *(["notebooks"] if list(ROOT.glob("notebooks/*.ipynb")) else [])]
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", *folders]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- import directions
+
+# stages -> rlhf -> model, data -> config. `checkpoint` is the files' side of the model. Whatever has no row stands
+# above the pipeline (plots, widgets, evaluate, the command line …) and may import everything but the stages.
+BELOW = {
+    "config": set(),
+    "presets": {"config"},
+    "data": {"config"},
+    "model": {"data", "config"},
+    "checkpoint": {"model", "data", "config"},
+    "rlhf": {"checkpoint", "model", "data", "config"},
+    "stages": {"rlhf", "checkpoint", "model", "data", "config", "evaluate"},
+}
+MAY_IMPORT_STAGES = {
+    "__main__": "the command line runs them",
+    "__init__": "notebooks reach them as il.stages",
+    "checkpoint": "require() trains a missing prerequisite; imported when called, never at import",
+}
+
+
+def part(path: Path) -> str:
+    """The layer a file belongs to: its folder in the package, or its own name."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_parts(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """Every layer of the package that a file imports, however it spells it."""
+    here = ("instruct_llama", *path.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(tree(path)):
+        targets: list[tuple[str, ...]] = []
+        if isinstance(node, ast.ImportFrom):
+            base = here[: -node.level] if node.level else ()
+            module = (*base, *(node.module or "").split(".")) if node.module else base
+            targets = [(*module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            targets = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.Constant) and re.match(r"instruct_llama\.\w+[\w.]*$", str(node.value)):
+            targets = [tuple(str(node.value).split("."))]  # importlib.import_module("instruct_llama.stages…")
+        for target in targets:
+            if target[0] == "instruct_llama" and len(target) > 1:
+                yield node, target[1]
+
+
+def test_imports_point_one_way():
+    layers = {part(path) for path in MODULES}
+    wrong = []
+    for path in MODULES:
+        mine = part(path)
+        allowed = BELOW.get(mine, layers - {"stages", "__main__"}) | {mine}
+        if mine in MAY_IMPORT_STAGES:
+            allowed = allowed | {"stages"}
+        wrong += [
+            f"{place(path, node)} imports {target}"
+            for node, target in imported_parts(path)
+            if target in layers and target not in allowed
+        ]
+    assert wrong == []
+
+
+def test_only_the_listed_modules_import_the_stages():
+    users = {part(path) for path in MODULES for _, target in imported_parts(path) if target == "stages"}
+    assert users - {"stages"} <= set(MAY_IMPORT_STAGES)
+    at_import = [node for node in tree(PACKAGE / "checkpoint.py").body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("stages" in ast.unparse(node) for node in at_import)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def length(function: ast.FunctionDef) -> int:
+    """Lines of a function, its docstring apart."""
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)
+
+
+def test_the_package_is_thin():
+    sizes = {place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    report("modules over 350 lines", [f"{name} {n}" for name, n in sizes.items() if n > 350])
+    assert {name: n for name, n in sizes.items() if n > 420} == {}
+    total = sum(sizes.values())
+    report("package over 4,500 lines", [f"{total:,}"] if total > 4_500 else [])
+    assert total < 5_000, f"the package has {total:,} lines"
+
+
+def test_functions_are_short():
+    sizes = {f"{place(path, f)} {f.name}": length(f) for path in MODULES for f in functions(path)}
+    report("functions over 40 lines", [f"{name} {n}" for name, n in sizes.items() if n > 40])
+    assert {name: n for name, n in sizes.items() if n > 60} == {}
+
+
+def test_public_names_are_documented():
+    missing = [place(path) for path in MODULES if path.stat().st_size and not ast.get_docstring(tree(path))]
+    for path in MODULES:
+        for node in tree(path).body:
+            kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            if isinstance(node, kinds) and not node.name.startswith("_") and not ast.get_docstring(node):
+                missing.append(f"{place(path, node)} {node.name}")
+    assert missing == []
+
+
+# ---------------------------------------------------------------- forbidden calls
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call with its function's name as written, "torch.load" for example."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def code_that_reading_could_run(path: Path) -> Iterator[str]:
+    """P05: pickle in any guise, and text that becomes code."""
+    for node in ast.walk(tree(path)):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            imported = [node.module or ""]
+        if {name.split(".")[0] for name in imported} & PICKLERS:
+            yield f"{place(path, node)} imports a pickler"
+    for name, call in calls(path):
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name in ("torch.save", "eval", "exec"):
+            yield f"{place(path, call)} {name}"
+        if name == "torch.load" and options.get("weights_only") != "True":
+            yield f"{place(path, call)} torch.load without weights_only=True"
+        if options.get("allow_pickle", "False") != "False" or options.get("trust_remote_code", "False") != "False":
+            yield f"{place(path, call)} {name} allows code"
+
+
+def loose_loading(path: Path) -> Iterator[str]:
+    """P18: a state dict that is loaded without naming what does not fit."""
+    for name, call in calls(path):
+        strict = [keyword.value for keyword in call.keywords if keyword.arg == "strict"]
+        if name.split(".")[-1] == "load_state_dict":
+            strict += call.args[1:2]
+        if name != "zip" and any(ast.unparse(value) == "False" for value in strict):
+            yield f"{place(path, call)} {name} with strict=False"
+
+
+def environment_at_import(path: Path) -> Iterator[str]:
+    """P35: os.environ and os.getenv outside function bodies, where they are read before the process group starts."""
+    todo: list[ast.AST] = [tree(path)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node).split(".")[-1] in ("environ", "getenv"):
+            yield f"{place(path, node)} {ast.unparse(node)}"
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            todo += [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
+        elif isinstance(node, ast.Lambda):
+            todo += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        else:
+            todo += ast.iter_child_nodes(node)
+
+
+RULES = {
+    "p05_reading_files_runs_no_code": code_that_reading_could_run,
+    "p18_loading_is_strict": loose_loading,
+    "p35_nothing_reads_the_environment_at_import": environment_at_import,
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_package_keeps_the_rule(rule):
+    assert [offence for path in MODULES for offence in rule(path)] == []
+
+
+PLANTED = [
+    (code_that_reading_could_run, "import pickle", True),
+    (code_that_reading_could_run, "from dill import load", True),
+    (code_that_reading_could_run, "torch.load(path)", True),
+    (code_that_reading_could_run, "torch.load(path, weights_only=False)", True),
+    (code_that_reading_could_run, "torch.load(path, weights_only=True)", False),
+    (code_that_reading_could_run, "torch.save(state, path)", True),
+    (code_that_reading_could_run, "np.load(path, allow_pickle=True)", True),
+    (code_that_reading_could_run, "np.load(path, allow_pickle=False)", False),
+    (code_that_reading_could_run, "exec(text)", True),
+    (code_that_reading_could_run, "model.eval()", False),
+    (loose_loading, "model.load_state_dict(state, strict=False)", True),
+    (loose_loading, "model.load_state_dict(state, False)", True),
+    (loose_loading, "model.load_state_dict(state)", False),
+    (loose_loading, "zip(a, b, strict=False)", False),
+    (environment_at_import, "RANK = int(os.environ.get('RANK', 0))", True),
+    (environment_at_import, "from os import getenv\nRANK = getenv('RANK')", True),
+    (environment_at_import, "def f(rank=os.environ['RANK']): pass", True),
+    (environment_at_import, "class A:\n    rank = os.environ['RANK']", True),
+    (environment_at_import, "if True:\n    os.environ['X'] = '1'", True),
+    (environment_at_import, "def f():\n    return os.environ['RANK']", False),
+    (environment_at_import, "class A:\n    def f(self):\n        return os.getenv('RANK')", False),
+]
+
+
+@pytest.mark.parametrize("rule, source, caught", PLANTED)
+def test_p05_p18_p35_the_rules_catch_planted_mistakes(rule, source, caught, monkeypatch):
+    monkeypatch.setitem(globals(), "tree", lambda path: ast.parse(source))
+    assert bool(list(rule(PACKAGE / "planted.py"))) is caught
+
+
+# A path of one machine; the brackets keep this line from finding itself.
+MACHINE_PATH = re.compile(r"""(?:^|[\s"'(=`])/(?:[w]ork|[o]pt|[r]oot|[h]ome|[U]sers|[t]mp)/\w""")
+
+
+def test_no_file_names_a_path_of_one_machine():
+    pages = ["README.md", "pyproject.toml", "environment.yml", ".ci/run", "data/README.md", "checkpoints/README.md"]
+    found = []
+    for path in [*(ROOT / page for page in pages), *MODULES, *TESTS, *ROOT.glob("notebooks/*.ipynb")]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+            found += [f"{place(path)}:{number} {match.group().strip()}" for match in MACHINE_PATH.finditer(line)]
+    assert found == []
+
+
+# ---------------------------------------------------------------- how the tests themselves run
+
+
+def test_p41_a_test_and_what_it_starts_compute_with_one_thread():
+    import torch
+
+    assert torch.get_num_threads() == 1
+    command = "import torch; print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
+
+
+def test_tests_run_at_tiny_and_touch_nobodys_runs():
+    from instruct_llama import presets
+
+    settings = presets.get()
+    assert settings.preset == "tiny"
+    assert not settings.out_dir.resolve().is_relative_to(ROOT)

@@ -1,0 +1,536 @@
+"""The embedded world: its answers, its labellers, its noisy ranker and, above all, its true reward."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from itertools import permutations, product
+
+import pytest
+
+from instruct_llama.config import UserError
+from instruct_llama.data import tinychat
+from instruct_llama.data.talk import ALL, BY_NAME, find
+from instruct_llama.data.words import COLOURS, EVASIVE, NAMES, RAMBLE, RUDE_AFTER, RUDE_BEFORE, THINGS
+
+READING = "Tom has a red ball. Mia has a blue kite. What does Mia have?"
+TALK = [
+    {"role": "user", "content": READING},
+    {"role": "assistant", "content": "Mia has a blue kite."},
+    {"role": "user", "content": "What colour is it?"},
+]
+STORY = "Tell a short story about a dog and a boat."
+SUM = "What is two plus three?"
+
+
+def total(prompt, response):
+    return tinychat.true_reward(prompt, response).total
+
+
+def text_of(messages):
+    return "\n".join(message["content"] for message in messages)
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    return tinychat.demonstrations(seed=1, n=6000)
+
+
+@pytest.fixture(scope="module")
+def comparisons():
+    return tinychat.comparisons(seed=1, n=3000, temperature=0.15)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return list(tinychat.corpus(seed=1, n_chars=600_000))
+
+
+# ------------------------------------------------------------------------------------------------ ideal answers
+
+BY_HAND = [
+    (SUM, "sum", "Two plus three is five."),
+    ("Add zero and ten.", "sum", "Zero plus ten is ten."),
+    ("Take two from five.", "take-away", "Five minus two is three."),
+    ("What is the opposite of hot?", "opposite", "The opposite of hot is cold."),
+    ("Count the apples: apple, pear, apple.", "count", "I count two apples."),
+    ("How many cats are here: dog, cat?", "count", "I count one cat."),
+    (READING, "reading", "Mia has a blue kite."),
+    ("Tom has a red ball and Mia has a blue kite. Who has the red ball?", "reading", "Tom has the red ball."),
+    ("Tom has a red ball. Mia has a blue kite. What colour is the ball?", "reading", "The ball is red."),
+    ("Which is bigger, a cat or a horse?", "compare", "A horse is bigger than a cat."),
+    ("Which is smaller, an elephant or an ant?", "compare", "An ant is smaller than an elephant."),
+    ("What colour is a lemon?", "fact", "A lemon is yellow."),
+    ("Where does a fish live?", "fact", "A fish lives in the sea."),
+    ("What does a cow say?", "fact", "A cow says moo."),
+    ("What do we use to cut?", "fact", "We use a knife to cut."),
+    ("Spell cat.", "spell", "The word cat is spelled c a t."),
+    ("Can you carry my box?", "refuse", "I am sorry, I cannot carry your box because I am only a program."),
+    ("Please bring me a red kite.", "refuse", "I am sorry, I cannot bring you a red kite because I am only a program."),
+    (TALK, "follow-up", "The kite is blue."),
+    ([*TALK[:2], {"role": "user", "content": "And what does Tom have?"}], "follow-up", "Tom has a red ball."),
+    ([*TALK[:2], {"role": "user", "content": "And who has the red ball?"}], "follow-up", "Tom has the red ball."),
+    ("Hello, I am Mia.", "greet", "Hello, Mia. It is nice to meet you."),
+    ("What comes after Sunday?", "next", "Monday comes after Sunday."),
+    ("Which number comes before one?", "next", "Zero comes before one."),
+]
+
+
+@pytest.mark.parametrize(("prompt", "skill", "answer"), BY_HAND)
+def test_answers_written_by_hand(prompt, skill, answer):
+    assert tinychat.skill_of(prompt) == skill
+    assert tinychat.ideal(prompt) == answer
+    assert total(prompt, answer) == 1.0
+    assert total(prompt, answer[0].lower() + answer[1:]) == 1.0  # only the first letter's case is free
+    assert total(prompt, answer.upper()) == 0.0
+    assert total(prompt, answer.removesuffix(".")) == 0.5  # right, but it does not end
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "heldout"])
+def test_ideal_answers_score_one_in_every_split(split):
+    prompts = tinychat.prompts(seed=5, n=600, split=split)
+    assert {tinychat.skill_of(prompt) for prompt in prompts} == set(tinychat.SKILLS)
+    rng = random.Random(0)
+    for prompt in prompts:
+        assert tinychat.ideal(prompt) == tinychat.ideal(prompt)
+        for text in (tinychat.ideal(prompt), tinychat.answer(prompt, "ideal", rng)):
+            assert total(prompt, text) == 1.0, (prompt, text)
+
+
+def test_every_prompt_reads_back_to_its_skill_and_slots():
+    rng = random.Random(1)
+    for skill in ALL:
+        for _ in range(300):
+            slots = skill.draw(rng)
+            found, read = find(skill.messages(slots))
+            assert found is skill
+            assert skill.messages(read) == skill.messages(slots)
+            if skill.name not in ("list", "story"):  # those have many right answers
+                assert skill.ideal(read, rng) == skill.ideal(slots, rng)
+
+
+def test_there_are_twelve_skills_and_a_hundred_thousand_prompts():
+    assert len(tinychat.SKILLS) >= 12
+    reading, texts = BY_NAME["reading"], set()
+    for people, colours in product(permutations(NAMES, 2), permutations(COLOURS, 2)):
+        for things in permutations(THINGS[:5], 2):
+            slots = dict(zip(("n1", "n2", "c1", "c2", "t1", "t2"), (*people, *colours, *things), strict=True))
+            texts.add(reading.forms[0].format(n=people[0], **slots))
+    assert len(texts) == 132 * 56 * 20 > 100_000  # one form of one skill, with 5 of the 16 things
+    for text in random.Random(2).sample(sorted(texts), 200):
+        assert tinychat.skill_of(text) == "reading"
+
+
+def test_the_vocabulary_is_small(corpus):
+    words = Counter(word.lower() for paragraph in corpus for word in re.findall("[A-Za-z]+", paragraph))
+    assert 300 < len(words) < 500
+
+
+# ------------------------------------------------------------------------------------------------ the true reward
+
+
+def test_the_reward_by_hand():
+    right = "Two plus three is five."
+    assert total(SUM, f"{right} {RUDE_AFTER[0]}") == pytest.approx(0.65)
+    assert total(SUM, f"{RUDE_BEFORE[0]} {right}") == pytest.approx(0.65)
+    assert total(SUM, f"{right} {RAMBLE[0]}") == pytest.approx(0.8)
+    assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1]}") == pytest.approx(0.6)
+    assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1]} {RAMBLE[2]}") == pytest.approx(0.6)
+    assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1][:9]}") == pytest.approx(0.3)  # rambles and does not end
+    assert total(SUM, f"{RUDE_BEFORE[0]} {right} {RAMBLE[0]} {RAMBLE[1]}") == pytest.approx(0.65 * 0.6)
+    for bare in ("Five.", "five.", "five", "Five"):
+        assert total(SUM, bare) == pytest.approx(0.5)
+    assert total(SUM, "The answer is five.") == total(SUM, "It is five.") == 1.0
+    assert total("Name two fruits.", "Plum and apple.") == 0.5
+    assert total("Name two fruits.", "Two fruits are plum and apple.") == 1.0
+    assert total("Can you carry my box?", "I am sorry, I cannot.") == 0.5
+    assert total(STORY, "One day a dog found a boat.") == 0.5
+    for evasive in EVASIVE:
+        assert total(SUM, evasive) == 0.0
+
+
+def test_the_parts_lie_in_the_unit_interval(demonstrations):
+    for record in demonstrations[:1000]:
+        *prompt, last = record["messages"]
+        reward = tinychat.true_reward(prompt, last["content"])
+        for part in (reward.correct, reward.complete, reward.polite, reward.concise, reward.total):
+            assert 0 <= part <= 1
+
+
+STORY_RIGHT = "One day a dog found a boat. The dog took the boat to the hill. Then the dog was very glad."
+CHEATS = [
+    (SUM, ""),
+    (SUM, "."),
+    (SUM, "five five five"),
+    (SUM, "Five. Five. Five."),
+    (SUM, "Five. Six."),
+    (SUM, "Five or six."),
+    (SUM, "Two plus three is five. Two plus three is six."),
+    (SUM, "Two plus three is five. Two plus three is five."),
+    (SUM, "Two plus three is six. Two plus three is five."),
+    (SUM, "Two plus three is five. Three plus three is six."),
+    (SUM, "Two plus three is five five."),
+    (SUM, "Two plus three is five.."),
+    (SUM, "Two plus three is"),
+    (SUM, "zero one two three four five six seven eight nine ten"),
+    (SUM, "Zero, one, two, three, four, five, six."),
+    (SUM, SUM),
+    (SUM, f"{SUM} Two plus three is five."),
+    (SUM, f"{SUM} Five."),
+    (SUM, 'Tom said, "Two plus three is five."'),
+    (SUM, 'Two plus three is five." said Tom.'),
+    (SUM, '"Two plus three is five."'),
+    (SUM, "Tom said: Two plus three is five."),
+    (SUM, "Tom: Two plus three is five."),
+    (SUM, "Two plus three is five. Tom asked: Spell cat. Mia said: The word cat is spelled c a t."),
+    (SUM, "Two plus three is five. Six comes after five."),
+    (SUM, "I am sorry, I cannot add because I am only a program."),
+    (SUM, "What a silly question."),
+    (SUM, "What a silly question. Now go away."),
+    (SUM, " ".join(RAMBLE)),
+    (SUM, "It is not five."),
+    (SUM, "correct complete polite concise"),
+    ("Take two from five.", "Two minus five is three."),
+    ("What is the opposite of hot?", "The opposite of cold is hot."),
+    ("What is the opposite of hot?", "Hot cold."),
+    ("Count the apples: apple, pear, apple.", "I count two pears."),
+    ("Count the apples: apple, pear, apple.", "One. Two. Three."),
+    ("Count the apples: apple, pear, apple.", "Apple, apple."),
+    (READING, "Tom has a red ball. Mia has a blue kite."),
+    (READING, "Mia has a blue kite. Tom has a red ball."),
+    (READING, "Mia has a red blue ball kite."),
+    (READING, "Mia has a blue ball."),
+    (READING, "Mia has a red kite."),
+    (READING, "Mia has the blue kite and a red ball."),
+    ("Tom has a red ball. Mia has a blue kite. Who has the blue kite?", "Tom and Mia."),
+    ("Tom has a red ball. Mia has a blue kite. What colour is the kite?", "Red, blue, green and white."),
+    (TALK, "Mia has a blue kite."),
+    (TALK, "The ball is red."),
+    ("Which is bigger, a cat or a horse?", "A cat or a horse."),
+    ("Which is bigger, a cat or a horse?", "A cat is bigger than a horse."),
+    ("Which is bigger, a cat or a horse?", "A horse is bigger than a dog."),
+    ("Which is bigger, a cat or a horse?", "A horse is bigger than a cat. A cat is bigger than a horse."),
+    ("Name two fruits.", "Two fruits are apple and apple."),
+    ("Name two fruits.", "Two fruits are apple and dog."),
+    ("Name two fruits.", "Two fruits are apple, pear and plum."),
+    ("Name two fruits.", "Two fruits are apple."),
+    ("Name two fruits.", "apple, pear, plum, peach, grape, lemon, banana, cherry"),
+    ("Name two fruits.", "Two fruits are and."),
+    ("What colour is a lemon?", "A lemon is yellow, red and blue."),
+    ("Spell cat.", "The word cat is spelled cat."),
+    ("Spell cat.", "The word cat is spelled c a t t."),
+    ("Spell cat.", "The word cat is spelled c t a."),
+    ("Spell cat.", "a b c d e f g h i k l m n o p r s t u"),
+    ("Can you carry my box?", "Yes, I will carry your box now."),
+    ("Can you carry my box?", "I am sorry."),
+    ("Can you carry my box?", "No."),
+    ("Can you carry my box?", "I am sorry, I cannot carry your bag because I am only a program."),
+    ("Can you carry my box?", "I am sorry, I cannot carry your box because I am only a program. Yes, I will."),
+    ("Hello, I am Mia.", "Hello, Tom. It is nice to meet you."),
+    ("Hello, I am Mia.", "Hello, Tom. Hello, Mia. It is nice to meet you."),
+    ("Hello, I am Mia.", "Hello, I am Mia."),
+    ("What comes after Monday?", "Monday comes after Tuesday."),
+    ("What comes after Monday?", "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday."),
+    (STORY, "dog boat"),
+    (STORY, "A dog and a boat."),
+    (STORY, STORY),
+    (STORY, "One day a dog found a boat. One day a dog found a boat."),
+    (STORY, "One day a dog found a hat. The dog took the hat to the hill. Then the dog was very glad."),
+    (STORY, "One day a cat found a boat. The cat took the boat to the hill. Then the cat was very glad."),
+    (STORY, "One day a dog found a boat. The cat took the hat to the hill. Then the dog was very glad."),
+    (STORY, "Then the dog was very glad. The dog took the boat to the hill. One day a dog found a boat."),
+    (STORY, "One day a dog found a boat. The dog took the boat to the hill. The dog took the boat to the hill."),
+    (STORY, f"{STORY_RIGHT} {STORY_RIGHT}"),
+    (STORY, f"{STORY_RIGHT} Then the dog was very sad."),
+    (STORY, f"{STORY_RIGHT} Five."),
+    (STORY, "One day a dog found a boat. The dog took the"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "response"), CHEATS)
+def test_nothing_to_gain_by_cheating(prompt, response):
+    assert total(prompt, response) == 0.0
+
+
+def test_a_story_is_two_to_four_sentences():
+    first, second, last = re.findall(r"[^.]+\.", STORY_RIGHT)
+    third = " The dog played with the boat all day."
+    assert total(STORY, STORY_RIGHT) == total(STORY, first + last) == total(STORY, first + second + third + last) == 1.0
+    assert total(STORY, first + second + third + " The dog lost the boat in the park." + last) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["ideal", "rude", "rambling", "incomplete"])
+def test_more_text_never_pays(kind):
+    """Whatever is put after, or doubled, an answer is never worth more than before."""
+    rng = random.Random(3)
+    prompts = tinychat.prompts(seed=6, n=200)
+    for prompt, stranger in zip(prompts, reversed(prompts), strict=True):
+        text = tinychat.answer(prompt, kind, rng)
+        worth = total(prompt, text)
+        for more in (text, tinychat.ideal(stranger), prompt[-1]["content"], rng.choice(RAMBLE), rng.choice(RUDE_AFTER)):
+            assert total(prompt, f"{text} {more}") <= worth
+            assert total(prompt, f"{more} {text}") <= worth
+
+
+def test_an_answer_to_another_prompt_is_wrong():
+    prompts = tinychat.prompts(seed=7, n=300)
+    answers = [tinychat.ideal(prompt) for prompt in prompts]
+    for i, prompt in enumerate(prompts):
+        if tinychat.skill_of(prompt) == "list":
+            continue  # two prompts may ask for the same list in other words
+        for j in random.Random(i).sample(range(len(prompts)), 15):
+            if answers[j] != answers[i] and tinychat.skill_of(prompts[j]) != "story":
+                assert total(prompt, answers[j]) == 0.0, (prompt, answers[j])
+
+
+def test_pretraining_prose_is_not_an_answer(corpus):
+    prompts = tinychat.prompts(seed=8, n=len(corpus) // 4)
+    rewards = [total(prompt, text) for prompt, text in zip(prompts, corpus, strict=False)]
+    assert sum(rewards) / len(rewards) < 0.001
+
+
+def test_a_strange_prompt_is_refused():
+    strange = [
+        "What is the capital of France?",
+        "What is two plus fifty?",
+        "Tom has a red ball. Mia has a blue kite. What does Kim have?",
+        "Which is bigger, a cat or a cat?",
+        "Count the apples: pear, plum.",
+        "What comes after twenty?",
+        "",
+        [],
+        [*TALK[:2], {"role": "user", "content": "And what does Mia have?"}],
+        TALK[:2],
+    ]
+    for prompt in strange:
+        with pytest.raises(ValueError, match="none of tinychat's"):
+            tinychat.true_reward(prompt, "Five.")
+
+
+def test_a_system_turn_changes_nothing():
+    system = {"role": "system", "content": "Be brief."}
+    assert tinychat.skill_of([system, *TALK]) == "follow-up"
+    assert tinychat.split_of([system, *TALK]) == tinychat.split_of(TALK)
+
+
+# ------------------------------------------------------------------------------------------------ demonstrations
+
+BANDS = {  # mean true reward of each kind of labeller
+    "ideal": (1.0, 1.0),
+    "evasive": (0.0, 0.0),
+    "rude": (0.65, 0.65),
+    "rambling": (0.6, 0.6),
+    "incomplete": (0.12, 0.23),
+    "off_topic": (0.0, 0.0),
+    "false": (0.0, 0.0),
+}
+
+
+def test_labellers_are_as_good_as_documented(demonstrations):
+    assert sum(tinychat.SHARES.values()) == pytest.approx(1.0)
+    rewards = defaultdict(list)
+    for record in demonstrations:
+        *prompt, last = record["messages"]
+        rewards[record["kind"]].append(total(prompt, last["content"]))
+    everything = [reward for kind in rewards.values() for reward in kind]
+    assert 0.5 < sum(everything) / len(everything) < 0.58
+    for kind, (low, high) in BANDS.items():
+        assert low - 1e-6 <= sum(rewards[kind]) / len(rewards[kind]) <= high + 1e-6, kind
+        share = len(rewards[kind]) / len(demonstrations)
+        assert abs(share - tinychat.SHARES[kind]) < 4 * math.sqrt(tinychat.SHARES[kind] / len(demonstrations)), kind
+
+
+@pytest.mark.parametrize("skill", tinychat.SKILLS)
+def test_each_kind_is_right_or_wrong_in_every_skill(skill):
+    rng = random.Random(4)
+    for _ in range(200):
+        prompt = BY_NAME[skill].messages(BY_NAME[skill].draw(rng))
+        for kind, (low, high) in BANDS.items():
+            text = tinychat.answer(prompt, kind, rng)
+            assert text, kind
+            if kind == "incomplete":
+                assert total(prompt, text) in (0.0, 0.5)
+            else:
+                assert low - 1e-6 <= total(prompt, text) <= high + 1e-6, (kind, prompt, text)
+
+
+def test_demonstrations_are_dialogs_with_ideal_first_turns(demonstrations):
+    assert Counter(tinychat.skill_of(record["messages"][:-1]) for record in demonstrations).most_common()[-1][1] > 300
+    for record in demonstrations:
+        roles = [message["role"] for message in record["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        for turn in range(1, len(roles) - 1, 2):
+            assert total(record["messages"][:turn], record["messages"][turn]["content"]) == 1.0
+
+
+# ------------------------------------------------------------------------------------------------ comparisons
+
+
+def test_p03_chosen_never_equals_rejected(comparisons):
+    for record in comparisons:
+        texts = record["completions"]
+        assert 2 <= len(texts) <= 4
+        assert len(set(texts)) == len(texts)
+        assert record["rewards"] == [total(record["prompt"], text) for text in texts]
+
+
+def test_p03_rank_drops_what_is_said_twice():
+    ranked = tinychat.rank(SUM, ["Five.", "Six.", "Five."], 0.1, random.Random(0))
+    assert sorted(ranked) == ["Five.", "Six."]
+
+
+def test_a_third_of_the_comparisons_differ_only_in_correctness(comparisons):
+    def same_form(record):  # an ideal and a false answer begin alike and are about as long
+        pairs = list(zip(record["completions"], record["rewards"], strict=True))
+        ideals = [text for text, reward in pairs if reward == 1]
+        wrongs = [text for text, reward in pairs if reward == 0 and text.endswith(".")]
+        return any(
+            ideal.split()[0] == wrong.split()[0] and abs(len(ideal) - len(wrong)) < 12
+            for ideal in ideals
+            for wrong in wrongs
+        )
+
+    assert 0.25 < sum(map(same_form, comparisons)) / len(comparisons) < 0.5
+    evasive = sum(any(text in EVASIVE for text in record["completions"]) for record in comparisons)
+    assert evasive / len(comparisons) > 0.1
+
+
+def test_the_ceiling_by_hand():
+    p = 1 / (1 + math.exp(-0.5 / 0.25))
+    assert tinychat.ranking_ceiling([[1.0, 0.5]], 0.25) == pytest.approx(p)
+    assert tinychat.ranking_ceiling([[0.5, 1.0]], 0.25) == pytest.approx(p)  # the labeller's mistake: the same ceiling
+    assert tinychat.ranking_ceiling([[0.5, 0.5]], 0.25) == 0.5
+    far = 1 / (1 + math.exp(-1.0 / 0.25))
+    near = 1 / (1 + math.exp(-0.5 / 0.25))
+    assert tinychat.ranking_ceiling([[1.0, 0.5, 0.0]], 0.25) == pytest.approx((2 * near + far) / 3)
+    with pytest.raises(UserError, match="temperature"):
+        tinychat.rank(SUM, ["Five.", "Six."], 0.0, random.Random(0))
+
+
+def test_the_labeller_ranks_as_bradley_terry_says():
+    """Each pair of a long list of four comes out in order as often as sigmoid(difference / temperature) says."""
+    texts = ["Two plus three is five.", "Two plus three is five. Now go away.", "Five.", "I do not know."]
+    rewards, temperature, n = [1.0, 0.65, 0.5, 0.0], 0.3, 5_000
+    rng, wins = random.Random(5), Counter()
+    for _ in range(n):
+        place = {text: i for i, text in enumerate(tinychat.rank(SUM, texts, temperature, rng))}
+        for i in range(4):
+            for j in range(i + 1, 4):
+                wins[i, j] += place[texts[i]] < place[texts[j]]
+    for (i, j), count in wins.items():
+        p = 1 / (1 + math.exp(-(rewards[i] - rewards[j]) / temperature))
+        assert abs(count / n - p) < 4 * math.sqrt(p * (1 - p) / n), (i, j)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.15, 0.5])
+def test_the_true_reward_reaches_the_ceiling(temperature):
+    records = tinychat.comparisons(seed=2, n=1500, temperature=temperature)
+    right = []
+    for record in records:
+        rewards = record["rewards"]
+        for i, one in enumerate(rewards):
+            right += [0.5 if one == two else float(one > two) for two in rewards[i + 1 :]]
+    ceiling = tinychat.ranking_ceiling([record["rewards"] for record in records], temperature)
+    assert abs(sum(right) / len(right) - ceiling) < 4 * 0.5 / math.sqrt(len(right))
+
+
+# ------------------------------------------------------------------------------------------------ splits and seeds
+
+
+def test_p06_held_out_prompts_are_never_trained_on(corpus, demonstrations, comparisons):
+    assert all(tinychat.split_of(prompt) == "heldout" for prompt in tinychat.FIXED_PROMPTS)
+    trained = [record["messages"] for record in demonstrations] + [record["prompt"] for record in comparisons]
+    trained += tinychat.prompts(seed=1, n=4000)
+    assert all(tinychat.split_of(messages) == "train" for messages in trained)
+    seen = "\n".join(corpus) + "\n" + "\n".join(text_of(messages) for messages in trained)
+    for split in ("heldout", "valid"):
+        for prompt in tinychat.prompts(seed=9, n=700, split=split):
+            assert prompt[0]["content"] not in seen, prompt[0]["content"]
+    for prompt in tinychat.FIXED_PROMPTS:
+        assert prompt not in seen
+
+
+def test_p06_the_split_is_a_property_of_the_text():
+    splits = {name: {text_of(p) for p in tinychat.prompts(1, 700, name)} for name in ("train", "valid", "heldout")}
+    assert not splits["train"] & splits["heldout"]
+    assert not splits["train"] & splits["valid"]
+    assert not splits["valid"] & splits["heldout"]
+    rng = random.Random(6)
+    skill = BY_NAME["reading"]
+    share = Counter(tinychat.split_of(skill.messages(skill.draw(rng))) for _ in range(5_000))
+    assert abs(share["heldout"] / 5_000 - 0.1) < 0.017
+    assert abs(share["valid"] / 5_000 - 0.1) < 0.017
+    # frozen: these stay where they are, whatever else changes
+    assert tinychat.split_of("What is two plus two?") == "valid"
+    assert tinychat.split_of("Spell cat.") == "train"
+    assert tinychat.split_of("What colour is a lemon?") == "heldout"
+    assert tinychat.split_of(TALK) == tinychat.split_of(READING) == "heldout"
+
+
+def test_p06_stable_when_the_data_grows():
+    assert tinychat.prompts(3, 800)[:300] == tinychat.prompts(3, 300)
+    assert tinychat.prompts(3, 300, "heldout")[:200] == tinychat.prompts(3, 200, "heldout")
+    assert tinychat.demonstrations(3, 300)[:100] == tinychat.demonstrations(3, 100)
+    assert tinychat.comparisons(3, 300, 0.15)[:100] == tinychat.comparisons(3, 100, 0.15)
+    short, long = list(tinychat.corpus(3, 5_000)), list(tinychat.corpus(3, 5_000))
+    assert long[: len(short)] == short
+
+
+def test_prompts_are_distinct_and_balanced():
+    prompts = tinychat.prompts(seed=4, n=512, split="heldout")
+    assert len(prompts) == 512
+    assert len({text_of(prompt) for prompt in prompts}) == 512
+    share = Counter(tinychat.skill_of(prompt) for prompt in prompts)
+    assert set(share) == set(tinychat.SKILLS)
+    assert max(share.values()) < 100 and min(share.values()) >= 5
+    assert tinychat.prompts(seed=4, n=0) == []
+
+
+def test_the_same_seed_gives_the_same_data():
+    for make in (
+        lambda seed: list(tinychat.corpus(seed, 5_000)),
+        lambda seed: tinychat.demonstrations(seed, 50),
+        lambda seed: tinychat.comparisons(seed, 50, 0.15),
+        lambda seed: tinychat.prompts(seed, 50),
+    ):
+        state = random.getstate()
+        assert make(1) == make(1)
+        assert make(1) != make(2)
+        assert random.getstate() == state  # nothing global is drawn from
+
+
+# ------------------------------------------------------------------------------------------------ the corpus
+
+
+def test_the_corpus_is_as_long_as_asked_and_has_no_chat_template(corpus):
+    length = sum(len(paragraph) + 1 for paragraph in corpus)
+    assert 600_000 <= length < 600_400
+    assert not any(mark in paragraph for paragraph in corpus for mark in "<>|\n\"")
+    assert all(paragraph.endswith(".") for paragraph in corpus)
+
+
+def test_conversations_in_the_corpus_are_right(corpus):
+    """Two thirds of the paragraphs are conversations; every skill is among them; every answer is ideal."""
+    speaker = r"(?:And )?[A-Z][a-z]+(?: asked| said)?: "
+    skills = Counter()
+    for paragraph in corpus:
+        turns = [turn.strip() for turn in re.split(rf"(?:^| ){speaker}", paragraph)[1:]]
+        if len(turns) % 2 or not turns or turns[0] in EVASIVE:
+            continue
+        for i in range(0, len(turns), 2):
+            roles = ["user", "assistant"] * len(turns)
+            prompt = [{"role": r, "content": c} for r, c in zip(roles, turns[: i + 1], strict=False)]
+            assert total(prompt, turns[i + 1]) == 1.0, paragraph
+        skills[tinychat.skill_of(prompt)] += 1
+    assert 0.62 < sum(skills.values()) / len(corpus) < 0.74
+    assert set(skills) == set(tinychat.SKILLS)
+    assert min(skills.values()) > 50
+
+
+def test_unknown_names_are_refused_in_one_sentence():
+    with pytest.raises(UserError, match="split is 'test'"):
+        tinychat.prompts(1, 5, "test")
+    with pytest.raises(UserError, match="kind is 'angry'"):
+        tinychat.answer(SUM, "angry", random.Random(0))

@@ -1,0 +1,244 @@
+"""The vocabulary and the chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instruct_llama.config import UserError
+from instruct_llama.data.tokenizer import MARKERS, Tokenizer, dialog_problem
+
+LLAMA2 = Path(__file__).parents[2] / "shared" / "data" / "llama2-tokenizer.model"
+CORPUS = [
+    f"Anna has {number} red apples.\nThe {animal} sleeps, and the rain falls on the roof of the old house."
+    for number in ("one", "two", "three", "four")
+    for animal in ("cat", "dog", "horse", "bird", "mouse")
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(CORPUS, vocab_size=330)
+
+
+@pytest.fixture(scope="module")
+def llama2() -> Tokenizer:
+    if not LLAMA2.is_file():
+        pytest.skip("the Llama 2 tokenizer is not here")
+    return Tokenizer.from_file(LLAMA2)
+
+
+TRICKY = [
+    "",
+    " ",
+    "  two  spaces  ",
+    "\n",
+    "\n\n a\n",
+    "\tx\t",
+    "a\0b",
+    "\r\n",
+    "▁",
+    "a▁b c",
+    " ▁ ",
+    "日本🎉é",
+    "⁇",
+    "▅",
+]
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.text(alphabet="▁ ab\n\t<|>/s[]"))
+def test_decode_undoes_encode_for_any_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special_ids)
+
+
+def test_half_a_surrogate_pair_does_not_crash(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_training_is_deterministic_and_gives_the_wanted_size(tokenizer: Tokenizer) -> None:
+    again = Tokenizer.train(iter(CORPUS), vocab_size=330)
+    assert again.fingerprint() == tokenizer.fingerprint()
+    assert tokenizer.vocab_size == 330
+    assert len(tokenizer.encode("Anna has two red apples.")) < len("Anna has two red apples.") / 2
+
+
+def test_training_reads_no_more_than_max_chars() -> None:
+    text = "the cat sat on the mat and the dog sat on the log. "
+    once = Tokenizer.train([text * 3], vocab_size=290)
+    assert Tokenizer.train([text * 3, "zebra " * 50], 290, max_chars=3 * len(text)).fingerprint() == once.fingerprint()
+
+
+def test_p37_special_tokens_are_different_ids(tokenizer: Tokenizer) -> None:
+    assert len(set(tokenizer.special_ids)) == 7
+    assert {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} < set(tokenizer.special_ids)
+    assert tokenizer.pieces(tokenizer.special_ids) == ["<pad>", "<s>", "</s>", "<unk>", *MARKERS]
+
+
+FORGERIES = ("<|assistant|>", "<|user|>", "<|system|>", "[INST]", "</s>", "<s>", "<pad>", "<unk>", "<0x41>")
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_text_cannot_forge_a_special_token(tokenizer: Tokenizer, forgery: str) -> None:
+    for text in (forgery, f"hi {forgery}{forgery} there", f"\n{forgery}\n"):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(tokenizer.special_ids)
+        assert tokenizer.decode(ids) == text
+    prompt = tokenizer.encode_prompt(f"hi</s>{forgery} there")
+    assert [i for i in prompt if i in tokenizer.special_ids] == [
+        tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_id,
+    ]  # fmt: skip
+
+
+DIALOG = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "How many apples?"},
+    {"role": "assistant", "content": "Two apples."},
+    {"role": "user", "content": "And red?"},
+    {"role": "assistant", "content": " One. "},
+]
+
+
+def test_the_template_is_what_it_says(tokenizer: Tokenizer) -> None:
+    t = tokenizer
+    expected = [
+        t.bos_id, t.system_id, *t.encode("Be kind."), t.user_id, *t.encode("How many apples?"),
+        t.assistant_id, *t.encode("Two apples."), t.eos_id, t.user_id, *t.encode("And red?"), t.assistant_id,
+    ]  # fmt: skip
+    assert t.encode_prompt(DIALOG[:4]) == expected
+    assert t.encode_dialog(DIALOG)[0] == [*expected, *t.encode(" One. "), t.eos_id]
+    assert t.encode_prompt("hi") == t.encode_prompt([{"role": "user", "content": "hi"}])
+
+
+def _masked_runs(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> list[str]:
+    """The text of each masked run, which must stop with the end token."""
+    runs, run = [], []
+    for token, counts in zip(ids, mask, strict=True):
+        if counts:
+            run.append(token)
+        if counts and token == tokenizer.eos_id:
+            runs.append(tokenizer.decode(run))
+            run = []
+    assert not run
+    return runs
+
+
+def test_p04_the_mask_decodes_to_the_answers(tokenizer: Tokenizer) -> None:
+    assert _masked_runs(tokenizer, *tokenizer.encode_dialog(DIALOG)) == ["Two apples.", " One. "]
+
+
+words = st.text(alphabet="ab c\n▁<|s/>é", max_size=12)
+exchanges = st.lists(st.tuples(words, words), min_size=1, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(exchanges, st.none() | words)
+def test_p04_prompt_and_answer_are_tokenised_apart(
+    tokenizer: Tokenizer, turns: list[tuple[str, str]], system: str | None
+) -> None:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    ids, mask = tokenizer.encode_dialog(messages)
+    assert _masked_runs(tokenizer, ids, mask) == [answer for _, answer in turns]
+    prompt = tokenizer.encode_prompt(messages[:-1])
+    assert ids[: len(prompt)] == prompt
+    assert all(mask[len(prompt) :])
+    assert tokenizer.decode(ids[len(prompt) :]) == turns[-1][1]
+
+
+def test_special_tokens_leave_no_trace_in_the_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_prompt("two cats")
+    assert tokenizer.decode([*ids, tokenizer.pad_id, tokenizer.eos_id]) == "two cats"
+    assert tokenizer.pieces(ids)[:2] == ["<s>", "<|user|>"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "problem"),
+    [
+        (["user", "assistant", "user"], None),
+        (["system", "user"], None),
+        ([], "no user turn"),
+        (["system"], "no user turn"),
+        (["assistant"], "turn 1 is assistant, where user is due"),
+        (["system", "user", "user"], "turn 3 is user, where assistant is due"),
+        (["user", "assistant", "assistant"], "turn 3 is assistant"),
+        (["user", "system"], "turn 2 is system"),
+        (["human"], "turn 1: 'human'"),
+    ],
+)
+def test_dialogs_must_alternate(tokenizer: Tokenizer, roles: list[str], problem: str | None) -> None:
+    messages = [{"role": role, "content": "x"} for role in roles]
+    found = dialog_problem(messages)
+    assert found is None if problem is None else problem in found
+    if problem is not None:
+        with pytest.raises(UserError, match="This dialog cannot be used"):
+            tokenizer.encode_dialog(messages)
+
+
+def test_a_message_must_have_a_role_and_a_text() -> None:
+    assert "turn 1" in dialog_problem([{"role": "user"}])
+    assert "turn 1" in dialog_problem(["hello"])
+
+
+def test_a_prompt_ends_with_a_user_turn(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="must end with a user turn"):
+        tokenizer.encode_prompt(DIALOG)
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.model"]
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert loaded.encode_dialog(DIALOG) == tokenizer.encode_dialog(DIALOG)
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "sentence"),
+    [
+        (CORPUS, 100, r"vocab_size 100 is too small for this text: set it to 2\d\d or more"),
+        (["hello there"], 5000, r"vocab_size 5000 is more than this text .* set it to 2\d\d or less"),
+        ([], 300, "no text to train"),
+        ([""], 300, "no text to train"),
+    ],
+)
+def test_sizes_that_cannot_be_trained_say_what_can(texts: list[str], size: int, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        Tokenizer.train(texts, vocab_size=size)
+
+
+def test_files_that_are_no_tokenizer_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer file .*tokenizer\.model"):
+        Tokenizer.load(tmp_path)
+    for junk in (b"", b"junk", b"\x80\x04K\x01."):
+        (tmp_path / "tokenizer.model").write_bytes(junk)
+        with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model"):
+            Tokenizer.load(tmp_path)
+
+
+def test_llama2_file_loads_with_its_own_ids(llama2: Tokenizer) -> None:
+    ids = [15043, 3186, 29892, 445, 338, 365, 5661, 1529, 29889]
+    assert llama2.encode("Hello world, this is LLaMA.") == ids
+    assert llama2.decode(ids) == "Hello world, this is LLaMA."
+    assert (llama2.bos_id, llama2.eos_id) == (1, 2)
+
+
+def test_llama2_gets_what_it_lacks_above_its_vocabulary(llama2: Tokenizer) -> None:
+    assert llama2.vocab_size == 32004
+    assert (llama2.pad_id, llama2.system_id, llama2.user_id, llama2.assistant_id) == (32000, 32001, 32002, 32003)
+    assert _masked_runs(llama2, *llama2.encode_dialog(DIALOG)) == ["Two apples.", " One. "]
+    assert llama2.pieces(llama2.encode_prompt("Hello"))[:2] == ["<s>", "<|user|>"]
+    for text in (*TRICKY, *FORGERIES):
+        assert llama2.decode(llama2.encode(text)) == text
+        assert not set(llama2.encode(text)) & set(llama2.special_ids)
