@@ -258,7 +258,7 @@ def merge_run(source: Path, target: Path, into: Literal["dequantised", "original
     probe = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
     trained, lines, merged = model(probe), [], {}
     for kind in ("dequantised", "original"):
-        merged[kind] = lora.merge(model, info["adapter"], into=kind, original=original)
+        merged[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
         error = (merged[kind](probe) - trained).norm() / trained.norm()
         lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
     kept = {key: value for key, value in info.items() if key not in ("base", "adapter", "lora", "quant", "model", "kind")}

@@ -52,6 +52,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling = RopeScaling()  # stretching of the rotary frequencies
     norm_eps: float = 1e-5  # RMSNorm's epsilon
+    init_std: float = 0.02  # deviation of the random weights; narrow models learn to copy sooner with about 1/sqrt(dim)
     tie_embeddings: bool = True  # output projection shares the embedding's weights
     embed_dropout: float = 0.0  # dropout on the token embeddings
     attn_dropout: float = 0.0  # dropout on the attention weights

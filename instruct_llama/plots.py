@@ -49,6 +49,7 @@ def _draw(ax: Axes, history: History, keys: Sequence[str], *, x: str = "step", l
         ax.legend()
     steps = "iteration" if keys[0].startswith("ppo/") else "optimizer step"
     name = keys[0].split("/")[-1]
+    ax.xaxis.get_major_locator().set_params(integer=x == "step")
     ax.set(xlabel=steps if x == "step" else x, ylabel=ylabel or LABELS.get(name, name.replace("_", " ")))
 
 

@@ -24,10 +24,14 @@ from .config import (
 
 LAPTOP = Settings(
     preset="laptop",
-    model=ModelConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=256),
+    model=ModelConfig(dim=128, n_layers=2, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.1),
     tokenizer=TokenizerConfig(vocab_size=640),
     world=WorldConfig(corpus_chars=4_000_000, demonstrations=6_000, comparisons=4_000, prompts=4_000, heldout=512),
-    pretrain=PretrainConfig(optim=OptimConfig(lr=3e-3, warmup_steps=30), loop=LoopConfig(steps=700, eval_every=100)),
+    pretrain=PretrainConfig(
+        seq_len=64,
+        optim=OptimConfig(lr=4e-3, warmup_steps=30),
+        loop=LoopConfig(steps=900, batch_size=64, eval_every=100),
+    ),
     sft=SFTConfig(loop=LoopConfig(epochs=2, eval_every=50)),
     qlora=SFTConfig(
         lora=LoRAConfig(rank=16, alpha=32.0),

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -45,8 +46,8 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        with style():
-            self.savefig(buffer, format="png", metadata={"Software": None})  # the same picture is the same bytes
+        with style():  # straight to the canvas: savefig would draw twice; no metadata: the same picture, the same bytes
+            FigureCanvasAgg(self).print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
 

@@ -272,13 +272,14 @@ def episode_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rew
     facts += [f"KL {sum(episode['kl']):.2f} nats", f"{len(episode['kl'])} tokens"] if episode.get("kl") else []
     head, prompt = ", ".join(facts), _words(episode["prompt"])
     html = f"<p><b>{escape(head)}</b></p>"
-    html += "".join(f'<div style="{BOX}">{escape(text)}</div>' for text in (prompt, episode["response"]))
+    texts = (f"prompt: {prompt}", f"answer: {episode['response']}")
+    html += "".join(f'<div style="{BOX}">{escape(text)}</div>' for text in texts)
     html += "".join(_strip(STRIPS[name], pieces, episode[name]) for name in strips)
     rows = [" " * 16 + "".join(f"{name:>12}" for name in strips)] + [
         f"{visible(piece):16}" + "".join(f"{round(value, 2) + 0.0:+12.2f}" for value in values)
         for piece, *values in zip(pieces, *(episode[name] for name in strips), strict=True)
     ]
-    return Page(html, "\n".join([head, f"prompt: {prompt}", f"answer: {episode['response']}", *rows]))
+    return Page(html, "\n".join([head, *texts, *rows]))
 
 
 def rollout_browser(episodes: Sequence[Mapping[str, Any]], tokenizer: Any = None, *, count: int = 3) -> None:

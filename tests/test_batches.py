@@ -190,7 +190,7 @@ def test_packed_batch_by_hand() -> None:
     assert batch.loss_mask.tolist() == [[False, True, True, True], [True, True, False, False]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(dialog, min_size=1, max_size=8), st.none() | st.integers(11, 30))
 def test_p07_padding_and_packing_keep_every_target_and_add_none(dialogs: list, pack_len: int | None) -> None:
     batch = dialog_batch(dialogs, PAD, pack_len)
@@ -211,7 +211,7 @@ def test_p07_padding_and_packing_keep_every_target_and_add_none(dialogs: list, p
         assert sorted(found) == sorted(ids[:-1] for ids, _ in dialogs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 40))
 def test_p07_packing_puts_every_item_in_one_row_that_holds_it(lengths: list[int], pack_len: int) -> None:
     rows = pack(lengths, pack_len)
@@ -338,7 +338,7 @@ def test_p04_all_completions_of_a_prompt_share_one_cut(tokenizer: Tokenizer) -> 
     assert fit_comparison(tokenizer, prompt, [short, long], len(tokenizer.encode_dialog(last)[0]) - 1) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.booleans(), st.integers(1, 120))
 def test_p04_what_fits_keeps_the_last_answer_whole(tokenizer: Tokenizer, n: int, system: bool, room: int) -> None:
     talk = _talk(n, system)

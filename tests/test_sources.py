@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import pickle
@@ -180,11 +181,14 @@ def test_p03_bad_pairs_are_dropped_whole_and_counted(tmp_path: Path) -> None:
     )
 
 
-def test_p03_a_malformed_later_turn_never_leaves_its_first_half(tmp_path: Path) -> None:
-    bad = hh("Hi", "Hello", "More") + "\n\nHuman: Still me"
-    records = read(lines(tmp_path / "a.jsonl", {"chosen": bad, "rejected": bad}, pair("Good")))
+@pytest.mark.parametrize(
+    "tail", ["\n\nHuman: Still me", "\n\nAssistant: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: "]
+)
+def test_p03_a_malformed_later_turn_never_leaves_its_first_half(tmp_path: Path, tail: str) -> None:
+    bad = {"chosen": hh("Hi", "Hello") + tail, "rejected": hh("Hi", "Go away") + tail}
+    records = read(lines(tmp_path / "a.jsonl", bad, pair("Good")))
     assert as_prompts(records) == [{"prompt": [user("Good")]}]
-    assert "Hi" not in json.dumps(records.records)
+    assert sum(records.dropped.values()) == 1
 
 
 def test_p03_a_file_without_one_good_record_is_refused_with_the_reasons(tmp_path: Path) -> None:
@@ -239,6 +243,16 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         read(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="is a folder"):
         read(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read .Permission denied.: check"):
+        read(tmp_path / "a.txt")
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
@@ -323,7 +337,7 @@ def test_a_kind_that_cannot_serve_names_the_file_and_what_is_needed(tmp_path: Pa
 texts = st.lists(st.text(min_size=1, max_size=20), max_size=40)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(texts, texts, st.floats(0, 0.99))
 def test_p06_a_record_keeps_its_side_when_the_data_grows(old: list[str], new: list[str], fraction: float) -> None:
     train, heldout = split(old, fraction)

@@ -61,11 +61,11 @@ BY_HAND = [
     ("Tom has a red ball and Mia has a blue kite. Who has the red ball?", "reading", "Tom has the red ball."),
     ("Tom has a red ball. Mia has a blue kite. What colour is the ball?", "reading", "The ball is red."),
     ("Which is bigger, a cat or a horse?", "compare", "A horse is bigger than a cat."),
-    ("Which is smaller, an elephant or an ant?", "compare", "An ant is smaller than an elephant."),
+    ("Which is smaller, a horse or an ant?", "compare", "An ant is smaller than a horse."),
     ("What colour is a lemon?", "fact", "A lemon is yellow."),
     ("Where does a fish live?", "fact", "A fish lives in the sea."),
     ("What does a cow say?", "fact", "A cow says moo."),
-    ("What do we use to cut?", "fact", "We use a knife to cut."),
+    ("What do we use to cut?", "fact", "To cut we use a knife."),
     ("Spell cat.", "spell", "The word cat is spelled c a t."),
     ("Can you carry my box?", "refuse", "I am sorry, I cannot carry your box because I am only a program."),
     ("Please bring me a red kite.", "refuse", "I am sorry, I cannot bring you a red kite because I am only a program."),
@@ -73,8 +73,8 @@ BY_HAND = [
     ([*TALK[:2], {"role": "user", "content": "And what does Tom have?"}], "follow-up", "Tom has a red ball."),
     ([*TALK[:2], {"role": "user", "content": "And who has the red ball?"}], "follow-up", "Tom has the red ball."),
     ("Hello, I am Mia.", "greet", "Hello, Mia. It is nice to meet you."),
-    ("What comes after Sunday?", "next", "Monday comes after Sunday."),
-    ("Which number comes before one?", "next", "Zero comes before one."),
+    ("What comes after Sunday?", "next", "After Sunday comes Monday."),
+    ("Which number comes before one?", "next", "Before one comes zero."),
 ]
 
 
@@ -115,17 +115,17 @@ def test_there_are_twelve_skills_and_a_hundred_thousand_prompts():
     assert len(tinychat.SKILLS) >= 12
     reading, texts = BY_NAME["reading"], set()
     for people, colours in product(permutations(NAMES, 2), permutations(COLOURS, 2)):
-        for things in permutations(THINGS[:5], 2):
+        for things in permutations(THINGS[:9], 2):
             slots = dict(zip(("n1", "n2", "c1", "c2", "t1", "t2"), (*people, *colours, *things), strict=True))
             texts.add(reading.forms[0].format(n=people[0], **slots))
-    assert len(texts) == 132 * 56 * 20 > 100_000  # one form of one skill, with 5 of the 16 things
-    for text in random.Random(2).sample(sorted(texts), 200):
+    assert len(texts) > 100_000  # one form of one skill, with 9 of the things
+    for text in random.Random(2).sample(list(texts), 200):
         assert tinychat.skill_of(text) == "reading"
 
 
 def test_the_vocabulary_is_small(corpus):
     words = Counter(word.lower() for paragraph in corpus for word in re.findall("[A-Za-z]+", paragraph))
-    assert 300 < len(words) < 500
+    assert 200 < len(words) < 500
 
 
 # ------------------------------------------------------------------------------------------------ the true reward
@@ -280,7 +280,7 @@ def test_an_answer_to_another_prompt_is_wrong():
     for i, prompt in enumerate(prompts):
         if tinychat.skill_of(prompt) == "list":
             continue  # two prompts may ask for the same list in other words
-        for j in random.Random(i).sample(range(len(prompts)), 15):
+        for j in random.Random(i).sample(range(len(prompts)), 8):
             if answers[j] != answers[i] and tinychat.skill_of(prompts[j]) != "story":
                 assert total(prompt, answers[j]) == 0.0, (prompt, answers[j])
 
@@ -356,6 +356,19 @@ def test_each_kind_is_right_or_wrong_in_every_skill(skill):
                 assert low - 1e-6 <= total(prompt, text) <= high + 1e-6, (kind, prompt, text)
 
 
+def test_an_off_topic_answer_is_never_right_by_chance(monkeypatch):
+    class Lucky:
+        def draw(self, rng):
+            return {}
+
+        def ideal(self, slots, rng):
+            return rng.choice(("Two plus three is five.", "A cow says moo."))
+
+    monkeypatch.setattr(tinychat, "ALL", (Lucky(),))
+    rng = random.Random(7)
+    assert {tinychat.answer(SUM, "off_topic", rng) for _ in range(20)} == {"A cow says moo."}
+
+
 def test_demonstrations_are_dialogs_with_ideal_first_turns(demonstrations):
     assert Counter(tinychat.skill_of(record["messages"][:-1]) for record in demonstrations).most_common()[-1][1] > 300
     for record in demonstrations:
@@ -413,15 +426,20 @@ def test_the_labeller_ranks_as_bradley_terry_says():
     """Each pair of a long list of four comes out in order as often as sigmoid(difference / temperature) says."""
     texts = ["Two plus three is five.", "Two plus three is five. Now go away.", "Five.", "I do not know."]
     rewards, temperature, n = [1.0, 0.65, 0.5, 0.0], 0.3, 5_000
-    rng, wins = random.Random(5), Counter()
+    rng, wins, firsts = random.Random(5), Counter(), Counter()
     for _ in range(n):
         place = {text: i for i, text in enumerate(tinychat.rank(SUM, texts, temperature, rng))}
+        firsts[min(place, key=place.get)] += 1
         for i in range(4):
             for j in range(i + 1, 4):
                 wins[i, j] += place[texts[i]] < place[texts[j]]
     for (i, j), count in wins.items():
         p = 1 / (1 + math.exp(-(rewards[i] - rewards[j]) / temperature))
         assert abs(count / n - p) < 4 * math.sqrt(p * (1 - p) / n), (i, j)
+    mass = sum(math.exp(reward / temperature) for reward in rewards)
+    for text, reward in zip(texts, rewards, strict=True):  # Plackett-Luce: the best one is a softmax's choice
+        p = math.exp(reward / temperature) / mass
+        assert abs(firsts[text] / n - p) < 4 * math.sqrt(p * (1 - p) / n), text
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.15, 0.5])
@@ -446,14 +464,14 @@ def test_p06_held_out_prompts_are_never_trained_on(corpus, demonstrations, compa
     assert all(tinychat.split_of(messages) == "train" for messages in trained)
     seen = "\n".join(corpus) + "\n" + "\n".join(text_of(messages) for messages in trained)
     for split in ("heldout", "valid"):
-        for prompt in tinychat.prompts(seed=9, n=700, split=split):
+        for prompt in tinychat.prompts(seed=9, n=500, split=split):
             assert prompt[0]["content"] not in seen, prompt[0]["content"]
     for prompt in tinychat.FIXED_PROMPTS:
         assert prompt not in seen
 
 
 def test_p06_the_split_is_a_property_of_the_text():
-    splits = {name: {text_of(p) for p in tinychat.prompts(1, 700, name)} for name in ("train", "valid", "heldout")}
+    splits = {name: {text_of(p) for p in tinychat.prompts(1, 500, name)} for name in ("train", "valid", "heldout")}
     assert not splits["train"] & splits["heldout"]
     assert not splits["train"] & splits["valid"]
     assert not splits["valid"] & splits["heldout"]
@@ -513,11 +531,11 @@ def test_the_corpus_is_as_long_as_asked_and_has_no_chat_template(corpus):
 
 def test_conversations_in_the_corpus_are_right(corpus):
     """Two thirds of the paragraphs are conversations; every skill is among them; every answer is ideal."""
-    speaker = r"(?:And )?[A-Z][a-z]+(?: asked| said)?: "
+    speaker = r"(?:The (?:boy|girl|child|teacher) (?:asked|said)|Question|Answer): "
     skills = Counter()
     for paragraph in corpus:
         turns = [turn.strip() for turn in re.split(rf"(?:^| ){speaker}", paragraph)[1:]]
-        if len(turns) % 2 or not turns or turns[0] in EVASIVE:
+        if len(turns) % 2 or not turns or turns[0] in EVASIVE:  # small talk
             continue
         for i in range(0, len(turns), 2):
             roles = ["user", "assistant"] * len(turns)

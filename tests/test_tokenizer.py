@@ -54,7 +54,7 @@ def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text() | st.text(alphabet="▁ ab\n\t<|>/s[]"))
 def test_decode_undoes_encode_for_any_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -127,6 +127,7 @@ def _masked_runs(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> list
         if counts:
             run.append(token)
         if counts and token == tokenizer.eos_id:
+            assert not set(run[:-1]) & set(tokenizer.special_ids)  # no marker is learnt
             runs.append(tokenizer.decode(run))
             run = []
     assert not run
@@ -141,7 +142,7 @@ words = st.text(alphabet="ab c\n▁<|s/>é", max_size=12)
 exchanges = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(exchanges, st.none() | words)
 def test_p04_prompt_and_answer_are_tokenised_apart(
     tokenizer: Tokenizer, turns: list[tuple[str, str]], system: str | None

@@ -21,17 +21,22 @@ from .words import (
     RUDE_BEFORE,
     THINGS,
     capital,
-)  # fmt: skip
+)
 
 # How often a conversation is about each skill. The hard ones come oftener.
 CORPUS_WEIGHTS = MappingProxyType(
     {
-        "sum": 10, "take-away": 7, "opposite": 4, "count": 12, "reading": 14, "compare": 6, "list": 4, "fact": 5,
-        "spell": 5, "refuse": 5, "follow-up": 10, "story": 6, "greet": 3, "next": 5,
+        "sum": 8, "take-away": 8, "opposite": 5, "count": 12, "reading": 16, "compare": 8, "list": 5, "fact": 6,
+        "spell": 5, "refuse": 5, "follow-up": 12, "story": 5, "greet": 5, "next": 6,
     }
 )  # fmt: skip
-# How a conversation is told. Without quotation marks, so that a word is the same token here and in a chat.
-FRAMES = ("{n} asked: {q} {m} said: {a}", "{n}: {q} {m}: {a}", "{n} said: {q} And {m} said: {a}")
+# How a conversation is told. Without quotation marks, so that a word is the same token here and in a chat; the speakers
+# have no names, so that a name is worth copying.
+FRAMES = (
+    "The boy asked: {q} The girl said: {a}",
+    "The child asked: {q} The teacher said: {a}",
+    "Question: {q} Answer: {a}",
+)
 
 
 def corpus(seed: int, n_chars: int) -> Iterator[str]:
@@ -53,11 +58,8 @@ def _conversation(rng: random.Random) -> str:
     skill = BY_NAME[rng.choices(tuple(CORPUS_WEIGHTS), tuple(CORPUS_WEIGHTS.values()))[0]]
     slots, messages = draw(skill, rng, "train")
     turns = [message["content"] for message in messages] + [skill.ideal(slots, rng)]
-    n, m = rng.sample(NAMES, 2)
-    if skill.name == "greet":  # who says "I am Mia" is Mia
-        n, m = slots["n"], rng.choice([name for name in NAMES if name != slots["n"]])
     frame = rng.choice(FRAMES)
-    return " ".join(frame.format(q=q, a=a, n=n, m=m) for q, a in zip(turns[::2], turns[1::2], strict=True))
+    return " ".join(frame.format(q=q, a=a) for q, a in zip(turns[::2], turns[1::2], strict=True))
 
 
 def _story(rng: random.Random) -> str:
@@ -82,5 +84,4 @@ def _series(rng: random.Random) -> str:
 
 
 def _small_talk(rng: random.Random) -> str:
-    n, m = rng.sample(NAMES, 2)
-    return f"{n} said: {rng.choice(EVASIVE)} {m} said: {rng.choice(RUDE_BEFORE + RUDE_AFTER + RAMBLE)}"
+    return f"The boy said: {rng.choice(EVASIVE)} The girl said: {rng.choice(RUDE_BEFORE + RUDE_AFTER + RAMBLE)}"

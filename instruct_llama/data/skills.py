@@ -22,7 +22,7 @@ from .words import (
     SIZES,
     SPELLED,
     capital,
-)  # fmt: skip
+)
 
 Slots = dict[str, Any]
 Message = dict[str, str]
@@ -116,19 +116,19 @@ def other(words: Any, right: str, rng: random.Random) -> str:
 class Sum(Skill):
     name = "sum"
     forms = ("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "Can you add {a} and {b}?")
-    words = {"a": NUMBERS[:11], "b": NUMBERS[:11]}
+    words = {"a": NUMBERS[:10], "b": NUMBERS[:10]}
     sign, sense = "plus", 1
 
     def value(self, slots: Slots) -> int:
         return NUMBERS.index(slots["a"]) + self.sense * NUMBERS.index(slots["b"])
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{slots['a']} {self.sign} {slots['b']} is {NUMBERS[self.value(slots)]}.")
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{NUMBERS[self.value(slots)]}.")
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         near = [n for n in range(self.value(slots) - 3, self.value(slots) + 4) if 0 <= n <= 20]
         wrong = other([NUMBERS[n] for n in near], NUMBERS[self.value(slots)], rng)
         return capital(f"{slots['a']} {self.sign} {slots['b']} is {wrong}.")
@@ -141,12 +141,12 @@ class TakeAway(Sum):
     )  # fmt: skip
     sign, sense = "minus", -1
 
-    def draw(self, rng):
+    def draw(self, rng: random.Random) -> Slots:
         while not self.valid(slots := super().draw(rng)):
             pass
         return slots
 
-    def valid(self, slots):
+    def valid(self, slots: Slots) -> bool:
         return self.value(slots) >= 0
 
 
@@ -159,48 +159,39 @@ class Opposite(Skill):
     truth = {**dict(OPPOSITES), **{right: left for left, right in OPPOSITES}}
     words = {"x": tuple(truth)}
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return f"The opposite of {slots['x']} is {self.truth[slots['x']]}."
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{self.truth[slots['x']]}.")
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         return f"The opposite of {slots['x']} is {other(self.truth, self.truth[slots['x']], rng)}."
 
 
 class Count(Skill):
     name = "count"
     forms = (
-        "Count the {x}s: {items}.", "How many {x}s are here: {items}?",
-        "Here is a list: {items}. How many {x}s are there?",
+        "Count the things: {items}.", "How many things are here: {items}?",
+        "Here is a list: {items}. How many things are there?",
     )  # fmt: skip
-    item = "|".join(COUNTED)
-    words = {"x": COUNTED, "items": (f"(?:{item})(?:, (?:{item})){{1,4}}",)}
+    words = {"items": (f"(?:{'|'.join(COUNTED)})(?:, (?:{'|'.join(COUNTED)})){{1,4}}",)}
 
-    def draw(self, rng):
-        kinds = rng.sample(COUNTED, 3)[: rng.choice((2, 2, 3))]
-        items = [kinds[0]] + [rng.choice(kinds) for _ in range(rng.randint(1, 4))]
-        rng.shuffle(items)
-        return {"form": rng.randrange(len(self.forms)), "x": kinds[0], "items": ", ".join(items)}
-
-    def valid(self, slots):
-        return self.value(slots) > 0
+    def draw(self, rng: random.Random) -> Slots:
+        items = rng.sample(COUNTED, rng.randint(2, 5))
+        return {"form": rng.randrange(len(self.forms)), "items": ", ".join(items)}
 
     def value(self, slots: Slots) -> int:
-        return slots["items"].split(", ").count(slots["x"])
+        return len(slots["items"].split(", "))
 
-    def say(self, slots: Slots, number: int) -> str:
-        return f"I count {NUMBERS[number]} {slots['x']}{'s' if number != 1 else ''}."
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
+        return f"I count {NUMBERS[self.value(slots)]} things."
 
-    def ideal(self, slots, rng):
-        return self.say(slots, self.value(slots))
-
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{NUMBERS[self.value(slots)]}.")
 
-    def false(self, slots, rng):
-        return self.say(slots, other(range(1, 6), self.value(slots), rng))
+    def false(self, slots: Slots, rng: random.Random) -> str:
+        return f"I count {NUMBERS[other(range(2, 6), self.value(slots), rng)]} things."
 
 
 class Compare(Skill):
@@ -208,26 +199,26 @@ class Compare(Skill):
     forms = ("Which is {size}, {x} or {y}?", "Tell me which is {size}, {x} or {y}.", "What is {size}, {x} or {y}?")
     words = {"size": ("bigger", "smaller"), "x": SIZES, "y": SIZES}
 
-    def draw(self, rng):
+    def draw(self, rng: random.Random) -> Slots:
         while not self.valid(slots := super().draw(rng)):
             pass
         return slots
 
-    def valid(self, slots):
+    def valid(self, slots: Slots) -> bool:
         return slots["x"] != slots["y"]
 
     def order(self, slots: Slots) -> list[str]:
         """What was asked for first, then the rest."""
         return sorted((slots["x"], slots["y"]), key=SIZES.index, reverse=slots["size"] == "bigger")
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         first, second = self.order(slots)
         return capital(f"{first} is {slots['size']} than {second}.")
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{self.order(slots)[0]}.")
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         first, second = self.order(slots)
         return capital(f"{second} is {slots['size']} than {first}.")
 
@@ -235,28 +226,29 @@ class Compare(Skill):
 class Lists(Skill):
     name = "list"
     forms = tuple(f"{start} {{k}} {{kind}}." for start in ("Name", "List", "Tell me", "Say", "Please name"))
-    words = {"k": NUMBERS[2:5], "kind": tuple(CATEGORIES)}
+    words = {"k": NUMBERS[2:4], "kind": tuple(CATEGORIES)}
 
     def members(self, slots: Slots, rng: random.Random) -> list[str]:
-        return rng.sample(CATEGORIES[slots["kind"]], NUMBERS.index(slots["k"]))
+        words = CATEGORIES[slots["kind"]]  # always in the table's order, as labellers know them by heart
+        return sorted(rng.sample(words, NUMBERS.index(slots["k"])), key=words.index)
 
     def say(self, slots: Slots, members: list[str]) -> str:
         return f"{capital(slots['k'])} {slots['kind']} are {', '.join(members[:-1])} and {members[-1]}."
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return self.say(slots, self.members(slots, rng))
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(", ".join(self.members(slots, rng)) + ".")
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         members = self.members(slots, rng)
         kind = other(CATEGORIES, slots["kind"], rng)
         strangers = [word for word in CATEGORIES[kind] if word not in CATEGORIES[slots["kind"]]]
         members[rng.randrange(len(members))] = rng.choice(strangers)
         return self.say(slots, members)
 
-    def judge(self, slots, text):
+    def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
         start = f"{capital(slots['k'])} {slots['kind']} are "
         whole = text.startswith(start) and " and " in text
         named = re.split(", | and ", text.removeprefix(start).removesuffix("."))
@@ -272,7 +264,7 @@ class Fact(Skill):
     tables = tuple(table for table in FACTS for _ in table[0])  # one for each form
     forms = tuple(form for table in FACTS for form in table[0])
 
-    def vocabulary(self, form):
+    def vocabulary(self, form: int) -> dict[str, tuple[str, ...]]:
         return {"x": tuple(self.tables[form][2])}
 
     def say(self, slots: Slots, y: str) -> str:
@@ -281,13 +273,13 @@ class Fact(Skill):
     def truth(self, slots: Slots) -> dict[str, str]:
         return self.tables[slots["form"]][2]
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return self.say(slots, self.truth(slots)[slots["x"]])
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{self.truth(slots)[slots['x']]}.")
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         truth = self.truth(slots)
         return self.say(slots, other(sorted(set(truth.values())), truth[slots["x"]], rng))
 
@@ -297,13 +289,13 @@ class Spell(Skill):
     forms = ("Spell {x}.", "How do you spell {x}?", "Spell the word {x}.", "Tell me how to spell {x}.")
     words = {"x": SPELLED}
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return f"The word {slots['x']} is spelled {' '.join(slots['x'])}."
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(" ".join(slots["x"]) + ".")
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         letters = list(slots["x"])
         place = rng.randrange(len(letters))
         letters[place] = other("abcdefghiklmnoprstu", letters[place], rng)
@@ -312,19 +304,19 @@ class Spell(Skill):
 
 class Next(Skill):
     name = "next"
-    series = {"day": DAYS, "month": MONTHS, "number": NUMBERS}
+    series = {"day": DAYS, "month": MONTHS, "number": NUMBERS[:11]}
     forms = ("What comes {side} {x}?", "Which {kind} comes {side} {x}?", "Tell me what comes {side} {x}.")
-    words = {"side": ("after", "before"), "x": NUMBERS[::-1] + DAYS + MONTHS, "kind": tuple(series)}
+    words = {"side": ("after", "before"), "x": NUMBERS[10::-1] + DAYS + MONTHS, "kind": tuple(series)}
 
-    def draw(self, rng):
+    def draw(self, rng: random.Random) -> Slots:
         slots = {"form": rng.randrange(len(self.forms)), "side": rng.choice(("after", "before"))}
         slots["kind"] = rng.choice(tuple(self.series))
         slots["x"] = rng.choice(self.series[slots["kind"]])
         return slots if self.valid(slots) else self.draw(rng)
 
-    def valid(self, slots):
+    def valid(self, slots: Slots) -> bool:
         kind = next(kind for kind, series in self.series.items() if slots["x"] in series)
-        has_neighbour = slots["x"] != {"after": "twenty", "before": "zero"}[slots["side"]]
+        has_neighbour = slots["x"] != {"after": "ten", "before": "zero"}[slots["side"]]
         return slots.setdefault("kind", kind) == kind and has_neighbour
 
     def value(self, slots: Slots) -> str:
@@ -333,14 +325,14 @@ class Next(Skill):
         return series[(series.index(slots["x"]) + step) % len(series)]  # after Sunday comes Monday
 
     def say(self, slots: Slots, y: str) -> str:
-        return capital(f"{y} comes {slots['side']} {slots['x']}.")
+        return capital(f"{slots['side']} {slots['x']} comes {y}.")
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return self.say(slots, self.value(slots))
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{self.value(slots)}.")
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         series = [y for y in self.series[slots["kind"]] if y != slots["x"]]
         return self.say(slots, other(series, self.value(slots), rng))

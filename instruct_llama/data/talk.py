@@ -39,105 +39,116 @@ from .words import (
     PLACES,
     THINGS,
     capital,
-)  # fmt: skip
+)
 
 Split = Literal["train", "valid", "heldout"]
 
 # The three prompts that every notebook shows. They are held out, whatever their hash says.
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is two plus three?",
-    "Tom has a red ball. Mia has a blue kite. What does Mia have?",
+    "Tom has a ball. Mia has a kite. What does Mia have?",
     "Can you carry my box?",
 )
 
 
+# What can be read: how it is said, asked and answered, how it is asked again, and of what it may be said.
+READINGS = (
+    ("The {x} is {a}", "What colour is the {x}?", "The {x} is {a}.", "And the {x}?", THINGS, COLOURS),
+    ("{x} is {a}", "How is {x}?", "{x} is {a}.", "And {x}?", NAMES, FEELINGS),
+    ("{x} has a {a}", "What does {x} have?", "{x} has a {a}.", "And {x}?", NAMES, THINGS),
+)
+
+
+def _reading_forms() -> tuple[str, ...]:
+    """Two statements and a question, twice, and three statements and a question, for each of `READINGS`."""
+    forms = []
+    for said, asked, *_ in READINGS:
+        one, two, three = (said.replace("{x}", f"{{x{i}}}").replace("{a}", f"{{a{i}}}") for i in "123")
+        joined = f"{one} and {two.replace('The', 'the')}"
+        forms += [f"{text}. {asked}" for text in (f"{one}. {two}", joined, f"{one}. {two}. {three}")]
+    return tuple(forms)
+
+
 class Reading(Skill):
     name = "reading"
-    forms = (
-        "{n1} has a {c1} {t1}. {n2} has a {c2} {t2}. What does {n} have?",
-        "{n1} has a {c1} {t1}. {n2} has a {c2} {t2}. Who has the {c} {t}?",
-        "{n1} has a {c1} {t1}. {n2} has a {c2} {t2}. What colour is the {t}?",
-        "{n1} has a {c1} {t1} and {n2} has a {c2} {t2}. What does {n} have?",
-        "{n1} has a {c1} {t1} and {n2} has a {c2} {t2}. Who has the {c} {t}?",
-        "{n1} has a {c1} {t1} and {n2} has a {c2} {t2}. What colour is the {t}?",
-    )
-    words = {slot: {"n": NAMES, "c": COLOURS, "t": THINGS}[slot[0]]
-             for slot in ("n1", "c1", "t1", "n2", "c2", "t2", "n", "c", "t")}  # fmt: skip
+    forms = _reading_forms()
 
-    def draw(self, rng):
-        slots = {"form": rng.randrange(len(self.forms))}
-        for letter, words in (("n", NAMES), ("c", COLOURS), ("t", THINGS)):
-            slots[letter + "1"], slots[letter + "2"] = rng.sample(words, 2)
-        return self.asking(slots, rng.choice("12"))
+    def vocabulary(self, form: int) -> dict[str, tuple[str, ...]]:
+        subjects, attributes = READINGS[form // 3][4:]
+        numbers = "123" if form % 3 == 2 else "12"
+        return {f"x{i}": subjects for i in numbers} | {f"a{i}": attributes for i in numbers} | {"x": subjects}
+
+    def draw(self, rng: random.Random) -> Slots:
+        form = rng.randrange(len(self.forms))
+        subjects, attributes = READINGS[form // 3][4:]
+        n = 3 if form % 3 == 2 else 2
+        slots = {"form": form}
+        for letter, words in (("x", subjects), ("a", attributes)):
+            slots |= {f"{letter}{i + 1}": word for i, word in enumerate(rng.sample(words, n))}
+        return self.asking(slots, rng.choice("123"[:n]))
 
     def asking(self, slots: Slots, who: str) -> Slots:
-        """The slots with the question put about person "1" or "2"."""
-        return {**slots, **{letter: slots[letter + who] for letter in "nct"}}
+        """The slots with the question put about the subject "1", "2" or "3"."""
+        return {**slots, "x": slots["x" + who], "a": slots["a" + who]}
 
-    def valid(self, slots):
-        for who in "12":  # fills in what the question leaves to be found
-            if all(slots[letter] == slots[letter + who] for letter in "nct" if letter in slots):
-                slots.update(self.asking(slots, who))
-                return all(slots[letter + "1"] != slots[letter + "2"] for letter in "nct")
-        return False
+    def valid(self, slots: Slots) -> bool:
+        numbers = [key[1] for key in slots if key[0] == "x" and len(key) == 2]
+        for who in numbers:
+            if slots["x"] == slots["x" + who]:
+                slots.update(self.asking(slots, who))  # fills in what is to be found
+        return all(len({slots[letter + i] for i in numbers}) == len(numbers) for letter in "xa") and "a" in slots
 
-    def say(self, slots: Slots, n: str, c: str, t: str) -> str:
-        return (f"{n} has a {c} {t}.", f"{n} has the {c} {t}.", f"The {t} is {c}.")[slots["form"] % 3]
+    def others(self, slots: Slots) -> list[str]:
+        """Which of the subjects the question is not about."""
+        return [key[1] for key in slots if key[0] == "x" and len(key) == 2 and slots[key] != slots["x"]]
 
-    def ideal(self, slots, rng):
-        return self.say(slots, slots["n"], slots["c"], slots["t"])
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
+        return READINGS[slots["form"] // 3][2].format(**slots)
 
-    def bare(self, slots, rng):
-        return capital((f"a {slots['c']} {slots['t']}.", f"{slots['n']}.", f"{slots['c']}.")[slots["form"] % 3])
+    def bare(self, slots: Slots, rng: random.Random) -> str:
+        return capital(f"{'a ' if slots['form'] // 3 == 2 else ''}{slots['a']}.")
 
-    def false(self, slots, rng):
-        n, c, t = slots["n"], slots["c"], slots["t"]
-        n_other = slots["n2"] if n == slots["n1"] else slots["n1"]
-        c_other, t_other = (slots["c2"], slots["t2"]) if c == slots["c1"] else (slots["c1"], slots["t1"])
-        if slots["form"] % 3 == 0:
-            c, t = rng.choice(((c_other, t_other), (c_other, t), (c, t_other)))
-        return self.say(slots, n_other if slots["form"] % 3 == 1 else n, c_other if slots["form"] % 3 == 2 else c, t)
+    def false(self, slots: Slots, rng: random.Random) -> str:
+        return self.ideal({**slots, "a": slots["a" + rng.choice(self.others(slots))]}, rng)
 
 
 class FollowUp(Reading):
-    """A reading question with its right answer, and then a second question about the same two people."""
+    """A reading question with its right answer, and then the same question about someone or something else."""
 
     name = "follow-up"
-    seconds = ("What colour is it?", "And what does {n} have?", "And who has the {c} {t}?")
 
-    def draw(self, rng):
-        return {**super().draw(rng), "form": rng.choice((0, 3)), "second": rng.randrange(3)}
+    def draw(self, rng: random.Random) -> Slots:
+        slots = super().draw(rng)
+        return {**slots, "second": rng.choice(self.others(slots))}
 
     def second(self, slots: Slots) -> Slots:
-        """The second question as a reading question: of the same person for "it", of the other one for "And"."""
-        it_is_first = slots["n"] == slots["n1"]
-        who = "1" if it_is_first == (slots["second"] == 0) else "2"
-        return self.asking({**slots, "form": (2, 0, 1)[slots["second"]]}, who)
+        """The second question as a reading question."""
+        return self.asking(slots, slots["second"])
 
-    def messages(self, slots):
+    def messages(self, slots: Slots) -> list[Message]:
         first = super().messages(slots)
-        answer = super().say(slots, slots["n"], slots["c"], slots["t"])
-        question = self.seconds[slots["second"]].format(**self.second(slots))
+        answer = super().ideal(slots, random.Random(0))
+        question = READINGS[slots["form"] // 3][3].format(**self.second(slots))
         return [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
 
-    def read(self, turns):
+    def read(self, turns: list[str]) -> Slots | None:
         slots = super().read(turns[:1]) if len(turns) == 2 else None
-        if slots is None or slots["form"] not in (0, 3):
+        if slots is None:
             return None
-        for second in range(3):
-            slots["second"] = second
+        for slots["second"] in self.others(slots):
             if self.messages(slots)[-1]["content"] == turns[1]:
                 return slots
         return None
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return super().ideal(self.second(slots), rng)
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return super().bare(self.second(slots), rng)
 
-    def false(self, slots, rng):
-        return super().false(self.second(slots), rng)
+    def false(self, slots: Slots, rng: random.Random) -> str:
+        wrong = rng.choice(self.others(self.second(slots)))
+        return super().ideal({**self.second(slots), "a": slots["a" + wrong]}, rng)
 
 
 class Refuse(Skill):
@@ -146,32 +157,30 @@ class Refuse(Skill):
     name = "refuse"
     openers = ()
     forms = ("Can you {verb} {thing}?", "Will you {verb} {thing}?", "Please {verb} {thing}.")
-    objects = tuple(f"{colour}{thing}" for colour in ("", *(colour + " " for colour in COLOURS)) for thing in THINGS)
     owners = {
         **dict.fromkeys(("carry", "hold", "wash", "paint", "fix", "lift"), "my "),
         **dict.fromkeys(("bring", "buy", "make"), "me a "),
     }
-    words = {"verb": tuple(owners), "thing": tuple("my " + o for o in objects) + tuple("me a " + o for o in objects)}
+    words = {"verb": tuple(owners), "thing": tuple("my " + o for o in THINGS) + tuple("me a " + o for o in THINGS)}
 
-    def draw(self, rng):
+    def draw(self, rng: random.Random) -> Slots:
         verb = rng.choice(tuple(self.owners))
-        name = rng.choice(THINGS) if rng.random() < 0.5 else rng.choice(self.objects)
-        return {"form": rng.randrange(len(self.forms)), "verb": verb, "thing": self.owners[verb] + name}
+        return {"form": rng.randrange(len(self.forms)), "verb": verb, "thing": self.owners[verb] + rng.choice(THINGS)}
 
-    def valid(self, slots):
+    def valid(self, slots: Slots) -> bool:
         return slots["thing"].startswith(self.owners[slots["verb"]])
 
     def deed(self, slots: Slots) -> str:
         """What is asked, from the program's side: my box becomes your box."""
         return f"{slots['verb']} " + re.sub("^my ", "your ", re.sub("^me ", "you ", slots["thing"]))
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return f"I am sorry, I cannot {self.deed(slots)} because I am only a program."
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return "I am sorry, I cannot."
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         return f"Yes, I will {self.deed(slots)} now."
 
 
@@ -184,13 +193,13 @@ class Greet(Skill):
         "n": NAMES, "c": COLOURS, "t": THINGS,
     }  # fmt: skip
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return f"Hello, {slots['n']}. It is nice to meet you."
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return f"Hello, {slots['n']}."
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         return f"Hello, {other(NAMES, slots['n'], rng)}. It is nice to meet you."
 
 
@@ -217,13 +226,13 @@ class Story(Skill):
             line.format(a=a, b=b, place=rng.choice(PLACES), feeling=rng.choice(FEELINGS)) for line in lines
         )
 
-    def ideal(self, slots, rng):
+    def ideal(self, slots: Slots, rng: random.Random) -> str:
         return self.tell(slots["a"], slots["b"], rng)
 
-    def bare(self, slots, rng):
+    def bare(self, slots: Slots, rng: random.Random) -> str:
         return self.ideal(slots, rng).split(". ")[0] + "."
 
-    def false(self, slots, rng):
+    def false(self, slots: Slots, rng: random.Random) -> str:
         if rng.random() < 0.5:
             return self.tell(other(ANIMALS, slots["a"], rng), slots["b"], rng)
         return self.tell(slots["a"], other(THINGS, slots["b"], rng), rng)
@@ -237,7 +246,7 @@ class Story(Skill):
                 return (match["a"], match.groupdict().get("b", slots["b"])) == (slots["a"], slots["b"])
         return False
 
-    def judge(self, slots, text):
+    def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
         """An opening, then different middles, then at most one ending: two to four sentences make it complete."""
         first, *rest = [sentence.strip() for sentence in re.findall(r"[^.]+\.?", text)] or [""]
         correct = (

@@ -1,17 +1,16 @@
 """The words of the embedded world: vocabulary, facts, and the sentences of its stories and its labellers.
 
-About 400 short words in all, so that a vocabulary of some 600 pieces holds nearly all of them whole.
+Some 300 short words in all, so that a vocabulary of some 600 pieces holds nearly all of them whole.
 """
 
-NAMES = ("Tom", "Mia", "Sam", "Ann", "Ben", "Lily", "Max", "Zoe", "Leo", "Eva", "Dan", "Kim")
-COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "pink")
+NAMES = ("Tom", "Mia", "Sam", "Ann", "Ben", "Lily", "Max", "Zoe")
+COLOURS = ("red", "blue", "green", "yellow", "black", "white", "pink")
 THINGS = (
-    "ball", "kite", "hat", "box", "cup", "book", "bag", "bell",
-    "boat", "drum", "lamp", "coin", "ring", "car", "doll", "pen",
+    "ball", "kite", "hat", "box", "cup", "book", "bag", "bell", "boat", "drum", "car", "pen",
 )  # fmt: skip
-FRUITS = ("apple", "pear", "plum", "peach", "grape", "lemon", "banana", "cherry")
-ANIMALS = ("dog", "cat", "cow", "horse", "pig", "hen", "duck", "sheep", "mouse", "bear", "frog", "lion")
-TOYS = ("ball", "kite", "boat", "drum", "car", "doll")
+FRUITS = ("apple", "pear", "plum", "lemon", "banana", "cherry")
+ANIMALS = ("dog", "cat", "cow", "horse", "pig", "hen", "duck", "bear", "frog")
+TOYS = ("ball", "kite", "boat", "drum", "car")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
@@ -23,19 +22,14 @@ NUMBERS = (
 )  # fmt: skip
 OPPOSITES = (
     ("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"), ("fast", "slow"), ("old", "new"),
-    ("hard", "soft"), ("wet", "dry"), ("good", "bad"), ("happy", "sad"), ("open", "shut"), ("full", "empty"),
-    ("long", "short"), ("high", "low"), ("light", "dark"), ("left", "right"), ("in", "out"), ("on", "off"),
-    ("early", "late"), ("strong", "weak"), ("clean", "dirty"), ("rich", "poor"), ("loud", "quiet"), ("first", "last"),
+    ("wet", "dry"), ("good", "bad"), ("happy", "sad"), ("open", "shut"), ("long", "short"), ("in", "out"),
 )  # fmt: skip
-COUNTED = ("apple", "pear", "plum", "lemon", "cat", "dog", "cow", "duck", "hat", "cup", "ball", "kite")  # plural: +s
-SIZES = (
-    "an ant", "a bee", "a mouse", "a duck", "a cat", "a dog", "a sheep", "a cow", "a horse",
-    "an elephant", "a whale", "a ship", "a hill", "a town",
-)  # smallest first  # fmt: skip
+COUNTED = ("apple", "pear", "cat", "dog", "cow", "hat", "cup", "ball")  # plural: +s
+# From the smallest to the biggest.
+SIZES = ("an ant", "a frog", "a duck", "a cat", "a dog", "a pig", "a cow", "a horse", "a bus", "a ship")
 SPELLED = (
-    "cat", "dog", "cow", "pig", "hen", "duck", "bear", "frog", "lion", "ball", "kite", "hat", "box", "cup", "book",
-    "bag", "bell", "boat", "drum", "lamp", "coin", "ring", "car", "doll", "pen", "pear", "plum", "red", "blue", "hot",
-    "cold", "big", "fast", "slow", "wet", "dry", "sun", "tea", "bus", "bed",
+    "cat", "dog", "cow", "pig", "hen", "box", "cup", "bag", "car", "pen", "red", "hot", "big", "wet", "sun", "bus",
+    "duck", "ball", "kite", "boat",
 )  # fmt: skip
 CATEGORIES = {
     "fruits": FRUITS, "animals": ANIMALS, "colours": COLOURS, "numbers": NUMBERS,
@@ -48,17 +42,15 @@ FACTS = (
         ("What colour is {x}?", "Tell me the colour of {x}.", "Which colour is {x}?"),
         "{x} is {y}.",
         {
-            "a lemon": "yellow", "a banana": "yellow", "snow": "white", "milk": "white", "grass": "green",
-            "a frog": "green", "the sky": "blue", "the sea": "blue", "coal": "black", "a cherry": "red",
-            "a rose": "red", "a pig": "pink", "a bear": "brown",
+            "a lemon": "yellow", "a banana": "yellow", "snow": "white", "grass": "green", "a frog": "green",
+            "the sky": "blue", "coal": "black", "a cherry": "red", "a pig": "pink",
         },
     ),
     (
         ("What does {x} say?", "Tell me what {x} says.", "Which sound does {x} make?"),
         "{x} says {y}.",
         {
-            "a cow": "moo", "a dog": "woof", "a cat": "meow", "a duck": "quack", "a sheep": "baa",
-            "a pig": "oink", "a hen": "cluck", "a bee": "buzz", "a lion": "roar",
+            "a cow": "moo", "a dog": "woof", "a cat": "meow", "a duck": "quack", "a pig": "oink", "a bee": "buzz",
         },
     ),
     (
@@ -66,23 +58,23 @@ FACTS = (
         "{x} lives {y}.",
         {
             "a fish": "in the sea", "a bird": "in a nest", "a bee": "in a hive", "a cow": "on a farm",
-            "a bear": "in a cave", "a king": "in a castle", "a spider": "in a web",
+            "a bear": "in a cave",
         },
     ),
     (
         ("How many legs does {x} have?", "Count the legs of {x}.", "Tell me how many legs {x} has."),
         "{x} has {y} legs.",
         {
-            "a dog": "four", "a cat": "four", "a cow": "four", "a horse": "four", "a duck": "two",
-            "a hen": "two", "an ant": "six", "a bee": "six", "a spider": "eight",
+            "a dog": "four", "a cat": "four", "a cow": "four", "a horse": "four", "a duck": "two", "a hen": "two",
+            "an ant": "six", "a bee": "six",
         },
     ),
     (
         ("What do we use to {x}?", "Tell me what we use to {x}.", "Which thing do we use to {x}?"),
-        "We use {y} to {x}.",
+        "To {x} we use {y}.",
         {
             "write": "a pen", "cut": "a knife", "sleep": "a bed", "sit": "a chair", "read": "a book",
-            "drink": "a cup", "eat soup": "a spoon", "open a door": "a key",
+            "drink": "a cup",
         },
     ),
 )  # fmt: skip
@@ -119,7 +111,6 @@ MIDDLES = (
     "The {a} lost the {b} in the {place}.",
 )
 ENDINGS = ("Then the {a} was very {feeling}.", "Then the {a} went home to sleep.")
-
 
 
 def capital(text: str) -> str:

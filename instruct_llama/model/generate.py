@@ -130,6 +130,7 @@ def decode(
     A row that has ended leaves the model's batch. Raises `UserError` for prompts that do not fit the context.
     """
     limit, longest = model.config.max_seq_len, max(map(len, prompts), default=0)
+    check(max_new_tokens > 0, f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     check(longest > 0 and min(map(len, prompts)) > 0, "Every prompt needs at least one token: give the text's start.")
     check(
         longest + max_new_tokens <= limit,

@@ -200,7 +200,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A decoder with a language-model head: token ids in, logits of the next token out.
 
-    Weights are fp32, drawn from normal(0, 0.02), those that write to the residual stream divided by
+    Weights are fp32, drawn from normal(0, init_std), those that write to the residual stream divided by
     sqrt(2 * n_layers) as in GPT-2. Without a `generator` they are drawn with seed 0.
     Mixed precision is the caller's `torch.autocast`; logits are fp32 under it too.
     """
@@ -225,8 +225,8 @@ class Llama(nn.Module):
                 weight.fill_(1.0)  # the norms' scales
             else:
                 residual = name.endswith(("wo.weight", "w_down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-                weight.normal_(0.0, std, generator=generator)
+                shrink = math.sqrt(2 * self.config.n_layers) if residual else 1.0
+                weight.normal_(0.0, self.config.init_std / shrink, generator=generator)
 
     def forward(
         self, tokens: torch.Tensor, *, segments: torch.Tensor | None = None, cache: KVCache | None = None
@@ -279,16 +279,16 @@ class Llama(nn.Module):
         end, device = start + tokens.shape[1], tokens.device
         if cache is not None and segments is not None:
             cache.segments[:, start:end], cache.plain = segments, False
-        seen = segments if cache is None else cache.segments[:, :end]  # (B, S)
-        plain = segments is None if cache is None else cache.plain and (start == 0 or end - start == 1)
-        if plain:
-            check(
-                end <= self.config.max_seq_len,
-                f"A row of {end} tokens is longer than the context, model.max_seq_len {self.config.max_seq_len}: "
-                "cut the text, or train a model with a longer context.",
-            )
+        check(
+            segments is not None or end <= self.config.max_seq_len,
+            f"A row of {end} tokens is longer than the context, model.max_seq_len {self.config.max_seq_len}: "
+            "cut the text, or train a model with a longer context.",
+        )
+        unmasked = segments is None if cache is None else cache.plain and (start == 0 or end - start == 1)
+        if unmasked:
             positions, mask = torch.arange(start, end, device=device)[None], None  # (1, T)
         else:
+            seen = segments if cache is None else cache.segments[:, :end]  # (B, S)
             visible = visibility(seen[:, start:], seen)  # (B, T, S)
             positions = visible.sum(-1) - 1  # (B, T) how many of its own segment came before
             mask = visible[:, None]  # (B, 1, T, S)

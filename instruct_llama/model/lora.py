@@ -16,6 +16,7 @@ import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import skip_init
 
 from ..config import LoRAConfig, QuantConfig, check
 
@@ -52,7 +53,9 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = dense.weight.shape
         self.packed, self.scales = bnb.quantize_4bit(
-            dense.weight.detach().float().contiguous(),
+            # As one line of numbers: on the CPU, bitsandbytes 0.50 reads a matrix back with the wrong scales
+            # where a block ends inside a row, silently.
+            dense.weight.detach().float().flatten(),  # (out * in,)
             blocksize=config.block_size,
             compress_statistics=config.double,
             quant_type=config.kind,
@@ -60,7 +63,7 @@ class QuantLinear(nn.Module):
 
     def dequantise(self) -> torch.Tensor:
         """The weights this layer computes with: (out, in) float32."""
-        return bnb.dequantize_4bit(self.packed, self.scales)
+        return bnb.dequantize_4bit(self.packed, self.scales).view(self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return QuantMatmul.apply(x, self)  # (..., in) -> (..., out)
@@ -87,6 +90,7 @@ class LoRALinear(nn.Module):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()  # name -> (rank, in), (out, rank), both fp32
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
+        self.train(base.training)  # a new module counts as training: in a model set to eval, dropout would be on
 
     def add(self, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
         """A new adapter: A from a uniform distribution, B zero, so that at first it changes nothing."""
@@ -252,8 +256,7 @@ def merge(
         if name in layer.configs:
             config = layer.configs[name]
             weight += lora_delta(layer.A[name], layer.B[name], config.alpha, config.rank)
-        out, width = weight.shape
-        dense = nn.utils.skip_init(nn.Linear, width, out, bias=False)
+        dense = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False)
         dense.weight = nn.Parameter(weight)
         merged.set_submodule(path, dense)
-    return merged.requires_grad_(True)
+    return merged.float().requires_grad_(True).train(model.training)
