@@ -6,14 +6,11 @@ A run folder holds `model.safetensors` (or `adapter.safetensors` and a relative 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import importlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,37 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
+from .data.batches import atomic
 from .data.tokenizer import Tokenizer
 from .model import lora
 from .model.llama import Llama, ScalarLlama
 
 State = dict[str, torch.Tensor]
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; on success it is flushed to disk and renamed, on failure removed.
-
-    A kill at any moment leaves the old file whole. A full disk raises `UserError` and loses nothing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"The disk is full: {path} could not be written, and its last version is untouched. "
-                "Free some space, then run the same command with --resume."
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -261,6 +233,8 @@ def merge_run(source: Path, target: Path, into: Literal["dequantised", "original
         merged[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
         error = (merged[kind](probe) - trained).norm() / trained.norm()
         lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
-    kept = {key: value for key, value in info.items() if key not in ("base", "adapter", "lora", "quant", "model", "kind")}
+    kept = {
+        key: value for key, value in info.items() if key not in ("base", "adapter", "lora", "quant", "model", "kind")
+    }
     save_full(target, merged[into], tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
     return [*lines, f"saved in {target} ({into})"]

@@ -214,6 +214,7 @@ class PPOConfig:
     name: str = "ppo"  # folder of the run, under out
     layout: Literal["four_models", "shared_base"] = "four_models"  # four networks, or one base with adapters
     iterations: int = 40  # rollout and update rounds
+    exact_iterations: int = 40  # rounds on the enumerable language that opens notebook 07
     rollouts: int = 128  # episodes (answers) per iteration
     rollout_batch: int = 128  # episodes generated at once
     max_new_tokens: int = 48  # longest answer, in tokens

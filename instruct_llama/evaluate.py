@@ -123,7 +123,9 @@ def report_card(settings: Settings) -> dict[str, Any]:
             estimate_, _ = true_reward(model, tokenizer, prompts, config, settings.seed)
             samples = answers(model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed)
             entry |= {"true_reward": asdict(estimate_)}
-            entry["answers"] = [{"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, samples, strict=True)]
+            entry["answers"] = [
+                {"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, samples, strict=True)
+            ]
         stages[folder.name] = entry
     report = {"stages": stages, "preset": settings.preset, "seed": settings.seed}
     checkpoint.write_text(settings.out_dir / "report.json", json.dumps(report, indent=2) + "\n")

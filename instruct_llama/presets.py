@@ -1,4 +1,4 @@
-"""One table of settings for every machine. A preset's name is the only thing that changes between CI, a laptop and a GPU."""
+"""One table of settings for every machine: a preset's name is all that changes between CI, a laptop and a GPU."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .config import (
 
 LAPTOP = Settings(
     preset="laptop",
-    model=ModelConfig(dim=128, n_layers=2, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.1),
+    model=ModelConfig(dim=128, n_layers=3, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.12),
     tokenizer=TokenizerConfig(vocab_size=640),
     world=WorldConfig(corpus_chars=4_000_000, demonstrations=6_000, comparisons=4_000, prompts=4_000, heldout=512),
     pretrain=PretrainConfig(
         seq_len=64,
         optim=OptimConfig(lr=4e-3, warmup_steps=30),
-        loop=LoopConfig(steps=900, batch_size=64, eval_every=100),
+        loop=LoopConfig(steps=800, batch_size=64, eval_every=100),
     ),
     sft=SFTConfig(loop=LoopConfig(epochs=2, eval_every=50)),
     qlora=SFTConfig(
@@ -63,7 +63,7 @@ TINY = Settings(
         loop=LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
     ppo=PPOConfig(
-        iterations=3, rollouts=16, rollout_batch=16, max_new_tokens=16, epochs=2, minibatch=8, micro_batch=8,
+        iterations=3, exact_iterations=4, rollouts=16, rollout_batch=16, max_new_tokens=16, epochs=2, minibatch=8, micro_batch=8,
         save_every=1, eval_every=2, eval_prompts=16,
     ),
     evaluate=EvaluateConfig(prompts=32, max_new_tokens=24, batch_size=32),

@@ -1,4 +1,4 @@
-"""The whole story in one command: execute every notebook in order, keep them and an HTML page of each, grade the result."""
+"""The whole story in one command: execute every notebook in order, keep an HTML page of each, grade the result."""
 
 from __future__ import annotations
 

@@ -173,7 +173,9 @@ def test_p31_finished_rows_leave_the_batch_and_the_cache_is_sized_to_the_need():
     model.hidden = counting
     ends = tuple(range(1, 12))
     made = run(model, PROMPTS * 8, eos_id=ends, max_new_tokens=9)
-    lengths = made.mask.sum(-1)
+    is_end = torch.isin(made.tokens, torch.tensor(ends)) & made.mask
+    lengths = torch.where(is_end.any(-1), is_end.long().argmax(-1) + 1, 9)  # (B,) up to the first end
+    assert torch.equal(lengths, made.mask.sum(-1)) and len(set(lengths.tolist())) > 4
     assert seen[0] == 32 * 7  # the prompts
     assert seen[1:] == [int((lengths > step).sum()) for step in range(1, int(lengths.max()))]
     assert caches[0] == (2, 32, 2, 7 + 9 - 1, 8)

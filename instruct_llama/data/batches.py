@@ -49,7 +49,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"The disk is full: {path} could not be written, and its last version is untouched. "
-                "Free some space and run the same command again."
+                "Free some space, then run the same command again, a stage with --resume."
             ) from error
         raise
     finally:

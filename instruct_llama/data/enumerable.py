@@ -1,19 +1,19 @@
 """The enumerable language: a world so small that the best possible policy is known in closed form.
 
-An answer is a handful of letters, so all answers can be listed, and with them everything that PPO only estimates: the expected
-score, the KL to the reference, their gradients. For a reference policy `ref`, a score r(y) and a KL coefficient beta,
+An answer is a handful of letters, so all answers can be listed, and with them everything that PPO only estimates: the
+expected score, the KL to the reference, their gradients. For a reference `ref`, a score r(y) and a coefficient beta,
 
     J(pi) = E_pi[r(y)] - beta KL(pi || ref)   is largest at   pi*(y) = ref(y) exp(r(y) / beta) / Z,
     J* = beta log Z,   Z = sum_y ref(y) exp(r(y) / beta)
 
-(Ziegler et al., arXiv:1909.08593, section 2). A correct PPO climbs from J(ref) to J*. One that is wrong by one token, one
-sign or one mask stops short of it, though its curves look healthy.
+(Ziegler et al., arXiv:1909.08593, section 2). A correct PPO climbs from J(ref) to J*. One that is wrong by one token,
+one sign or one mask stops short of it, though its curves look healthy.
 
 Two languages differ in where an answer ends. In `fixed()` every answer has 4 letters and then the end token. In
-`variable()` the end token may come at any time, and an answer without one within 4 tokens gets the score `no_end_score`,
-whatever the reward table thinks of it.
+`variable()` the end token may come at any time, and an answer without one within 4 tokens gets the score
+`no_end_score`, whatever the reward table thinks of it.
 
-A observations of every answer, N tokens of the longest one, V tokens in the vocabulary, R prefixes.
+A answers in all, N tokens of the longest one, V tokens in the vocabulary, R prefixes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def fixed(seed: int = 0) -> Language:
 
 
 def variable(seed: int = 45) -> Language:
-    """5 letters and the end token, answers of at most 4 tokens: 156 that end and 625 that are cut off."""
+    """5 letters and the end token, answers of at most 4 tokens: 156 that end and 625 that are cut off.
+
+    Every seed is another language; under this one, an untrained end token and a KL counted over padding cost much.
+    """
     return _build("variable", n_letters=5, early_end=True, beta=0.5, no_end_score=-2.0, seed=seed)
 
 
@@ -128,24 +131,24 @@ def _build(name: str, n_letters: int, early_end: bool, beta: float, no_end_score
 
 
 def _rewards(prefixes: tuple[tuple[int, ...], ...], vocab_size: int, generator: torch.Generator) -> Tensor:
-    """Rugged but learnable: a letter counts by its place (the first one most) and by its left neighbour, saying anything
-    is worth 0.8 but every letter costs 0.4, and each prefix has a whim of its own."""
+    """The score of each prefix: (R,). Rugged but learnable: a letter counts by its place (the first most) and by its
+    left neighbour, saying anything is worth 0.8 but every letter costs 0.4, and each prefix has a whim of its own."""
     by_place = torch.randn(DEPTH, vocab_size, generator=generator) * torch.tensor([[1.0], [0.5], [0.5], [0.5]])
     by_neighbour = 0.5 * torch.randn(vocab_size, vocab_size, generator=generator)
     rewards = 0.5 * torch.randn(len(prefixes), generator=generator)
     for i, prefix in enumerate(prefixes):
         letters = [token for token in prefix if token != EOS]
-        for place, (left, token) in enumerate(zip([BOS, *letters], letters)):
+        for place, (left, token) in enumerate(zip([BOS, *letters], letters, strict=False)):
             rewards[i] += by_place[place, token] + by_neighbour[left, token] - 0.4
         rewards[i] += 0.8 if letters else 0.0
     return rewards
 
 
 class PrefixTable(nn.Module):
-    """The freest policy there is: one row of learnable logits per prefix; with `scalar`, one number (a value or a score).
+    """The freest policy there is: a row of learnable logits per prefix; with `scalar`, one number (a value or a score).
 
-    It is called and sampled from like a `Llama`. Its prefix is what follows the last BOS. At the end token and the padding
-    after it, a policy repeats the logits that the end was chosen from: finite, moving, and to be counted by nobody.
+    It is called and sampled from like a `Llama`. Its prefix is what follows the last BOS. At the end token and the
+    padding after it, a policy repeats the logits that the end was chosen from: finite, moving, and for nobody to count.
     """
 
     def __init__(self, language: Language, table: Tensor | None = None, *, scalar: bool = False) -> None:
@@ -195,7 +198,7 @@ class PrefixTable(nn.Module):
         return found.squeeze(-1) if self.scalar else found
 
 
-# ------------------------------------------------------------------------------------------------- exact, by enumeration
+# ------------------------------------------------------------------------------------------------ exact, by enumeration
 
 
 @dataclass(frozen=True)
@@ -227,32 +230,33 @@ def answer_logprobs(language: Language, model: nn.Module) -> Tensor:
     return torch.where(language.mask, chosen, 0.0)  # (A, N)
 
 
+@torch.no_grad()
+def _reference_logprobs(language: Language, ref: nn.Module | None) -> Tensor:
+    return answer_logprobs(language, ref or reference(language)).sum(dim=1)  # (A,)
+
+
 def evaluate(language: Language, policy: nn.Module, ref: nn.Module | None = None) -> Exact:
     """The exact worth of a policy against a reference (the language's own if not given)."""
     logprobs = answer_logprobs(language, policy).sum(dim=1)  # (A,)
-    ref_logprobs = answer_logprobs(language, ref or reference(language)).sum(dim=1).detach()  # (A,)
     probability = logprobs.exp()
     score = (probability * language.scores).sum()
-    kl = (probability * (logprobs - ref_logprobs)).sum()
+    kl = (probability * (logprobs - _reference_logprobs(language, ref))).sum()
     return Exact(score - language.beta * kl, score, kl, (probability * language.ended).sum())
 
 
 def optimal_logprobs(language: Language, ref: nn.Module | None = None) -> Tensor:
     """log pi*(y) of every answer: (A,)."""
-    with torch.no_grad():
-        ref_logprobs = answer_logprobs(language, ref or reference(language)).sum(dim=1)  # (A,)
-    return (ref_logprobs + language.scores / language.beta).log_softmax(dim=0)
+    return (_reference_logprobs(language, ref) + language.scores / language.beta).log_softmax(dim=0)
 
 
 def best_objective(language: Language, ref: nn.Module | None = None) -> float:
     """J* = beta log sum_y ref(y) exp(r(y) / beta): no policy does better."""
-    with torch.no_grad():
-        ref_logprobs = answer_logprobs(language, ref or reference(language)).sum(dim=1)  # (A,)
-    return language.beta * (ref_logprobs + language.scores / language.beta).logsumexp(dim=0).item()
+    tilted = _reference_logprobs(language, ref) + language.scores / language.beta  # (A,)
+    return language.beta * tilted.logsumexp(dim=0).item()
 
 
 def gap_closed(language: Language, policy: nn.Module, ref: nn.Module | None = None) -> float:
-    """(J(policy) - J(ref)) / (J* - J(ref)): 0 at the reference, 1 at the best policy, negative if worse than untrained."""
+    """(J(policy) - J(ref)) / (J* - J(ref)): 0 at the reference, 1 at the best policy, negative if worse than ref."""
     ref = ref or reference(language)
     with torch.no_grad():
         start = evaluate(language, ref, ref).objective.item()
@@ -265,8 +269,8 @@ def optimal_policy(language: Language) -> PrefixTable:
     policy = PrefixTable(language)
     mass = torch.zeros(language.n_unended, language.vocab_size)
     row = {prefix: i for i, prefix in enumerate(language.prefixes)}
-    for answer, mask, p in zip(language.answers.tolist(), language.mask.sum(dim=1), optimal_logprobs(language).exp()):
-        for t in range(int(mask)):
+    for answer, mask, p in zip(language.answers.tolist(), language.mask, optimal_logprobs(language).exp(), strict=True):
+        for t in range(int(mask.sum())):
             mass[row[tuple(answer[:t])], answer[t]] += p
     with torch.no_grad():
         policy.tok_embeddings.weight.copy_(mass.log().clamp(min=-50.0))

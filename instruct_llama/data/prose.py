@@ -49,7 +49,7 @@ def corpus(seed: int, n_chars: int) -> Iterator[str]:
     writers = (_conversation, _story, _description, _statements, _series, _small_talk)
     given = 0
     while given < n_chars:
-        paragraph = rng.choices(writers, (68, 8, 8, 8, 5, 3))[0](rng)
+        paragraph = rng.choices(writers, (76, 5, 6, 6, 4, 3))[0](rng)
         given += len(paragraph) + 1
         yield paragraph
 
@@ -68,7 +68,7 @@ def _story(rng: random.Random) -> str:
 
 def _description(rng: random.Random) -> str:
     n, c, t, place = rng.choice(NAMES), rng.choice(COLOURS), rng.choice(THINGS), rng.choice(PLACES)
-    lines = [f"{n} has a {c} {t}.", f"The {t} is {c}.", f"{n} took the {t} to the {place}.", *rng.sample(RAMBLE, 2)]
+    lines = [f"{n} has a {t}.", f"The {t} is {c}.", f"{n} took the {t} to the {place}.", *rng.sample(RAMBLE, 2)]
     return " ".join(lines[: rng.randint(3, 5)])
 
 

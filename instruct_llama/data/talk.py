@@ -7,6 +7,7 @@ A prompt belongs to a split by a hash of its first user turn (pitfall P06): one 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from typing import Literal
@@ -38,6 +39,7 @@ from .words import (
     OPENINGS,
     PLACES,
     THINGS,
+    TOYS,
     capital,
 )
 
@@ -46,109 +48,120 @@ Split = Literal["train", "valid", "heldout"]
 # The three prompts that every notebook shows. They are held out, whatever their hash says.
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is two plus three?",
-    "Tom has a ball. Mia has a kite. What does Mia have?",
+    "Tom has a ball. Mia is happy. What does Tom have?",
     "Can you carry my box?",
 )
 
 
-# What can be read: how it is said, asked and answered, how it is asked again, and of what it may be said.
+# What can be read: how it is said, asked and answered, and of what it may be said.
 READINGS = (
-    ("The {x} is {a}", "What colour is the {x}?", "The {x} is {a}.", "And the {x}?", THINGS, COLOURS),
-    ("{x} is {a}", "How is {x}?", "{x} is {a}.", "And {x}?", NAMES, FEELINGS),
-    ("{x} has a {a}", "What does {x} have?", "{x} has a {a}.", "And {x}?", NAMES, THINGS),
+    ("the {x} is {a}", "what colour is the {x}?", THINGS, COLOURS),
+    ("{x} is {a}", "how is {x}?", NAMES, FEELINGS),
+    ("{x} has a {a}", "what does {x} have?", NAMES, TOYS),
 )
 
 
-def _reading_forms() -> tuple[str, ...]:
-    """Two statements and a question, twice, and three statements and a question, for each of `READINGS`."""
+def _reading_forms() -> list[tuple[str, tuple[int, ...], int]]:
+    """(text, which of `READINGS` it states, which of them it asks): two or three statements of different kinds."""
     forms = []
-    for said, asked, *_ in READINGS:
-        one, two, three = (said.replace("{x}", f"{{x{i}}}").replace("{a}", f"{{a{i}}}") for i in "123")
-        joined = f"{one} and {two.replace('The', 'the')}"
-        forms += [f"{text}. {asked}" for text in (f"{one}. {two}", joined, f"{one}. {two}. {three}")]
-    return tuple(forms)
+    for kinds in (*itertools.permutations(range(3), 2), *itertools.permutations(range(3), 3)):
+        said = [_numbered(READINGS[kind][0], i) for i, kind in enumerate(kinds)]
+        texts = [". ".join(map(capital, said))] + ([capital(" and ".join(said))] if len(said) == 2 else [])
+        for text in texts:
+            for asked, kind in enumerate(kinds):
+                forms.append((f"{text}. {capital(_numbered(READINGS[kind][1], asked))}", kinds, asked))
+    return forms
+
+
+def _numbered(text: str, i: int) -> str:
+    return text.replace("{x}", f"{{x{i}}}").replace("{a}", f"{{a{i}}}")
 
 
 class Reading(Skill):
+    """Two or three things are said, each of another kind, and one of them is asked for."""
+
     name = "reading"
-    forms = _reading_forms()
+    table = _reading_forms()
+    forms = tuple(text for text, _, _ in table)
 
     def vocabulary(self, form: int) -> dict[str, tuple[str, ...]]:
-        subjects, attributes = READINGS[form // 3][4:]
-        numbers = "123" if form % 3 == 2 else "12"
-        return {f"x{i}": subjects for i in numbers} | {f"a{i}": attributes for i in numbers} | {"x": subjects}
+        words = {}
+        for i, kind in enumerate(self.table[form][1]):
+            words |= {f"x{i}": READINGS[kind][2], f"a{i}": READINGS[kind][3]}
+        return words
 
     def draw(self, rng: random.Random) -> Slots:
-        form = rng.randrange(len(self.forms))
-        subjects, attributes = READINGS[form // 3][4:]
-        n = 3 if form % 3 == 2 else 2
-        slots = {"form": form}
-        for letter, words in (("x", subjects), ("a", attributes)):
-            slots |= {f"{letter}{i + 1}": word for i, word in enumerate(rng.sample(words, n))}
-        return self.asking(slots, rng.choice("123"[:n]))
-
-    def asking(self, slots: Slots, who: str) -> Slots:
-        """The slots with the question put about the subject "1", "2" or "3"."""
-        return {**slots, "x": slots["x" + who], "a": slots["a" + who]}
+        while not self.valid(slots := super().draw(rng)):
+            pass
+        return slots
 
     def valid(self, slots: Slots) -> bool:
-        numbers = [key[1] for key in slots if key[0] == "x" and len(key) == 2]
-        for who in numbers:
-            if slots["x"] == slots["x" + who]:
-                slots.update(self.asking(slots, who))  # fills in what is to be found
-        return all(len({slots[letter + i] for i in numbers}) == len(numbers) for letter in "xa") and "a" in slots
+        subjects = [slots[key] for key in slots if key[0] == "x"]
+        return len(set(subjects)) == len(subjects)
 
-    def others(self, slots: Slots) -> list[str]:
-        """Which of the subjects the question is not about."""
-        return [key[1] for key in slots if key[0] == "x" and len(key) == 2 and slots[key] != slots["x"]]
+    def asked(self, slots: Slots) -> int:
+        """Which of the statements the question is about."""
+        return self.table[slots["form"]][2]
+
+    def say(self, slots: Slots, i: int, a: str) -> str:
+        """Statement i with the word a."""
+        return capital(READINGS[self.table[slots["form"]][1][i]][0].format(x=slots[f"x{i}"], a=a) + ".")
+
+    def right(self, slots: Slots, i: int) -> str:
+        return self.say(slots, i, slots[f"a{i}"])
+
+    def wrong(self, slots: Slots, i: int, rng: random.Random) -> str:
+        kind = self.table[slots["form"]][1][i]
+        return self.say(slots, i, other(READINGS[kind][3], slots[f"a{i}"], rng))
+
+    def word(self, slots: Slots, i: int) -> str:
+        kind = self.table[slots["form"]][1][i]
+        return capital(f"{'a ' if kind == 2 else ''}{slots[f'a{i}']}.")
 
     def ideal(self, slots: Slots, rng: random.Random) -> str:
-        return READINGS[slots["form"] // 3][2].format(**slots)
+        return self.right(slots, self.asked(slots))
 
     def bare(self, slots: Slots, rng: random.Random) -> str:
-        return capital(f"{'a ' if slots['form'] // 3 == 2 else ''}{slots['a']}.")
+        return self.word(slots, self.asked(slots))
 
     def false(self, slots: Slots, rng: random.Random) -> str:
-        return self.ideal({**slots, "a": slots["a" + rng.choice(self.others(slots))]}, rng)
+        return self.wrong(slots, self.asked(slots), rng)
 
 
 class FollowUp(Reading):
-    """A reading question with its right answer, and then the same question about someone or something else."""
+    """A reading question with its right answer, and then a question about another thing that was said."""
 
     name = "follow-up"
 
     def draw(self, rng: random.Random) -> Slots:
         slots = super().draw(rng)
-        return {**slots, "second": rng.choice(self.others(slots))}
-
-    def second(self, slots: Slots) -> Slots:
-        """The second question as a reading question."""
-        return self.asking(slots, slots["second"])
+        n = len(self.table[slots["form"]][1])
+        return {**slots, "second": other(range(n), self.asked(slots), rng)}
 
     def messages(self, slots: Slots) -> list[Message]:
-        first = super().messages(slots)
-        answer = super().ideal(slots, random.Random(0))
-        question = READINGS[slots["form"] // 3][3].format(**self.second(slots))
-        return [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+        answer = self.right(slots, self.asked(slots))
+        kind = self.table[slots["form"]][1][slots["second"]]
+        question = "And " + READINGS[kind][1].format(x=slots[f"x{slots['second']}"])
+        return [
+            *super().messages(slots), {"role": "assistant", "content": answer}, {"role": "user", "content": question},
+        ]  # fmt: skip
 
     def read(self, turns: list[str]) -> Slots | None:
         slots = super().read(turns[:1]) if len(turns) == 2 else None
         if slots is None:
             return None
-        for slots["second"] in self.others(slots):
-            if self.messages(slots)[-1]["content"] == turns[1]:
-                return slots
-        return None
+        n, first = len(self.table[slots["form"]][1]), self.asked(slots)
+        candidates = ({**slots, "second": i} for i in range(n) if i != first)
+        return next((one for one in candidates if self.messages(one)[-1]["content"] == turns[1]), None)
 
     def ideal(self, slots: Slots, rng: random.Random) -> str:
-        return super().ideal(self.second(slots), rng)
+        return self.right(slots, slots["second"])
 
     def bare(self, slots: Slots, rng: random.Random) -> str:
-        return super().bare(self.second(slots), rng)
+        return self.word(slots, slots["second"])
 
     def false(self, slots: Slots, rng: random.Random) -> str:
-        wrong = rng.choice(self.others(self.second(slots)))
-        return super().ideal({**self.second(slots), "a": slots["a" + wrong]}, rng)
+        return self.wrong(slots, slots["second"], rng)
 
 
 class Refuse(Skill):

@@ -1,7 +1,7 @@
 """PPO's four networks, in two memory layouts behind one interface.
 
-`FourModels` holds policy, value, reward and reference as separate networks. `SharedBase` holds one frozen base, dense or
-4-bit: policy, value and reward are LoRA adapters with their heads, and the reference is the base with adapters off.
+`FourModels` holds policy, value, reward and reference as separate networks. `SharedBase` holds one frozen base, dense
+or 4-bit: policy, value and reward are LoRA adapters with their heads, and the reference is the base, adapters off.
 `with models.role("policy") as model:` lends the network that plays a role.
 """
 
@@ -109,7 +109,7 @@ def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: in
 
 
 def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig, seed: int) -> SharedBase:
-    """The SFT model as base; the reward run must be an adapter over that same model. The value starts from the reward."""
+    """The SFT model as base; the reward run must be an adapter over it, and the value starts from the reward."""
     info = checkpoint.read_info(reward)
     if info.get("adapter") is None or (reward / info["base"]).resolve() != sft.resolve():
         raise UserError(
@@ -130,5 +130,3 @@ def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig
         with torch.no_grad():
             heads[name].weight.copy_(head_weight)
     return SharedBase(base, config.lora, heads, generator)
-
-

@@ -1,8 +1,8 @@
 """Prompts to episodes: the tokens an answer is made of, and everything PPO needs to know of each of them.
 
 One rule keeps it right (P22): column t of `logprobs`, `values`, `rewards`, `mask` and `advantages` always speaks of the
-t-th token of the answer. The network's output that decides that token sits one position earlier in the full sequence, at
-the last prompt token for t = 0; `answer_outputs` is the only place that knows.
+t-th token of the answer. The network's output that decides that token sits one position earlier in the full sequence,
+at the last prompt token for t = 0; `answer_outputs` is the only place that knows.
 """
 
 from __future__ import annotations
@@ -100,14 +100,16 @@ def answer_outputs(x: Tensor, starts: Tensor, n: int) -> Tensor:
 
 
 def distribution(model: Llama, episodes: Episodes, config: PPOConfig, banned: Sequence[int]) -> Tensor:
-    """Log-probabilities (B, N, V) of the distribution the sampler drew from: same temperature, filters and bans (P23)."""
+    """Log-probabilities (B, N, V) of what the sampler drew from: same temperature, filters and bans (P23)."""
     hidden = answer_outputs(model.hidden(episodes.tokens), episodes.starts, episodes.answers.shape[1])  # (B, N, D)
     return filter_logits(model.head(hidden), config.temperature, config.top_k, config.top_p, banned)
 
 
 def answer_logprobs(logprobs_full: Tensor, episodes: Episodes) -> Tensor:
     """Log-probability of each sampled token: (B, N, V) -> (B, N), 0 where mask is False."""
-    safe = torch.where(episodes.mask, episodes.answers, logprobs_full.argmax(-1))  # a pad is banned: -inf would give NaN
+    safe = torch.where(
+        episodes.mask, episodes.answers, logprobs_full.argmax(-1)
+    )  # a pad is banned: -inf would give NaN
     return torch.where(episodes.mask, token_logprobs(logprobs_full, safe), 0.0)
 
 

@@ -1,7 +1,7 @@
 """Stage 4, PPO from human preferences: the loop of InstructGPT (arXiv:2203.02155, section 3.5) in numbered phases.
 
-Each iteration 1 draws prompts, 2 answers them, 3 judges the answers, 4 turns judgements into advantages, 5 updates policy
-and value, 6 adapts the KL coefficient, 7 reports. The formulas are in `rlhf.objectives`, the episodes in `rlhf.rollout`.
+Each iteration 1 draws prompts, 2 answers them, 3 judges the answers, 4 turns judgements into advantages, 5 updates
+policy and value, 6 adapts the KL coefficient, 7 reports. Formulas: `rlhf.objectives`; episodes: `rlhf.rollout`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,12 @@ def _ptx_gradients(player: Player, seed: int) -> float:
 
 
 def iterate(
-    player: Player, prompts: list[list[int]], optimizer: torch.optim.Optimizer, kl_coef: float, seed: int, iteration: int
+    player: Player,
+    prompts: list[list[int]],
+    optimizer: torch.optim.Optimizer,
+    kl_coef: float,
+    seed: int,
+    iteration: int,
 ) -> tuple[Episodes, dict[str, float]]:
     """Phases 2 to 5 of one iteration: the episodes, and the update's figures."""
     generator = torch.Generator(player.device).manual_seed(seed * 1_000_003 + iteration)

@@ -100,7 +100,10 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
                 model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
                 temperature=0.8, generator=generator,
             )  # fmt: skip
-            return [{"text": tokenizer.decode([*p, *made.tokens[i][made.mask[i]].tolist()])} for i, p in enumerate(starts_with)]
+            return [
+                {"text": tokenizer.decode([*p, *made.tokens[i][made.mask[i]].tolist()])}
+                for i, p in enumerate(starts_with)
+            ]
 
         def save(best: dict[str, float]) -> None:
             checkpoint.save_full(folder, model, tokenizer, {"stage": "pretrain", "seed": settings.seed, "best": best})

@@ -121,9 +121,7 @@ def prepare(base: Llama, settings: Settings) -> ScalarLlama:
     return model
 
 
-def gather(
-    settings: Settings, policy: Llama, tokenizer: Tokenizer
-) -> tuple[list[Ranked], list[Ranked]]:
+def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[list[Ranked], list[Ranked]]:
     """Training and held-out comparisons as tokens: labellers' answers, and the share sampled from the SFT model."""
     config, temperature = settings.reward, settings.world.temperature
     train, valid = records.comparisons(settings)
@@ -158,7 +156,10 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             item = ranked_batch(valid[:3], tokenizer.pad_id).to(device)
             scores = score_at_end(model(item.tokens), item.ends).tolist()
             ids = [sequence for ranked in valid[:3] for sequence in ranked]
-            return [{"text": tokenizer.decode(i), "score": s, "rank": int(r)} for i, s, r in zip(ids, scores, item.rank, strict=True)]
+            return [
+                {"text": tokenizer.decode(i), "score": s, "rank": int(r)}
+                for i, s, r in zip(ids, scores, item.rank, strict=True)
+            ]
 
         def save(best: dict[str, float]) -> None:
             norm = fit_normaliser(model, policy, tokenizer, norm_prompts, config, settings.seed)

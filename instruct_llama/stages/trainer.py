@@ -262,7 +262,11 @@ def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int
     size = stage.loop.batch_size
     if stage.lengths is not None:  # sort by length within a window of 16 batches: less padding, still random
         window = 16 * size
-        order = [i for w in range(0, len(order), window) for i in sorted(order[w : w + window], key=stage.lengths.__getitem__)]
+        order = [
+            i
+            for w in range(0, len(order), window)
+            for i in sorted(order[w : w + window], key=stage.lengths.__getitem__)
+        ]
     micro = [order[i : i + size] for i in range(0, len(order), size)]
     micro = [micro[int(i)] for i in epoch_order(len(micro), seed + 1, epoch)]
     return [micro[i : i + stage.loop.accumulate] for i in range(0, len(micro), stage.loop.accumulate)]
