@@ -5,68 +5,56 @@ from __future__ import annotations
 import difflib
 import os
 
-from .config import (
-    EvaluateConfig,
-    LoopConfig,
-    LoRAConfig,
-    ModelConfig,
-    OptimConfig,
-    PPOConfig,
-    PretrainConfig,
-    QuantConfig,
-    RewardConfig,
-    Settings,
-    SFTConfig,
-    TokenizerConfig,
-    UserError,
-    WorldConfig,
-)
+from . import config as c
+from .config import Settings, UserError
 
 LAPTOP = Settings(
     preset="laptop",
-    model=ModelConfig(dim=128, n_layers=3, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.12),
-    tokenizer=TokenizerConfig(vocab_size=640),
-    world=WorldConfig(corpus_chars=4_000_000, demonstrations=6_000, comparisons=4_000, prompts=4_000, heldout=512),
-    pretrain=PretrainConfig(
+    model=c.ModelConfig(dim=128, n_layers=3, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.12),
+    tokenizer=c.TokenizerConfig(vocab_size=640),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=6_000, comparisons=4_000, prompts=4_000, heldout=512),
+    pretrain=c.PretrainConfig(
         seq_len=64,
-        optim=OptimConfig(lr=4e-3, warmup_steps=30),
-        loop=LoopConfig(steps=800, batch_size=64, eval_every=100),
+        optim=c.OptimConfig(lr=4e-3, warmup_steps=30),
+        loop=c.LoopConfig(steps=800, batch_size=64, eval_every=100),
     ),
-    sft=SFTConfig(loop=LoopConfig(epochs=2, eval_every=50)),
-    qlora=SFTConfig(
-        lora=LoRAConfig(rank=16, alpha=32.0),
-        quant=QuantConfig(kind="nf4"),
-        optim=OptimConfig(lr=3e-3),
-        loop=LoopConfig(epochs=2, eval_every=50),
+    sft=c.SFTConfig(loop=c.LoopConfig(epochs=2, eval_every=50)),
+    qlora=c.SFTConfig(
+        lora=c.LoRAConfig(rank=16, alpha=32.0),
+        quant=c.QuantConfig(kind="nf4"),
+        optim=c.OptimConfig(lr=3e-3),
+        loop=c.LoopConfig(epochs=2, eval_every=50),
     ),
 )
 
 TINY = Settings(
     preset="tiny",
-    model=ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=176, max_seq_len=256),
-    tokenizer=TokenizerConfig(vocab_size=512, max_chars=150_000),
-    world=WorldConfig(corpus_chars=150_000, demonstrations=300, comparisons=150, prompts=100, heldout=64),
-    pretrain=PretrainConfig(
+    model=c.ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=176, max_seq_len=256),
+    tokenizer=c.TokenizerConfig(vocab_size=512, max_chars=150_000),
+    world=c.WorldConfig(corpus_chars=150_000, demonstrations=300, comparisons=150, prompts=100, heldout=64),
+    pretrain=c.PretrainConfig(
         seq_len=64,
-        optim=OptimConfig(lr=3e-3, warmup_steps=5),
-        loop=LoopConfig(steps=40, batch_size=16, eval_every=20, eval_batches=2, save_every=20, sample_every=40),
+        optim=c.OptimConfig(lr=3e-3, warmup_steps=5),
+        loop=c.LoopConfig(steps=40, batch_size=16, eval_every=20, eval_batches=2, save_every=20, sample_every=40),
     ),
-    sft=SFTConfig(loop=LoopConfig(steps=16, batch_size=16, eval_every=8, eval_batches=2, save_every=8, sample_every=16)),
-    qlora=SFTConfig(
-        lora=LoRAConfig(rank=4, alpha=8.0),
-        quant=QuantConfig(kind="nf4"),
-        optim=OptimConfig(lr=3e-3),
-        loop=LoopConfig(steps=10, batch_size=16, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
+    sft=c.SFTConfig(
+        loop=c.LoopConfig(steps=16, batch_size=16, eval_every=8, eval_batches=2, save_every=8, sample_every=16),
     ),
-    reward=RewardConfig(
+    qlora=c.SFTConfig(
+        lora=c.LoRAConfig(rank=4, alpha=8.0),
+        quant=c.QuantConfig(kind="nf4"),
+        optim=c.OptimConfig(lr=3e-3),
+        loop=c.LoopConfig(steps=10, batch_size=16, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
+    ),
+    reward=c.RewardConfig(
         normalise_samples=32,
-        loop=LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
+        loop=c.LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
-    ppo=PPOConfig(
-        iterations=3, exact_iterations=4, rollouts=16, rollout_batch=16, max_new_tokens=16, epochs=2, minibatch=8, micro_batch=8,
-        save_every=1, eval_every=2, eval_prompts=16,
+    ppo=c.PPOConfig(
+        iterations=3, exact_iterations=4, rollouts=16, rollout_batch=16, max_new_tokens=16, epochs=2, minibatch=8,
+        micro_batch=8, save_every=1, eval_every=2, eval_prompts=16,
     ),
-    evaluate=EvaluateConfig(prompts=32, max_new_tokens=24, batch_size=32),
+    evaluate=c.EvaluateConfig(prompts=32, max_new_tokens=24, batch_size=32),
 )  # fmt: skip
 
 PRESETS = {settings.preset: settings for settings in (TINY, LAPTOP)}

@@ -21,6 +21,7 @@ from IPython.display import display
 from torch import Tensor
 
 from .config import ModelConfig, UserError, check
+from .data import tinychat
 from .model.generate import evaluating, filter_logits, generate
 from .model.llama import attention_weights
 from .plots import HATCHES, attention_grid, bars, codebook, rope_picture
@@ -308,6 +309,19 @@ def answers_page(answers: Mapping[str, Sequence[str]], prompts: Sequence[Any]) -
     html = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     texts = ["\n".join(map(": ".join, zip(rows[0], row, strict=True))) for row in rows[1:]]
     return Page(f"<table>{html}</table>", "\n\n".join(texts))
+
+
+def side_by_side(models: Mapping[str, tuple[Any, Any]], prompts: Sequence[Any] = tinychat.FIXED_PROMPTS, *,
+                 max_new_tokens: int = 48, temperature: float = 1.0, seed: int = 0) -> Page:  # fmt: skip
+    """Every model's answers to the same prompts of the embedded world, each with its true reward in brackets."""
+    answers = {}
+    for name, (model, tokenizer) in models.items():
+        texts = generate(
+            model, tokenizer, list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        worth = [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
+        answers[name] = [f"{text}  [{reward:.2f}]" for text, reward in zip(texts, worth, strict=True)]
+    return answers_page(answers, prompts)
 
 
 def compare_chat(models: Mapping[str, tuple[Any, Any]], prompt: Any, *, max_new_tokens: int = 64,

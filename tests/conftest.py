@@ -44,3 +44,38 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput") and "INSTRUCT_LLAMA_OUT" in os.environ:
         shutil.rmtree(os.environ.pop("INSTRUCT_LLAMA_OUT"), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def micro():
+    """The pipeline's smallest settings, under the given folder: every stage takes a second or two."""
+    from instruct_llama import presets
+
+    loop = {"steps": 4, "batch_size": 4, "eval_every": 2, "eval_batches": 1, "save_every": 2, "sample_every": 4}
+
+    def make(out, **changes):
+        settings = presets.get("tiny").replace(
+            out=str(out), seed=1,
+            **{f"model__{k}": v for k, v in {"dim": 32, "n_layers": 2, "ffn_dim": 48, "max_seq_len": 160}.items()},
+            **{f"world__{k}": v for k, v in {"corpus_chars": 30_000, "demonstrations": 40, "comparisons": 16,
+                                             "prompts": 16, "heldout": 12}.items()},
+            tokenizer__vocab_size=480, tokenizer__max_chars=30_000, pretrain__seq_len=32, reward__normalise_samples=8,
+            **{f"{stage}__loop__{k}": v for stage in ("pretrain", "sft", "qlora", "reward") for k, v in loop.items()},
+            **{f"ppo__{k}": v for k, v in {"iterations": 2, "rollouts": 4, "rollout_batch": 4, "max_new_tokens": 8,
+                                           "minibatch": 2, "micro_batch": 2, "eval_every": 1, "eval_prompts": 4}.items()},
+            evaluate__prompts=6, evaluate__max_new_tokens=8,
+        )  # fmt: skip
+        return settings.replace(**changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pipeline(micro, tmp_path_factory):
+    """Settings whose out folder holds every stage, trained once a worker. Read it; write into a copy."""
+    from instruct_llama import checkpoint
+
+    settings = micro(tmp_path_factory.mktemp("pipeline") / "runs")
+    for stage in ("pretrain", "sft", "sft-qlora", "reward", "ppo"):
+        checkpoint.require(stage, settings)
+    return settings

@@ -165,7 +165,7 @@ def two_policies() -> tuple[torch.Tensor, torch.Tensor]:
     theta = torch.randn(3, generator=seeded(1)).requires_grad_()
     bias = torch.randn(3, 3, generator=seeded(2)).requires_grad_()
     first, second = theta.log_softmax(0), bias.log_softmax(1)
-    ref = torch.randn(9, generator=seeded(3)).log_softmax(0)
+    ref = (2 * torch.randn(9, generator=seeded(3))).log_softmax(0)
     return (first[:, None] + second).flatten(), ref
 
 
@@ -216,7 +216,7 @@ def test_p29_penalised_rewards_by_hand():
     assert rewards.tolist() == [[-0.5, 10.5, 0.0], [19.75, 0.0, 0.0], [0.0, 0.0, 30.0]]
 
 
-@pytest.mark.parametrize(("start", "exponent"), [(0.001, 1.0), (5.0, 0.5), (0.02, 1.0)])
+@pytest.mark.parametrize(("start", "exponent"), [(0.005, 1.0), (1.0, 0.5), (5.0, 1.0)])
 def test_p29_the_adaptive_controller_reaches_its_target_in_tens_of_iterations(start, exponent):
     """A policy whose KL follows the coefficient with a lag: KL -> (1 / coefficient)^exponent."""
     coefficient, kl, target = start, 0.0, 6.0
@@ -350,7 +350,8 @@ def test_p40_the_mean_ratio_would_miss_another_temperature():
 
 
 def test_value_loss_by_hand():
-    values, old, returns = torch.tensor([[1.0, 2.0, 7.0]]), torch.tensor([[0.0, 2.0, 7.0]]), torch.tensor([[1.0, 0.0, 0]])
+    values, old = torch.tensor([[1.0, 2.0, 7.0]]), torch.tensor([[0.0, 2.0, 7.0]])
+    returns = torch.tensor([[1.0, 0.0, 0.0]])
     mask = ragged(2, width=3)
     assert o.value_loss(values, old, returns, mask, clip=0.0).item() == pytest.approx(0.5 * (0 + 4))
     # the first value moved by 1 from its old estimate: with clip 0.2 it is held at 0.2, 0.8 short of its return
@@ -370,7 +371,7 @@ def test_explained_variance_by_hand():
     assert o.explained_variance(torch.zeros(2, 3), torch.ones(2, 3), mask) == 0.0
 
 
-# ------------------------------------------------------------------------------------ padding and splitting change nothing
+# ----------------------------------------------------------------------------- padding and splitting change nothing
 
 N_TOKENS = 5
 
@@ -436,9 +437,7 @@ def test_p07_loss_is_independent_of_padding(lengths, pad, seed):
     logits = torch.randn(len(lengths), N_TOKENS, 6, generator=seeded(seed))
     targets = torch.randint(6, (len(lengths), N_TOKENS), generator=seeded(seed))
     total, count = o.cross_entropy_sum(logits, targets, mask[:, :N_TOKENS])
-    padded = o.cross_entropy_sum(
-        F.pad(logits, (0, 0, 0, pad), value=3.0), F.pad(targets, (0, pad), value=5), mask
-    )
+    padded = o.cross_entropy_sum(F.pad(logits, (0, 0, 0, pad), value=3.0), F.pad(targets, (0, pad), value=5), mask)
     assert padded[0].item() == pytest.approx(total.item(), abs=1e-4) and padded[1] == count == sum(lengths)
     alone = [o.cross_entropy_sum(logits[i : i + 1, :n], targets[i : i + 1, :n], mask[i : i + 1, :n])
              for i, n in enumerate(lengths)]  # fmt: skip

@@ -233,13 +233,21 @@ def length(function: ast.FunctionDef) -> int:
     return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)
 
 
+def code_lines(path: Path) -> int:
+    """Lines that do something: blank lines, comments and docstrings are there for the reader and do not count."""
+    lines = {n for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.split("#")[0].strip()}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
 def test_the_package_is_thin():
     sizes = {place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     report("modules over 350 lines", [f"{name} {n}" for name, n in sizes.items() if n > 350])
     assert {name: n for name, n in sizes.items() if n > 420} == {}
-    total = sum(sizes.values())
-    report("package over 4,500 lines", [f"{total:,}"] if total > 4_500 else [])
-    assert total < 5_000, f"the package has {total:,} lines"
+    total = sum(code_lines(path) for path in MODULES)
+    assert total < 5_000, f"the package has {total:,} lines of code"
 
 
 def test_functions_are_short():

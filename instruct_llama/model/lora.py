@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -51,6 +50,9 @@ class QuantLinear(nn.Module):
 
     def __init__(self, dense: nn.Linear, config: QuantConfig):
         super().__init__()
+        import bitsandbytes.functional as bnb  # takes seconds to import, so only where it is used
+
+        self.undo = bnb.dequantize_4bit
         self.out_features, self.in_features = dense.weight.shape
         self.packed, self.scales = bnb.quantize_4bit(
             # As one line of numbers: on the CPU, bitsandbytes 0.50 reads a matrix back with the wrong scales
@@ -63,7 +65,7 @@ class QuantLinear(nn.Module):
 
     def dequantise(self) -> torch.Tensor:
         """The weights this layer computes with: (out, in) float32."""
-        return bnb.dequantize_4bit(self.packed, self.scales).view(self.out_features, self.in_features)
+        return self.undo(self.packed, self.scales).view(self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return QuantMatmul.apply(x, self)  # (..., in) -> (..., out)

@@ -280,7 +280,7 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
 
 
 def fit_prompts(settings: Settings, player: Player) -> tuple[list[Any], list[list[int]], list[Any], list[list[int]]]:
-    """(messages, token ids) of the training prompts and of the held-out ones, without those too long for the context."""
+    """(messages, token ids) of the training and of the held-out prompts, without those too long for the context."""
     with player.models.role("policy") as policy:
         room = policy.config.max_seq_len - player.config.max_new_tokens
     found = []
