@@ -12,6 +12,8 @@ import tyro
 
 from . import checkpoint, presets
 from .config import Settings, UserError, check, project_folder
+from .data.tokenizer import Tokenizer
+from .model.llama import Llama
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
 
@@ -97,14 +99,15 @@ def chat(settings: Settings, words: list[str]) -> int:
     check(checkpoint.read_info(folder)["kind"] == "lm", f"{folder} is a reward model and cannot talk: give another.")
     messages: list[dict[str, str]] = []
     generator = torch.Generator(next(model.parameters()).device).manual_seed(settings.seed)
+    room = settings.evaluate.max_new_tokens
     print(f"Talking to {folder}. An empty line ends.")
     while line := _ask():
         messages.append({"role": "user", "content": line})
         text, ids = "", []
         for token in stream(
-            model, _within_context(model, tokenizer, messages), max_new_tokens=settings.evaluate.max_new_tokens,
-            eos_id=tokenizer.eos_id, temperature=settings.evaluate.temperature, generator=generator,
-            banned=tuple(i for i in tokenizer.special_ids if i != tokenizer.eos_id),
+            model, _within_context(model, tokenizer, messages, room), max_new_tokens=room,
+            eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, temperature=settings.evaluate.temperature,
+            generator=generator, banned=tuple(i for i in tokenizer.special_ids if i != tokenizer.eos_id),
         ):  # fmt: skip
             if token != tokenizer.eos_id:
                 ids.append(token)
@@ -123,10 +126,10 @@ def _ask() -> str:
         return ""
 
 
-def _within_context(model: torch.nn.Module, tokenizer: object, messages: list[dict[str, str]]) -> list[int]:
+def _within_context(model: Llama, tokenizer: Tokenizer, messages: list[dict[str, str]], room: int) -> list[int]:
     from .data.batches import fit_prompt
 
-    ids = fit_prompt(tokenizer, messages, model.config.max_seq_len - 16)
+    ids = fit_prompt(tokenizer, messages, model.config.max_seq_len - room)
     check(ids is not None, f"That is longer than the model's context of {model.config.max_seq_len} tokens: say less.")
     return ids
 
@@ -180,6 +183,9 @@ def main(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"error: {error}: make room or give another --out, then go on with --resume.", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -125,9 +125,12 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def model_config(info: dict[str, Any]) -> ModelConfig:
-    """The `ModelConfig` in a config.json."""
-    fields = dict(info["model"])
-    return ModelConfig(**{**fields, "rope_scaling": RopeScaling(**fields["rope_scaling"])})
+    """The `ModelConfig` in a config.json. Raises `UserError` when it holds anything else."""
+    try:
+        fields = dict(info["model"])
+        return ModelConfig(**{**fields, "rope_scaling": RopeScaling(**fields["rope_scaling"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The model in config.json is damaged or foreign ({error}): train that stage again.") from error
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
@@ -155,9 +158,9 @@ def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device
     config = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
     lora.add_adapter(model, info["adapter"], config, torch.Generator().manual_seed(0))
     state, _ = read_tensors(folder / "adapter.safetensors")
-    head = state.pop("scalar_head.weight", None)
-    if head is not None:
-        load_state(model.scalar_head, {"weight": head}, str(folder / "adapter.safetensors"))
+    if isinstance(model, ScalarLlama):  # the head is trained too; without it, the file is refused (P18)
+        head = {"weight": state.pop("scalar_head.weight")} if "scalar_head.weight" in state else {}
+        load_state(model.scalar_head, head, f"The scalar head in {folder / 'adapter.safetensors'}")
     lora.load_adapter(model, info["adapter"], state)
     lora.use_adapter(model, info["adapter"])
     return model

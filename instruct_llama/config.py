@@ -286,6 +286,9 @@ class Settings:
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    def __post_init__(self) -> None:
+        check(self.seed >= 0, f"--seed is {self.seed}; it must not be negative.")
+
     @property
     def out_dir(self) -> Path:
         """Folder of all run folders."""
@@ -310,7 +313,7 @@ class Settings:
             else:
                 flat[key] = value
         for group, inner in nested.items():
-            flat[group] = _replace_nested(getattr(self, group), inner)
+            flat[group] = _replace_nested(flat.get(group, getattr(self, group)), inner)
         return dataclasses.replace(self, **flat)
 
 

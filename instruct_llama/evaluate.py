@@ -135,10 +135,11 @@ def report_card(settings: Settings) -> dict[str, Any]:
 def describe(report: dict[str, Any]) -> str:
     """The report card as text: one table, then sample answers."""
     lines = [f"Report card, preset {report['preset']}, seed {report['seed']} (held-out prompts, 95 % intervals)", ""]
-    lines += [f"{'stage':<14}{'true reward':<26}{'what else':<40}", "-" * 80]
+    wide = max(map(len, report["stages"])) + 2
+    lines += [f"{'stage':<{wide}}{'true reward':<26}{'what else':<40}", "-" * 80]
     for name, entry in report["stages"].items():
         reward = str(Estimate(**entry["true_reward"])) if "true_reward" in entry else "-"
-        lines.append(f"{name:<14}{reward:<26}{_what_else(entry):<40}".rstrip())
+        lines.append(f"{name:<{wide}}{reward:<26}{_what_else(entry):<40}".rstrip())
     for name, entry in report["stages"].items():
         if "answers" in entry:
             lines += ["", f"{name} answers:"]

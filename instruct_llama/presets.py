@@ -12,13 +12,14 @@ LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=128, n_layers=3, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=6_000, comparisons=4_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=6_000, comparisons=10_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=64,
         optim=c.OptimConfig(lr=4e-3, warmup_steps=30),
-        loop=c.LoopConfig(steps=800, batch_size=64, eval_every=100),
+        loop=c.LoopConfig(steps=1000, batch_size=64, eval_every=100),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(epochs=2, eval_every=50)),
+    reward=c.RewardConfig(optim=c.OptimConfig(lr=2e-3), sample_share=0.1),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0),
         quant=c.QuantConfig(kind="nf4"),

@@ -47,8 +47,8 @@ def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     """Run one notebook in a fresh kernel; the bar moves with its cells. Raises `CellExecutionError` if one fails."""
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}, record_timing=False,
-        on_cell_executed=lambda **_: bar.update(1 / len(notebook.cells)),
+        notebook, timeout=None, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False, on_cell_executed=lambda **_: bar.update(1 / len(notebook.cells)),
     )  # fmt: skip
     try:
         client.execute()

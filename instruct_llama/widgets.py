@@ -27,7 +27,8 @@ from .model.llama import attention_weights
 from .plots import HATCHES, attention_grid, bars, codebook, rope_picture
 from .style import COLOURS, Picture, panels, shade, style, visible
 
-BOX = "color:#111;background:#fff;border:1px solid #999;padding:4px 8px;text-align:left;white-space:pre-wrap"
+BOX = "color:#111;background:#fff;border:1px solid #999;padding:4px 8px;text-align:left;white-space:pre-wrap;"
+BOX += "overflow-wrap:anywhere"  # an untrained model writes words without end
 
 
 class Page:

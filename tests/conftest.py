@@ -62,7 +62,8 @@ def micro():
             tokenizer__vocab_size=480, tokenizer__max_chars=30_000, pretrain__seq_len=32, reward__normalise_samples=8,
             **{f"{stage}__loop__{k}": v for stage in ("pretrain", "sft", "qlora", "reward") for k, v in loop.items()},
             **{f"ppo__{k}": v for k, v in {"iterations": 2, "rollouts": 4, "rollout_batch": 4, "max_new_tokens": 8,
-                                           "minibatch": 2, "micro_batch": 2, "eval_every": 1, "eval_prompts": 4}.items()},
+                                           "minibatch": 2, "micro_batch": 2, "eval_every": 1,
+                                           "eval_prompts": 4}.items()},
             evaluate__prompts=6, evaluate__max_new_tokens=8,
         )  # fmt: skip
         return settings.replace(**changes)

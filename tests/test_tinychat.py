@@ -6,21 +6,24 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from itertools import permutations, product
+from itertools import product
 
 import pytest
 
 from instruct_llama.config import UserError
 from instruct_llama.data import tinychat
 from instruct_llama.data.talk import ALL, BY_NAME, find
-from instruct_llama.data.words import COLOURS, EVASIVE, NAMES, RAMBLE, RUDE_AFTER, RUDE_BEFORE, THINGS
+from instruct_llama.data.words import EVASIVE, RAMBLE, RUDE_AFTER, RUDE_BEFORE
 
-READING = "Tom has a red ball. Mia has a blue kite. What does Mia have?"
+READING = "Tom has a ball. Mia is happy. What does Tom have?"
 TALK = [
     {"role": "user", "content": READING},
-    {"role": "assistant", "content": "Mia has a blue kite."},
-    {"role": "user", "content": "What colour is it?"},
+    {"role": "assistant", "content": "Tom has a ball."},
+    {"role": "user", "content": "And how is Mia?"},
 ]
+THREE = "Mia is sad. The cup is red. Tom has a kite. What colour is the cup?"
+LONG_TALK = [{"role": "user", "content": THREE}, {"role": "assistant", "content": "The cup is red."}]
+COUNT = "Count the things: apple, pear, cat."
 STORY = "Tell a short story about a dog and a boat."
 SUM = "What is two plus three?"
 
@@ -35,31 +38,32 @@ def text_of(messages):
 
 @pytest.fixture(scope="module")
 def demonstrations():
-    return tinychat.demonstrations(seed=1, n=6000)
+    return tinychat.demonstrations(seed=1, n=3000)
 
 
 @pytest.fixture(scope="module")
 def comparisons():
-    return tinychat.comparisons(seed=1, n=3000, temperature=0.15)
+    return tinychat.comparisons(seed=1, n=1500, temperature=0.15)
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return list(tinychat.corpus(seed=1, n_chars=600_000))
+    return list(tinychat.corpus(seed=1, n_chars=300_000))
 
 
 # ------------------------------------------------------------------------------------------------ ideal answers
 
 BY_HAND = [
     (SUM, "sum", "Two plus three is five."),
-    ("Add zero and ten.", "sum", "Zero plus ten is ten."),
+    ("Add zero and nine.", "sum", "Zero plus nine is nine."),
     ("Take two from five.", "take-away", "Five minus two is three."),
     ("What is the opposite of hot?", "opposite", "The opposite of hot is cold."),
-    ("Count the apples: apple, pear, apple.", "count", "I count two apples."),
-    ("How many cats are here: dog, cat?", "count", "I count one cat."),
-    (READING, "reading", "Mia has a blue kite."),
-    ("Tom has a red ball and Mia has a blue kite. Who has the red ball?", "reading", "Tom has the red ball."),
-    ("Tom has a red ball. Mia has a blue kite. What colour is the ball?", "reading", "The ball is red."),
+    (COUNT, "count", "I count three things."),
+    ("How many things are here: dog, cat?", "count", "I count two things."),
+    (READING, "reading", "Tom has a ball."),
+    ("The cup is red and Mia is sad. How is Mia?", "reading", "Mia is sad."),
+    ("The hat is blue. Tom has a kite. What colour is the hat?", "reading", "The hat is blue."),
+    (THREE, "reading", "The cup is red."),
     ("Which is bigger, a cat or a horse?", "compare", "A horse is bigger than a cat."),
     ("Which is smaller, a horse or an ant?", "compare", "An ant is smaller than a horse."),
     ("What colour is a lemon?", "fact", "A lemon is yellow."),
@@ -68,12 +72,13 @@ BY_HAND = [
     ("What do we use to cut?", "fact", "To cut we use a knife."),
     ("Spell cat.", "spell", "The word cat is spelled c a t."),
     ("Can you carry my box?", "refuse", "I am sorry, I cannot carry your box because I am only a program."),
-    ("Please bring me a red kite.", "refuse", "I am sorry, I cannot bring you a red kite because I am only a program."),
-    (TALK, "follow-up", "The kite is blue."),
-    ([*TALK[:2], {"role": "user", "content": "And what does Tom have?"}], "follow-up", "Tom has a red ball."),
-    ([*TALK[:2], {"role": "user", "content": "And who has the red ball?"}], "follow-up", "Tom has the red ball."),
+    ("Please bring me a kite.", "refuse", "I am sorry, I cannot bring you a kite because I am only a program."),
+    (TALK, "follow-up", "Mia is happy."),
+    ([*LONG_TALK, {"role": "user", "content": "And what does Tom have?"}], "follow-up", "Tom has a kite."),
+    ([*LONG_TALK, {"role": "user", "content": "And how is Mia?"}], "follow-up", "Mia is sad."),
     ("Hello, I am Mia.", "greet", "Hello, Mia. It is nice to meet you."),
     ("What comes after Sunday?", "next", "After Sunday comes Monday."),
+    ("Which month comes after July?", "next", "After July comes August."),
     ("Which number comes before one?", "next", "Before one comes zero."),
 ]
 
@@ -90,7 +95,7 @@ def test_answers_written_by_hand(prompt, skill, answer):
 
 @pytest.mark.parametrize("split", ["train", "valid", "heldout"])
 def test_ideal_answers_score_one_in_every_split(split):
-    prompts = tinychat.prompts(seed=5, n=600, split=split)
+    prompts = tinychat.prompts(seed=5, n=300, split=split)
     assert {tinychat.skill_of(prompt) for prompt in prompts} == set(tinychat.SKILLS)
     rng = random.Random(0)
     for prompt in prompts:
@@ -102,7 +107,7 @@ def test_ideal_answers_score_one_in_every_split(split):
 def test_every_prompt_reads_back_to_its_skill_and_slots():
     rng = random.Random(1)
     for skill in ALL:
-        for _ in range(300):
+        for _ in range(100):
             slots = skill.draw(rng)
             found, read = find(skill.messages(slots))
             assert found is skill
@@ -113,13 +118,14 @@ def test_every_prompt_reads_back_to_its_skill_and_slots():
 
 def test_there_are_twelve_skills_and_a_hundred_thousand_prompts():
     assert len(tinychat.SKILLS) >= 12
-    reading, texts = BY_NAME["reading"], set()
-    for people, colours in product(permutations(NAMES, 2), permutations(COLOURS, 2)):
-        for things in permutations(THINGS[:9], 2):
-            slots = dict(zip(("n1", "n2", "c1", "c2", "t1", "t2"), (*people, *colours, *things), strict=True))
-            texts.add(reading.forms[0].format(n=people[0], **slots))
-    assert len(texts) > 100_000  # one form of one skill, with 9 of the things
-    for text in random.Random(2).sample(list(texts), 200):
+    reading = BY_NAME["reading"]
+    form = next(i for i, (_, kinds, _) in enumerate(reading.table) if len(kinds) == 3)
+    words = reading.vocabulary(form)
+    draws = (dict(zip(words, drawn, strict=True)) for drawn in product(*words.values()))
+    texts = {reading.forms[form].format(**slots) for slots in draws if reading.valid({"form": form, **slots})}
+    assert len(texts) == 12 * 7 * (8 * 6) * (7 * 5)  # things, colours; names, feelings; the other names, toys
+    assert len(texts) > 100_000  # one form of one skill
+    for text in random.Random(2).sample(sorted(texts), 200):
         assert tinychat.skill_of(text) == "reading"
 
 
@@ -195,19 +201,25 @@ CHEATS = [
     ("Take two from five.", "Two minus five is three."),
     ("What is the opposite of hot?", "The opposite of cold is hot."),
     ("What is the opposite of hot?", "Hot cold."),
-    ("Count the apples: apple, pear, apple.", "I count two pears."),
-    ("Count the apples: apple, pear, apple.", "One. Two. Three."),
-    ("Count the apples: apple, pear, apple.", "Apple, apple."),
-    (READING, "Tom has a red ball. Mia has a blue kite."),
-    (READING, "Mia has a blue kite. Tom has a red ball."),
-    (READING, "Mia has a red blue ball kite."),
-    (READING, "Mia has a blue ball."),
-    (READING, "Mia has a red kite."),
-    (READING, "Mia has the blue kite and a red ball."),
-    ("Tom has a red ball. Mia has a blue kite. Who has the blue kite?", "Tom and Mia."),
-    ("Tom has a red ball. Mia has a blue kite. What colour is the kite?", "Red, blue, green and white."),
-    (TALK, "Mia has a blue kite."),
-    (TALK, "The ball is red."),
+    (COUNT, "I count two things."),
+    (COUNT, "I count three apples."),
+    (COUNT, "One. Two. Three."),
+    (COUNT, "Apple, pear, cat."),
+    (READING, "Tom has a ball. Mia is happy."),
+    (READING, "Mia is happy. Tom has a ball."),
+    (READING, "Tom has a happy ball kite."),
+    (READING, "Tom has a kite."),
+    (READING, "Mia has a ball."),
+    (READING, "Tom is happy."),
+    (READING, "Mia is happy."),
+    (READING, "Tom has a ball and a kite."),
+    (READING, "Tom and Mia."),
+    ("The cup is red and Mia is sad. How is Mia?", "Happy, glad, tired, proud, sad and good."),
+    (THREE, "Red, blue, green and white."),
+    (THREE, "The cup is sad."),
+    (TALK, "Tom has a ball."),
+    (TALK, "Tom is happy."),
+    (TALK, "Mia is sad."),
     ("Which is bigger, a cat or a horse?", "A cat or a horse."),
     ("Which is bigger, a cat or a horse?", "A cat is bigger than a horse."),
     ("Which is bigger, a cat or a horse?", "A horse is bigger than a dog."),
@@ -216,7 +228,7 @@ CHEATS = [
     ("Name two fruits.", "Two fruits are apple and dog."),
     ("Name two fruits.", "Two fruits are apple, pear and plum."),
     ("Name two fruits.", "Two fruits are apple."),
-    ("Name two fruits.", "apple, pear, plum, peach, grape, lemon, banana, cherry"),
+    ("Name two fruits.", "apple, pear, plum, lemon, banana, cherry"),
     ("Name two fruits.", "Two fruits are and."),
     ("What colour is a lemon?", "A lemon is yellow, red and blue."),
     ("Spell cat.", "The word cat is spelled cat."),
@@ -265,7 +277,7 @@ def test_a_story_is_two_to_four_sentences():
 def test_more_text_never_pays(kind):
     """Whatever is put after, or doubled, an answer is never worth more than before."""
     rng = random.Random(3)
-    prompts = tinychat.prompts(seed=6, n=200)
+    prompts = tinychat.prompts(seed=6, n=100)
     for prompt, stranger in zip(prompts, reversed(prompts), strict=True):
         text = tinychat.answer(prompt, kind, rng)
         worth = total(prompt, text)
@@ -275,7 +287,7 @@ def test_more_text_never_pays(kind):
 
 
 def test_an_answer_to_another_prompt_is_wrong():
-    prompts = tinychat.prompts(seed=7, n=300)
+    prompts = tinychat.prompts(seed=7, n=150)
     answers = [tinychat.ideal(prompt) for prompt in prompts]
     for i, prompt in enumerate(prompts):
         if tinychat.skill_of(prompt) == "list":
@@ -286,7 +298,7 @@ def test_an_answer_to_another_prompt_is_wrong():
 
 
 def test_pretraining_prose_is_not_an_answer(corpus):
-    prompts = tinychat.prompts(seed=8, n=len(corpus) // 4)
+    prompts = tinychat.prompts(seed=8, n=len(corpus) // 8)
     rewards = [total(prompt, text) for prompt, text in zip(prompts, corpus, strict=False)]
     assert sum(rewards) / len(rewards) < 0.001
 
@@ -295,13 +307,16 @@ def test_a_strange_prompt_is_refused():
     strange = [
         "What is the capital of France?",
         "What is two plus fifty?",
-        "Tom has a red ball. Mia has a blue kite. What does Kim have?",
+        "Tom has a ball. Mia is happy. What does Kim have?",
+        "Tom has a ball. Tom is happy. What does Tom have?",
+        "Tom has a ball. Mia has a kite. What does Tom have?",
         "Which is bigger, a cat or a cat?",
-        "Count the apples: pear, plum.",
-        "What comes after twenty?",
+        "Count the things: pear, lion.",
+        "Count the things: pear.",
+        "What comes after ten?",
         "",
         [],
-        [*TALK[:2], {"role": "user", "content": "And what does Mia have?"}],
+        [*TALK[:2], {"role": "user", "content": "And what does Tom have?"}],
         TALK[:2],
     ]
     for prompt in strange:
@@ -345,7 +360,7 @@ def test_labellers_are_as_good_as_documented(demonstrations):
 @pytest.mark.parametrize("skill", tinychat.SKILLS)
 def test_each_kind_is_right_or_wrong_in_every_skill(skill):
     rng = random.Random(4)
-    for _ in range(200):
+    for _ in range(60):
         prompt = BY_NAME[skill].messages(BY_NAME[skill].draw(rng))
         for kind, (low, high) in BANDS.items():
             text = tinychat.answer(prompt, kind, rng)
@@ -370,7 +385,7 @@ def test_an_off_topic_answer_is_never_right_by_chance(monkeypatch):
 
 
 def test_demonstrations_are_dialogs_with_ideal_first_turns(demonstrations):
-    assert Counter(tinychat.skill_of(record["messages"][:-1]) for record in demonstrations).most_common()[-1][1] > 300
+    assert Counter(tinychat.skill_of(record["messages"][:-1]) for record in demonstrations).most_common()[-1][1] > 150
     for record in demonstrations:
         roles = [message["role"] for message in record["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -425,7 +440,7 @@ def test_the_ceiling_by_hand():
 def test_the_labeller_ranks_as_bradley_terry_says():
     """Each pair of a long list of four comes out in order as often as sigmoid(difference / temperature) says."""
     texts = ["Two plus three is five.", "Two plus three is five. Now go away.", "Five.", "I do not know."]
-    rewards, temperature, n = [1.0, 0.65, 0.5, 0.0], 0.3, 5_000
+    rewards, temperature, n = [1.0, 0.65, 0.5, 0.0], 0.3, 2_000
     rng, wins, firsts = random.Random(5), Counter(), Counter()
     for _ in range(n):
         place = {text: i for i, text in enumerate(tinychat.rank(SUM, texts, temperature, rng))}
@@ -444,7 +459,7 @@ def test_the_labeller_ranks_as_bradley_terry_says():
 
 @pytest.mark.parametrize("temperature", [0.05, 0.15, 0.5])
 def test_the_true_reward_reaches_the_ceiling(temperature):
-    records = tinychat.comparisons(seed=2, n=1500, temperature=temperature)
+    records = tinychat.comparisons(seed=2, n=600, temperature=temperature)
     right = []
     for record in records:
         rewards = record["rewards"]
@@ -460,26 +475,28 @@ def test_the_true_reward_reaches_the_ceiling(temperature):
 def test_p06_held_out_prompts_are_never_trained_on(corpus, demonstrations, comparisons):
     assert all(tinychat.split_of(prompt) == "heldout" for prompt in tinychat.FIXED_PROMPTS)
     trained = [record["messages"] for record in demonstrations] + [record["prompt"] for record in comparisons]
-    trained += tinychat.prompts(seed=1, n=4000)
+    trained += tinychat.prompts(seed=1, n=2000)
     assert all(tinychat.split_of(messages) == "train" for messages in trained)
     seen = "\n".join(corpus) + "\n" + "\n".join(text_of(messages) for messages in trained)
     for split in ("heldout", "valid"):
-        for prompt in tinychat.prompts(seed=9, n=500, split=split):
-            assert prompt[0]["content"] not in seen, prompt[0]["content"]
+        for prompt in tinychat.prompts(seed=9, n=250, split=split):
+            # Two statements may come again as the last two of three: that is another prompt, with a hash of its own.
+            longer = r"(?<!\. )" if tinychat.skill_of(prompt) in ("reading", "follow-up") else ""
+            assert not re.search(longer + re.escape(prompt[0]["content"]), seen), prompt[0]["content"]
     for prompt in tinychat.FIXED_PROMPTS:
         assert prompt not in seen
 
 
 def test_p06_the_split_is_a_property_of_the_text():
-    splits = {name: {text_of(p) for p in tinychat.prompts(1, 500, name)} for name in ("train", "valid", "heldout")}
+    splits = {name: {text_of(p) for p in tinychat.prompts(1, 300, name)} for name in ("train", "valid", "heldout")}
     assert not splits["train"] & splits["heldout"]
     assert not splits["train"] & splits["valid"]
     assert not splits["valid"] & splits["heldout"]
     rng = random.Random(6)
     skill = BY_NAME["reading"]
-    share = Counter(tinychat.split_of(skill.messages(skill.draw(rng))) for _ in range(5_000))
-    assert abs(share["heldout"] / 5_000 - 0.1) < 0.017
-    assert abs(share["valid"] / 5_000 - 0.1) < 0.017
+    share = Counter(tinychat.split_of(skill.messages(skill.draw(rng))) for _ in range(3_000))
+    assert abs(share["heldout"] / 3_000 - 0.1) < 0.022
+    assert abs(share["valid"] / 3_000 - 0.1) < 0.022
     # frozen: these stay where they are, whatever else changes
     assert tinychat.split_of("What is two plus two?") == "valid"
     assert tinychat.split_of("Spell cat.") == "train"
@@ -488,7 +505,7 @@ def test_p06_the_split_is_a_property_of_the_text():
 
 
 def test_p06_stable_when_the_data_grows():
-    assert tinychat.prompts(3, 800)[:300] == tinychat.prompts(3, 300)
+    assert tinychat.prompts(3, 400)[:200] == tinychat.prompts(3, 200)
     assert tinychat.prompts(3, 300, "heldout")[:200] == tinychat.prompts(3, 200, "heldout")
     assert tinychat.demonstrations(3, 300)[:100] == tinychat.demonstrations(3, 100)
     assert tinychat.comparisons(3, 300, 0.15)[:100] == tinychat.comparisons(3, 100, 0.15)
@@ -524,13 +541,13 @@ def test_the_same_seed_gives_the_same_data():
 
 def test_the_corpus_is_as_long_as_asked_and_has_no_chat_template(corpus):
     length = sum(len(paragraph) + 1 for paragraph in corpus)
-    assert 600_000 <= length < 600_400
+    assert 300_000 <= length < 300_400
     assert not any(mark in paragraph for paragraph in corpus for mark in "<>|\n\"")
     assert all(paragraph.endswith(".") for paragraph in corpus)
 
 
 def test_conversations_in_the_corpus_are_right(corpus):
-    """Two thirds of the paragraphs are conversations; every skill is among them; every answer is ideal."""
+    """Three quarters of the paragraphs are conversations; every skill is among them; every answer is ideal."""
     speaker = r"(?:The (?:boy|girl|child|teacher) (?:asked|said)|Question|Answer): "
     skills = Counter()
     for paragraph in corpus:
@@ -542,9 +559,9 @@ def test_conversations_in_the_corpus_are_right(corpus):
             prompt = [{"role": r, "content": c} for r, c in zip(roles, turns[: i + 1], strict=False)]
             assert total(prompt, turns[i + 1]) == 1.0, paragraph
         skills[tinychat.skill_of(prompt)] += 1
-    assert 0.62 < sum(skills.values()) / len(corpus) < 0.74
+    assert 0.72 < sum(skills.values()) / len(corpus) < 0.80
     assert set(skills) == set(tinychat.SKILLS)
-    assert min(skills.values()) > 50
+    assert min(skills.values()) > 25
 
 
 def test_unknown_names_are_refused_in_one_sentence():

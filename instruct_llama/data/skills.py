@@ -11,18 +11,7 @@ import random
 import re
 from typing import Any
 
-from .words import (
-    CATEGORIES,
-    COUNTED,
-    DAYS,
-    FACTS,
-    MONTHS,
-    NUMBERS,
-    OPPOSITES,
-    SIZES,
-    SPELLED,
-    capital,
-)
+from .words import CATEGORIES, COUNTED, DAYS, FACTS, MONTHS, NUMBERS, OPPOSITES, SIZES, SPELLED, capital
 
 Slots = dict[str, Any]
 Message = dict[str, str]

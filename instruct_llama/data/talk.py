@@ -29,19 +29,7 @@ from .skills import (
     as_messages,
     other,
 )
-from .words import (
-    ANIMALS,
-    COLOURS,
-    ENDINGS,
-    FEELINGS,
-    MIDDLES,
-    NAMES,
-    OPENINGS,
-    PLACES,
-    THINGS,
-    TOYS,
-    capital,
-)
+from .words import ANIMALS, COLOURS, ENDINGS, FEELINGS, MIDDLES, NAMES, OPENINGS, PLACES, THINGS, TOYS, capital
 
 Split = Literal["train", "valid", "heldout"]
 

@@ -95,7 +95,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
 
         def sample_texts() -> list[dict[str, Any]]:
             generator = torch.Generator(device).manual_seed(settings.seed)
-            starts_with = [tokenizer.encode(text[:40]) for text in ("Tom ", "What is", "The ")]
+            starts_with = [tokenizer.encode(text[:40]) for text in ("Tom has", "What is", "The boy asked:")]
             made = sample(
                 model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
                 temperature=0.8, generator=generator,

@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -154,15 +157,19 @@ class RunLog:
         self.saved: tuple[checkpoint.State, dict[str, Any]] | None = None
         if settings.resume and self.state_path.is_file():
             self.saved = self._read_state()
-        start = self.saved[1]["step"] if self.saved else 0
+        self.start = self.saved[1]["step"] if self.saved else 0
+        self.stops = 0  # how often Ctrl-C was pressed
+
+    def _begin(self) -> None:
+        """Open the logs. Not before training starts, so that bad input leaves an earlier run in the folder whole."""
+        start = self.start
         for name in ("metrics.jsonl", "samples.jsonl"):  # drop what a killed run logged after its last save
-            kept = [r for r in read_jsonl(folder / name) if r["step"] <= start] if start else []
-            checkpoint.write_text(folder / name, "".join(json.dumps(r) + "\n" for r in kept))
+            kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= start] if start else []
+            checkpoint.write_text(self.folder / name, "".join(json.dumps(r) + "\n" for r in kept))
         if not start:
-            for stale in (*folder.glob("events.out.*"), folder / "config.json", self.state_path):
+            for stale in (*self.folder.glob("events.out.*"), self.folder / "config.json", self.state_path):
                 stale.unlink(missing_ok=True)
-        self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-        self.start = start
+        self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
 
     def _read_state(self) -> tuple[checkpoint.State, dict[str, Any]]:
         tensors, metadata = checkpoint.read_tensors(self.state_path)
@@ -173,7 +180,7 @@ class RunLog:
         return tensors, json.loads(metadata["state"])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same scalars to TensorBoard, and to whoever watches."""
+        """One line of metrics.jsonl, the same scalars to TensorBoard, and to whoever watches; the end of a step."""
         record = {"step": step, **metrics}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -181,6 +188,8 @@ class RunLog:
             self.board.add_scalar(key, value, step)
         if self.watch:
             self.watch(record)
+        if self.stops:
+            raise KeyboardInterrupt
 
     def sample(self, step: int, records: list[dict[str, Any]]) -> None:
         """Text samples with their scores, to samples.jsonl and TensorBoard."""
@@ -203,25 +212,41 @@ class RunLog:
 
     @contextlib.contextmanager
     def interruptible(self, save: Callable[[], None], command: str) -> Iterator[None]:
-        """On Ctrl-C or the stop button: save, say how to go on, and leave the kernel usable."""
+        """On Ctrl-C or the stop button: finish the step, save, say how to go on, and leave the kernel usable.
+
+        Only the state between two steps can be gone on from (P32). Pressed again, it stops at once, without saving.
+        """
+        self._begin()
+        here = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, self._stop) if here else None
         try:
             yield
-        except Interrupted:
-            raise
         except KeyboardInterrupt:
-            save()
+            if self.stops < 2:
+                save()
             self.board.close()
             raise Interrupted(
                 f"Stopped; the state is in {self.state_path}. Go on with: python -m instruct_llama {command} "
                 "--resume (same options), or settings.replace(resume=True) in a notebook."
             ) from None
+        finally:
+            if here:
+                signal.signal(signal.SIGINT, before)
+
+    def _stop(self, *_: object) -> None:
+        self.stops += 1
+        if self.stops > 1:
+            raise KeyboardInterrupt
+        print("\nStopping after this step; once more stops at once, back to the last save.", file=sys.stderr)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[checkpoint.State, dict[str, Any]]:
     """An optimizer's state as flat tensors and the JSON-able rest."""
     tensors, rest = {}, {}
     for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
+        wrapped = [value for value in state.values() if isinstance(value, dict)]  # bitsandbytes' maps and scales
+        shared = {key: value.clone() for group in wrapped for key, value in group.items()}  # one map for all weights
+        for key, value in ({k: v for k, v in state.items() if not isinstance(v, dict)} | shared).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer/{index}/{key}"] = value
             else:

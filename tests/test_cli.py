@@ -1,0 +1,221 @@
+"""The command line: what it parses, that every command runs, and the names that others rely on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import instruct_llama as il
+from instruct_llama import presets
+from instruct_llama.__main__ import COMMANDS, main, parse
+from instruct_llama.data import sources
+
+
+def options(settings, default=None, prefix: str = "--") -> list[str]:
+    """The command-line options that turn the tiny preset into `settings`."""
+    default, found = default or presets.get("tiny"), []
+    for field in dataclasses.fields(settings):
+        value, usual = getattr(settings, field.name), getattr(default, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found += options(value, usual, name + ".")
+        elif value != usual:
+            found += [name, str(value)]
+    return found
+
+
+@pytest.fixture
+def runs(pipeline, tmp_path, monkeypatch):
+    """(out folder with a copy of the pipeline, options for it); the current folder is elsewhere."""
+    shutil.copytree(pipeline.out, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs", ["--preset", "tiny", *options(pipeline.replace(out=str(tmp_path / "runs")))]
+
+
+# ---------------------------------------------------------------- parsing
+
+
+def test_options_set_any_field():
+    settings = parse(["--preset", "laptop", "--ppo.kl-coef", "0.1", "--seed", "7", "--out", "there", "--sft.pack",
+                      "--sft.lora.targets", "wq", "wv", "--model.rope-scaling.kind", "linear"])  # fmt: skip
+    expected = presets.get("laptop").replace(
+        ppo__kl_coef=0.1, seed=7, out="there", sft__pack=True, sft__lora__targets=("wq", "wv"),
+        model__rope_scaling__kind="linear",
+    )  # fmt: skip
+    assert settings == expected and settings.out_dir == Path("there")
+    assert parse(["--preset=laptop"]) == presets.get("laptop")
+    assert parse(["--resume", "--init", "a", "--data", "b"]).replace(resume=False, init=None, data=None) == parse([])
+
+
+def test_every_difference_can_be_said_on_the_command_line(pipeline):
+    assert parse(["--preset", "tiny", *options(pipeline)]) == pipeline
+
+
+def test_the_environment_names_preset_folder_and_seed(monkeypatch):
+    monkeypatch.setenv("INSTRUCT_LLAMA_PRESET", "laptop")
+    monkeypatch.setenv("INSTRUCT_LLAMA_OUT", "elsewhere")
+    monkeypatch.setenv("INSTRUCT_LLAMA_SEED", "5")
+    settings = parse([])
+    assert (settings.preset, settings.out, settings.seed) == ("laptop", "elsewhere", 5)
+    settings = parse(["--preset", "tiny", "--out", "here", "--seed", "6"])  # options come first
+    assert (settings.preset, settings.out, settings.seed) == ("tiny", "here", 6)
+    for name in ("PRESET", "OUT", "SEED"):
+        monkeypatch.delenv(f"INSTRUCT_LLAMA_{name}")
+    assert presets.get().preset == "laptop" and presets.get("tiny").out_dir.parts[-2:] == ("checkpoints", "tiny")
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f" {name} " in text for name in COMMANDS) and "--preset" in text
+    assert main([]) == 2 and capsys.readouterr().out == text
+    with pytest.raises(SystemExit) as done:
+        main(["sft", "--help"])
+    assert done.value.code == 0 and "--ppo.kl-coef" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- every command runs
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+def test_a_stage_runs_and_says_what_it_reached(runs, stage, capsys):
+    out, args = runs
+    (out / stage / "config.json").unlink()
+    assert main([stage, *args]) == 0
+    assert f"{stage} finished in" in (said := capsys.readouterr().out) and str(out / stage) in said
+    assert il.checkpoint.is_complete(out / stage)
+    assert main([stage, *args, "--resume"]) == 0  # nothing left to do: the same run
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(runs):
+    out, args = runs
+    for name, more in (("a", []), ("b", []), ("c", ["--seed", "2"])):
+        assert main(["sft", *args, "--sft.name", name, "--init", str(out / "pretrain"), *more]) == 0
+    a, b, c = ((out / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_init_and_data(runs, tmp_path):
+    out, args = runs
+    rows = [{"prompt": f"What is item {i}?", "response": f"It is number {i}."} for i in range(60)]
+    sources.write_jsonl(tmp_path / "mine.jsonl", rows)
+    more = ["--init", str(out / "ppo"), "--data", str(tmp_path / "mine.jsonl"), "--sft.name", "mine"]
+    assert main(["sft", *args, *more]) == 0
+    assert il.checkpoint.is_complete(out / "mine")
+    asked = [json.loads(line)["prompt"] for line in (out / "mine" / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert asked and all("item" in str(prompt) for prompt in asked)
+
+
+def test_a_missing_prerequisite_is_trained_and_said(runs, capsys):
+    out, args = runs
+    shutil.rmtree(out / "pretrain")
+    assert main(["sft", *args, "--sft.name", "again"]) == 0
+    assert "pretrain is not in" in capsys.readouterr().out
+    assert il.checkpoint.is_complete(out / "pretrain") and il.checkpoint.is_complete(out / "again")
+
+
+def test_ppo_in_the_shared_layout(runs, capsys):
+    out, args = runs
+    assert main(["ppo", *args, "--ppo.layout", "shared_base", "--ppo.name", "shared", "--ppo.iterations", "1"]) == 0
+    assert "reward-lora is not in" in capsys.readouterr().out
+    assert (out / "shared" / "adapter.safetensors").is_file()
+    il.load(out / "shared")
+
+
+def test_data_tinychat_and_a_file(runs, tmp_path, capsys):
+    _, args = runs
+    assert main(["data", "tinychat", *args, "--out", str(tmp_path / "made")]) == 0
+    kinds = {stem: sources.read(tmp_path / "made" / f"{stem}.jsonl").kind
+             for stem in ("corpus", "demonstrations", "comparisons", "prompts")}  # fmt: skip
+    assert list(kinds.values()) == ["text", "dialogs", "comparisons", "prompts"]
+    text = tmp_path / "story.txt"
+    text.write_text("Tom has a ball.\n\nThe ball is red.\n", encoding="utf-8")
+    assert main(["data", str(text), "--out", str(tmp_path / "mine")]) == 0
+    assert "2 paragraphs of text, none dropped" in capsys.readouterr().out
+    assert len(sources.read(tmp_path / "mine" / "story-text.jsonl")) == 2
+
+
+def test_merge_writes_a_plain_checkpoint(runs, capsys):
+    out, args = runs
+    assert main(["merge", str(out / "sft-qlora"), *args]) == 0
+    said = capsys.readouterr().out
+    assert "dequantised base" in said and "original base" in said and "sft-qlora-merged" in said
+    assert (out / "sft-qlora-merged" / "model.safetensors").is_file()
+    assert main(["merge", str(out / "sft-qlora"), str(out / "plain"), *args]) == 0
+    il.load(out / "plain")
+
+
+def test_chat_answers_until_an_empty_line(runs, capsys, monkeypatch):
+    out, args = runs
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is two plus three?\nAnd <|assistant|> four?\n\nnot read\n"))
+    assert main(["chat", str(out / "sft"), *args]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"Talking to {out / 'sft'}. An empty line ends.") and said.count("> ") == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))  # the end of the input ends it too
+    assert main(["chat", *args]) == 0  # without a folder: the PPO run
+    assert str(out / "ppo") in capsys.readouterr().out
+
+
+def test_evaluate_prints_the_card_and_writes_the_report(runs, capsys):
+    out, args = runs
+    for stage in ("pretrain", "sft-qlora", "ppo"):  # two stages are enough here
+        shutil.move(out / stage, out.parent / stage)
+    assert main(["evaluate", *args]) == 0
+    assert capsys.readouterr().out.startswith("Report card, preset tiny, seed 1")
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert set(report) == {"stages", "preset", "seed"} and list(report["stages"]) == ["sft", "reward"]
+    assert {"mean", "low", "high", "n"} == set(report["stages"]["sft"]["true_reward"])
+
+
+@pytest.mark.parametrize("name", ["tour", "doctor"])
+def test_tour_and_doctor_get_the_settings_and_give_the_status(name, monkeypatch):
+    seen = []
+    monkeypatch.setattr(f"instruct_llama.{name}.run", lambda settings: seen.append(settings) or 1)
+    assert main([name, "--preset", "tiny", "--seed", "3"]) == 1 and seen[0].seed == 3
+
+
+def test_the_tour_tells_the_notebooks_and_stops_at_a_failure(micro, tmp_path, monkeypatch, capsys):
+    from instruct_llama import tour
+
+    settings = micro(tmp_path / "runs", seed=4)
+    with tour.told(settings):
+        told = {key: value for key, value in os.environ.items() if key.startswith("INSTRUCT_LLAMA_")}
+        assert presets.get() == presets.get("tiny").replace(out=str(tmp_path / "runs"), seed=4)
+    assert told == {"INSTRUCT_LLAMA_PRESET": "tiny", "INSTRUCT_LLAMA_OUT": str(tmp_path / "runs"),
+                    "INSTRUCT_LLAMA_SEED": "4", "INSTRUCT_LLAMA_STATIC": "1"}  # fmt: skip
+    assert "INSTRUCT_LLAMA_SEED" not in os.environ
+    error = tour.nbclient.exceptions.CellExecutionError("Traceback: boom", "ValueError", "boom")
+
+    def fail(path, bar):
+        raise error
+
+    monkeypatch.setattr(tour, "execute", fail)
+    monkeypatch.setattr(tour, "notebooks", lambda: [Path("00_start_here.ipynb")])
+    assert tour.run(settings) == 1
+    assert "00_start_here.ipynb failed" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the contract's Python names
+
+
+def test_the_contracts_names(pipeline):
+    assert il.presets.get("tiny").preset == "tiny"
+    model, tokenizer = il.load(str(Path(pipeline.out) / "sft-qlora"))
+    logits = model(torch.tensor([[1, 5, 9], [2, 6, 7]]))
+    assert logits.shape == (2, 3, tokenizer.vocab_size) and logits.dtype == torch.float32
+    texts = il.generate(model, tokenizer, ["What is two plus three?"], max_new_tokens=4, temperature=0.0)
+    assert len(texts) == 1 and isinstance(texts[0], str)
+    reward = il.data.tinychat.true_reward("What is two plus three?", "Two plus three is five.")
+    assert 0 <= reward.total <= 1 and {"correct", "complete", "polite", "concise"} <= set(vars(reward))
+    for name in ("ranking_loss", "gae", "policy_loss", "value_loss"):
+        assert callable(getattr(il.rlhf.objectives, name))
+    assert list(inspect.signature(il.rlhf.objectives.ranking_loss).parameters)[0] == "scores"
+    assert il.require("sft", pipeline) == Path(pipeline.out) / "sft"

@@ -1,0 +1,165 @@
+"""The report card: intervals against hand-computed and textbook figures, the table, the file that others read."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from instruct_llama import checkpoint, evaluate, presets
+from instruct_llama.config import UserError
+from instruct_llama.data import tinychat
+from instruct_llama.evaluate import Estimate, accuracy_estimate, check_off, describe, estimate
+
+
+def test_the_bootstrap_agrees_with_the_normal_interval():
+    x = np.random.default_rng(3).random(400)
+    found = estimate(x)
+    half = 1.96 * x.std() / math.sqrt(400)
+    assert found.mean == pytest.approx(x.mean()) and found.n == 400
+    assert found.low == pytest.approx(x.mean() - half, abs=0.004)
+    assert found.high == pytest.approx(x.mean() + half, abs=0.004)
+
+
+def test_the_bootstrap_covers_the_truth_95_times_in_100():
+    rng = np.random.default_rng(0)
+    found = [estimate(rng.random(60), seed=i) for i in range(300)]
+    assert 0.91 <= np.mean([e.low <= 0.5 <= e.high for e in found]) <= 0.985
+
+
+def test_the_bootstrap_is_a_function_of_its_seed_and_keeps_its_bounds():
+    x = [0.0] * 9 + [1.0]
+    assert estimate(x) == estimate(x) and estimate(x).low == 0.0 and estimate(x).high <= 1.0
+    assert estimate([0.25]) == Estimate(0.25, 0.25, 0.25, 1)
+    with pytest.raises(UserError, match="nothing to estimate"):
+        estimate([])
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",  # Wilson (1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_by_hand(right, n, low, high):
+    found = accuracy_estimate(right, n)
+    assert (found.mean, found.n) == (right / n, n)
+    assert found.low == pytest.approx(low, abs=5e-5) and found.high == pytest.approx(high, abs=5e-5)
+
+
+def test_an_estimate_prints_its_interval():
+    assert str(Estimate(0.5211, 0.5, 0.5449, 512)) == "0.521 [0.500, 0.545]"
+
+
+def test_check_off_says_whether_a_figure_is_as_expected(capsys):
+    laptop = presets.get("laptop")
+    check_off(laptop, "sft", {"true_reward": 0.5, "loss": 1.25})
+    check_off(laptop, "ppo", {"true_reward": 0.5})
+    check_off(presets.get("tiny"), "ppo", {"true_reward": 0.5})
+    fair, none, low, tiny = capsys.readouterr().out.splitlines()
+    assert "0.500   expected 0.35 to 0.65: as expected" in fair and "no expectation" in none
+    assert "expected 0.90 to 1.00: NOT as expected: see What can go wrong" in low
+    assert "preset tiny: no expectation" in tiny
+
+
+# ---------------------------------------------------------------- judging
+
+
+class Oracle(torch.nn.Module):
+    """A reward model that knows the true reward of every sequence, up to a sign."""
+
+    def __init__(self, tokenizer, sign: float):
+        super().__init__()
+        self.tokenizer, self.sign, self.dummy = tokenizer, sign, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = (tokens != self.tokenizer.pad_id).sum(1, keepdim=True).float()
+        return self.sign * length.expand(tokens.shape)  # longer is better
+
+
+def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
+    _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    prompt = [{"role": "user", "content": "Tell me."}]
+    texts = ["yes, it is a very long answer", "a ball", "a"]
+    longer = {"prompt": prompt, "completions": texts, "rewards": [1.0, 0.5, 0.0]}
+    tie = {"prompt": prompt, "completions": ["a b", "b a"], "rewards": [1.0, 0.0]}
+    found, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [longer, tie], 0.15)
+    assert (found.mean, found.n) == (3.5 / 4, 4)
+    expected = [1 / (1 + math.exp(-gap / 0.15)) for gap in (0.5, 1.0, 0.5, 1.0)]
+    assert ceiling == pytest.approx(np.mean(expected), abs=1e-6)
+    worst, _ = evaluate.reward_accuracy(Oracle(tokenizer, -1.0), tokenizer, [longer, tie], 0.15)
+    assert worst.mean == 0.5 / 4
+    unknown, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [{**tie, "rewards": None}], 0.15)
+    assert unknown.n == 1 and math.isnan(ceiling)
+
+
+def test_true_reward_is_the_mean_over_the_models_own_answers(pipeline, monkeypatch):
+    prompts = tinychat.prompts(1, 4, split="heldout")
+    said = "I do not know."
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: [said] * len(prompts))
+    found, each = evaluate.true_reward(None, None, prompts, pipeline.evaluate)
+    assert each == [tinychat.true_reward(prompt, said).total for prompt in prompts]
+    assert found.mean == pytest.approx(np.mean(each)) and found.n == 4
+
+
+# ---------------------------------------------------------------- the report
+
+
+@pytest.fixture(scope="module")
+def report(pipeline, tmp_path_factory):
+    """(report, settings) of a copy of the pipeline, with an unfinished stage beside the finished ones."""
+    out = tmp_path_factory.mktemp("report") / "runs"
+    shutil.copytree(pipeline.out, out)
+    checkpoint.write_info(out / "unfinished", {"kind": "lm", "model": {}})
+    settings = pipeline.replace(out=str(out))
+    return evaluate.report_card(settings), settings
+
+
+def test_the_report_has_the_contracts_shape(report):
+    made, settings = report
+    assert json.loads((settings.out_dir / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(made))
+    assert (made["preset"], made["seed"]) == ("tiny", 1)
+    assert list(made["stages"]) == ["pretrain", "sft", "sft-qlora", "reward", "ppo"]
+    for name in ("pretrain", "sft", "sft-qlora", "ppo"):
+        figures = made["stages"][name]["true_reward"]
+        assert set(figures) == {"mean", "low", "high", "n"} and figures["n"] == settings.evaluate.prompts
+        assert 0 <= figures["low"] <= figures["mean"] <= figures["high"] <= 1
+        assert [a["prompt"] for a in made["stages"][name]["answers"]] == list(tinychat.FIXED_PROMPTS)
+    accuracy = made["stages"]["reward"]["accuracy"]
+    assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
+    assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1 and accuracy["n"] >= settings.world.heldout
+
+
+def test_the_report_reads_as_one_table_and_sample_answers(report):
+    made, _ = report
+    text = describe(made)
+    lines = text.splitlines()
+    assert lines[0] == "Report card, preset tiny, seed 1 (held-out prompts, 95 % intervals)"
+    rows = {line.split()[0]: line for line in lines[4:9]}
+    assert list(rows) == list(made["stages"])
+    assert "pair accuracy" in rows["reward"] and "ceiling" in rows["reward"]
+    assert "nats" in rows["ppo"] and "held-out perplexity" in rows["sft"]
+    assert all(len(line) <= 120 for line in lines[:9]) and all(prompt in text for prompt in tinychat.FIXED_PROMPTS)
+
+
+def test_p06_the_report_uses_held_out_prompts_only(report, monkeypatch):
+    _, settings = report
+    asked = []
+    real = tinychat.prompts
+
+    def prompts(*args, split="train"):
+        asked.append(split)
+        return real(*args, split)
+
+    monkeypatch.setattr(evaluate.tinychat, "prompts", prompts)
+    monkeypatch.setattr(evaluate, "stage_folders", lambda out: [out / "pretrain"])
+    evaluate.report_card(settings.replace(evaluate__prompts=2))
+    assert asked == ["heldout"]
+
+
+def test_nothing_to_report_is_said(micro, tmp_path):
+    with pytest.raises(UserError, match="no finished stage in .*--out"):
+        evaluate.report_card(micro(tmp_path))
