@@ -31,7 +31,7 @@ LABELS = {  # by the last part of a metric's key
     "tokens_per_s": "tokens per second", "gap": "chosen − rejected (score)", "score": "RM score (deviations)",
     "true_reward": "true reward (0 to 1)", "kl": "KL (nats per answer)", "length": "length (tokens)",
     "entropy": "entropy (nats per token)", "clip_fraction": "clipped (share of tokens)",
-    "explained_variance": "explained variance (share)", "ratio": "mean ratio new / old", "ended": "ended (share)",
+    "explained_variance": "explained variance (share)", "ratio": "mean |ratio - 1|", "ended": "ended (share)",
 }
 # fmt: on
 

@@ -76,7 +76,8 @@ def test_p10_logits_of_half_precision_are_summed_in_float32():
     got = o.token_logprobs(logits, targets)
     assert got.dtype == torch.float32
     assert torch.allclose(got.double(), -exact, atol=1e-5)
-    assert o.cross_entropy_sum(logits, targets, mask)[0] == pytest.approx(exact[mask].sum().item(), abs=1e-4)
+    total = o.cross_entropy_sum(logits, targets, mask)[0]
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(exact[mask].sum().item(), abs=1e-4)
     small = torch.tensor([[1e-3]])  # a ratio that bfloat16 rounds to 1
     assert o.log_ratio(torch.tensor([[-5.0]]) + small, torch.tensor([[-5.0]])).item() == pytest.approx(1e-3, rel=1e-3)
 

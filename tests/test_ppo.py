@@ -89,7 +89,7 @@ def _another_temperature(patch):
     real = rollout.distribution
 
     def distribution(model, episodes, config, banned):
-        return real(model, episodes, replace(config, temperature=1.5), banned)
+        return real(model, episodes, replace(config, temperature=2.0), banned)
 
     patch.setattr(rollout, "distribution", distribution)
 
@@ -128,7 +128,7 @@ def _end_token_untrained(patch):
 
 
 # (mistake, language, iterations). The right code stands at 0.98 of the variable language after 15 iterations. Measured:
-# outputs shifted by one 0.23, score at the first token 0.32, KL clamped at zero 0.86 (flat from iteration 20 on).
+# outputs shifted by one 0.23, score at the first token 0.32, GAE 0.04, KL clamped at zero 0.86 (flat from 20 on).
 MISTAKES = [
     (_outputs_shifted_by_one, "variable", 12),
     (_score_read_at_the_first_token, "fixed", 12),
@@ -136,7 +136,7 @@ MISTAKES = [
     (_no_kl, "fixed", 20),
     (_k2_as_penalty, "fixed", 20),
     (_k3_as_penalty, "fixed", 20),
-    (_another_temperature, "fixed", 30),
+    (_another_temperature, "variable", 30),
     (_kl_clamped_at_zero, "fixed", 30),
     (_no_end_score_forgotten, "variable", 12),
     (_kl_over_padding, "variable", 30),
@@ -154,7 +154,9 @@ def test_p00_a_planted_mistake_does_not(mistake, name, iterations, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- small networks
 
-SHAPE = ModelConfig(vocab_size=12, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=24, max_seq_len=32, init_std=0.3)
+SHAPE = ModelConfig(
+    vocab_size=12, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=24, max_seq_len=32, init_std=0.3
+)
 SMALL = PPOConfig(
     iterations=2, rollouts=6, rollout_batch=4, max_new_tokens=5, epochs=2, minibatch=3, micro_batch=2,
     optim=OptimConfig(lr=1e-2, warmup_steps=0, weight_decay=0.0), value_lr=1e-2,
@@ -248,7 +250,10 @@ def test_p22_every_quantity_of_a_token_stands_at_its_index():
     torch.testing.assert_close(full[0], expected[0, 2:5])
     torch.testing.assert_close(full[1, :2], expected[1, 0:2])
     logprobs = rollout.answer_logprobs(full, episodes)
-    by_index = [[expected[0, 2, 3], expected[0, 3, 4], expected[0, 4, EOS]], [expected[1, 0, 3], expected[1, 1, EOS], 0]]
+    by_index = [
+        [expected[0, 2, 3], expected[0, 3, 4], expected[0, 4, EOS]],
+        [expected[1, 0, 3], expected[1, 1, EOS], 0],
+    ]
     torch.testing.assert_close(logprobs, torch.tensor(by_index))
 
     positions = torch.tensor([[0.0, 1, 2, 3, 4, 5], [100, 101, 102, 103, 104, 105]])
@@ -586,9 +591,7 @@ def test_both_layouts_play_the_same_first_episodes():
 def micro(tmp_path_factory):
     """The smallest settings that go through every stage."""
     loop = {"steps": 2, "batch_size": 4, "eval_every": 2, "eval_batches": 1}
-    changes = {
-        f"{stage}__loop__{key}": value for stage in ("pretrain", "sft", "reward") for key, value in loop.items()
-    }
+    changes = {f"{stage}__loop__{key}": value for stage in ("pretrain", "sft", "reward") for key, value in loop.items()}
     world = {"corpus_chars": 30_000, "demonstrations": 20, "comparisons": 12, "prompts": 12, "heldout": 6}
     return presets.get("tiny").replace(
         out=str(tmp_path_factory.mktemp("runs")), device="cpu", model__dim=16, model__n_layers=1, model__ffn_dim=24,

@@ -136,7 +136,7 @@ def test_without_a_front_end_one_picture_and_no_widget(name, static, model):
     assert model.training  # the viewers leave the model's mode as it was
 
 
-@pytest.mark.parametrize("name", set(SHOWN) - {"compare_chat"})
+@pytest.mark.parametrize("name", sorted(set(SHOWN) - {"compare_chat"}))
 def test_before_a_front_end_controls_redraw_the_same_picture(name, live, model):
     SHOWN[name](model)
     (picture,) = (thing for thing in live.shown if isinstance(thing, (plots.Picture, widgets.Page)))

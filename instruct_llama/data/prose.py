@@ -42,7 +42,7 @@ FRAMES = (
 def corpus(seed: int, n_chars: int) -> Iterator[str]:
     """Running English for pretraining, a short paragraph at a time, until `n_chars` characters have been given.
 
-    Two thirds are conversations told as prose, which carry the skills of the "train" prompts; the rest is stories,
+    Three quarters are conversations told as prose, which carry the skills of the "train" prompts; the rest is stories,
     descriptions, facts, series and a little small talk. There is no chat template: text gives language, not manners.
     """
     rng = random.Random(f"corpus {seed}")

@@ -284,6 +284,9 @@ def find(prompt: Prompt) -> tuple[Skill, Slots] | None:
 def split_of(prompt: Prompt) -> Split:
     """The split of a prompt: a hash of its first user turn, so that a dialog goes where its opening goes."""
     first = next(message["content"] for message in as_messages(prompt) if message["role"] == "user")
+    sentences = first.split(". ")
+    if len(sentences) == 4:  # three statements and a question contain the prompt with the last two: keep them together
+        first = ". ".join(sentences[1:])
     if first in FIXED_PROMPTS:
         return "heldout"
     bucket = int.from_bytes(hashlib.sha256(first.encode()).digest()[:8], "big") % 10

@@ -267,7 +267,7 @@ class Llama(nn.Module):
         except IndexError as error:
             low, high, size = int(tokens.min()), int(tokens.max()), self.config.vocab_size
             raise UserError(
-                f"Token ids run from {low} to {high}, but the model's vocabulary has {size}: "
+                f"Token ids run from {low} to {high}, outside the vocabulary: the model's vocabulary has {size}, so "
                 "use the tokenizer that the model was trained with."
             ) from error
 

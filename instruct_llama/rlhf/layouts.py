@@ -44,7 +44,8 @@ class FourModels:
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy as a full checkpoint."""
-        checkpoint.save_full(folder, self.models["policy"], tokenizer, info)
+        rest = {key: value for key, value in info.items() if key != "sft"}
+        checkpoint.save_full(folder, self.models["policy"], tokenizer, rest)
 
 
 class _ScalarView(nn.Module):
@@ -94,8 +95,8 @@ class SharedBase:
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
-        base = Path(info.pop("sft"))
-        checkpoint.save_adapter(folder, self.base, "policy", base, tokenizer, {**info, "lora": vars(self.config)})
+        rest = {key: value for key, value in info.items() if key != "sft"} | {"lora": vars(self.config)}
+        checkpoint.save_adapter(folder, self.base, "policy", Path(info["sft"]), tokenizer, rest)
 
 
 def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: int) -> FourModels:

@@ -167,7 +167,7 @@ def adaptive_kl(kl_coef: float, measured_kl: float, target: float, horizon: int)
 
     kl_coef * exp(error / horizon), error = (measured - target) / target kept within +-1, so a full error changes the
     coefficient e-fold in `horizon` iterations. Ziegler et al., arXiv:1909.08593, section 2.2, is the same proportional
-    controller with error within +-0.2 and a gain of 0.1: fifty times more patient, for runs of thousands of iterations.
+    controller with error within +-0.2 and a gain of 0.1: about five times more patient, for longer runs.
     A target of 0 leaves the coefficient alone.
     """
     if target == 0:

@@ -23,21 +23,9 @@ from ..data.batches import dialog_batch, epoch_order, fit_prompt
 from ..data.tokenizer import Tokenizer
 from ..rlhf import layouts, objectives, rollout
 from ..rlhf.rollout import Episodes
-from . import records, sft
+from . import records, sft, trainer
 from .pretrain import language_model_loss
-from .trainer import (
-    NonFinite,
-    RunLog,
-    StageResult,
-    Watch,
-    autocast,
-    make_optimizer,
-    optimizer_step,
-    optimizer_tensors,
-    pick_device,
-    restore_optimizer,
-    seeded,
-)
+from .trainer import NonFinite, RunLog, StageResult, Watch, autocast, make_optimizer, optimizer_step, pick_device, seeded
 
 
 @dataclass
@@ -319,11 +307,11 @@ def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog)
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(tensors[f"model/{name}"])
-        restore_optimizer(optimizer, tensors, state["optimizer"])
+        trainer.restore_optimizer(optimizer, tensors, state["optimizer"])
         kl_coef, best = state["kl_coef"], state["best"]
 
     def save_state() -> None:
-        tensors, rest = optimizer_tensors(optimizer)
+        tensors, rest = trainer.optimizer_tensors(optimizer)
         tensors |= {f"model/{name}": p for name, p in trainable.items()}
         log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best})
 
