@@ -25,7 +25,7 @@ from ..rlhf import layouts, objectives, rollout
 from ..rlhf.rollout import Episodes
 from . import records, sft, trainer
 from .pretrain import language_model_loss
-from .trainer import NonFinite, RunLog, StageResult, Watch, autocast, make_optimizer, optimizer_step, pick_device, seeded
+from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, optimizer_step, pick_device, seeded
 
 
 @dataclass
@@ -94,7 +94,7 @@ def update(
             figures = minibatch_gradients(player, episodes.select(rows.tolist()), seed + len(stats))
             if not np.isfinite(figures["loss"]):
                 optimizer.zero_grad(set_to_none=True)
-                raise NonFinite(f"The PPO loss is {figures['loss']} at {where}: lower the learning rate.")
+                raise trainer.NonFinite(f"The PPO loss is {figures['loss']} at {where}: lower the learning rate.")
             figures["grad_norm"] = optimizer_step(optimizer, config.optim, iteration, config.iterations, where)
             stats.append(figures)
     mean = {key: float(np.mean([figures[key] for figures in stats])) for key in stats[0]}
