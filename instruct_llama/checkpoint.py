@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
+from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError, shown
 from .data.batches import atomic
 from .data.tokenizer import Tokenizer
 from .model import lora
@@ -210,7 +210,7 @@ def require(stage: str, settings: Settings) -> Path:
         return folder
     with stage_lock(folder):
         if not is_complete(folder):
-            print(f"{stage} is not in {settings.out_dir} yet: training it at preset {settings.preset}.")
+            print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
             # Imported here because stages import this module: the one arrow against the current.
             run = importlib.import_module(f"instruct_llama.stages.{module}").run
             run(change(settings).replace(init=None, resume=True))
@@ -240,4 +240,4 @@ def merge_run(source: Path, target: Path, into: Literal["dequantised", "original
         key: value for key, value in info.items() if key not in ("base", "adapter", "lora", "quant", "model", "kind")
     }
     save_full(target, merged[into], tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
-    return [*lines, f"saved in {target} ({into})"]
+    return [*lines, f"saved in {shown(target)} ({into})"]

@@ -335,6 +335,12 @@ def project_folder() -> Path:
     return here
 
 
+def shown(path: Path) -> str:
+    """A path as people want to read it: from the project's folder on, where it lies inside."""
+    path, project = path.resolve(), project_folder().resolve()
+    return path.relative_to(project).as_posix() if path.is_relative_to(project) else str(path)
+
+
 def to_json(config: Any) -> str:
     """A config as indented JSON, the same bytes for the same settings."""
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)

@@ -18,7 +18,7 @@ from .data.batches import fit_comparison, ranked_batch
 from .data.tokenizer import Tokenizer
 from .model.generate import generate
 from .model.llama import Llama, ScalarLlama
-from .rlhf.objectives import score_at_end
+from .rlhf.objectives import pair_differences, score_at_end
 
 
 @dataclass(frozen=True)
@@ -74,24 +74,25 @@ def true_reward(
 def reward_accuracy(
     model: ScalarLlama, tokenizer: Tokenizer, comparisons: Sequence[Any], temperature: float, max_len: int = 256
 ) -> tuple[Estimate, float]:
-    """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable."""
-    pairs = []
-    for item in comparisons:
-        texts, rewards = item["completions"], item.get("rewards")
-        for i in range(len(texts)):
-            pairs += [(item, i, j, rewards and (rewards[i], rewards[j])) for j in range(i + 1, len(texts))]
-    right, device = 0.0, next(model.parameters()).device
-    for start in range(0, len(pairs), 128):
-        items = [
-            fit_comparison(tokenizer, item["prompt"], [item["completions"][i], item["completions"][j]], max_len)
-            for item, i, j, _ in pairs[start : start + 128]
-        ]
-        batch = ranked_batch(items, tokenizer.pad_id).to(device)
-        scores = score_at_end(model(batch.tokens), batch.ends).view(-1, 2)  # (pairs, 2), better first
-        right += float((scores[:, 0] > scores[:, 1]).sum() + 0.5 * (scores[:, 0] == scores[:, 1]).sum())
-    known = [rewards for *_, rewards in pairs if rewards]
+    """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
+
+    Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where true rewards are unknown.
+    Raises `UserError` when none is left.
+    """
+    fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
+    fitted = [(ids, c) for ids, c in fitted if ids is not None]
+    if not fitted:
+        raise UserError(f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
+    right, pairs, device = 0.0, 0, next(model.parameters()).device
+    for start in range(0, len(fitted), 64):
+        batch = ranked_batch([ids for ids, _ in fitted[start : start + 64]], tokenizer.pad_id).to(device)
+        scores = score_at_end(model(batch.tokens), batch.ends)  # (N,)
+        differences, _ = pair_differences(scores, batch.prompt, batch.rank)
+        right += float((differences > 0).sum() + 0.5 * (differences == 0).sum())
+        pairs += len(differences)
+    known = [c["rewards"] for _, c in fitted if c.get("rewards")]
     ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")
-    return accuracy_estimate(right, len(pairs)), ceiling
+    return accuracy_estimate(right, pairs), ceiling
 
 
 def stage_folders(out: Path) -> list[Path]:
@@ -148,9 +149,15 @@ def describe(report: dict[str, Any]) -> str:
 
 
 EXPECTED = {  # what the laptop preset should show, for any seed: figure -> (lowest, highest)
+    "start/demonstrations": (0.50, 0.62),
+    "tokens/characters_per_token": (2.8, 3.6),
+    "tokens/ranking_ceiling": (0.88, 0.94),
+    "untrained/loss_over_ln_V": (0.98, 1.02),
+    "untrained/true_reward": (0.0, 0.01),
     "pretrain/true_reward": (0.0, 0.05),
     "sft/true_reward": (0.35, 0.65),
     "sft-qlora/true_reward": (0.35, 0.65),
+    "reward/below_ceiling": (-0.03, 0.03),
     "ppo/true_reward": (0.90, 1.0),
 }
 

@@ -223,7 +223,7 @@ def intervals(rows: Mapping[str, Mapping[str, float]], *, xlabel: str = "true re
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{xlabel}, mean and 95% interval", title=title)
     if expected:
-        ax.legend()
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)  # above the rows, which it may not hide
     return figure
 
 
@@ -298,7 +298,9 @@ def attention_grid(weights: Any, pieces: Sequence[str], *, title: str = "", name
             ax.set_yticks(range(length), words, fontsize=7, parse_math=False)
         else:
             ax.locator_params(integer=True)
-        ax.set(xlabel="key, looked at (position)", ylabel="query, looks (position)")
+        wide = columns < 3  # else the labels of neighbours would meet
+        ax.set_xlabel("key, looked at (position)" if wide else "key (position)")
+        ax.set_ylabel("query, looks (position)" if wide else "query (position)")
         ax.label_outer()
     figure.colorbar(image, ax=axes, label="attention (share)", shrink=0.8)
     if title:

@@ -87,7 +87,7 @@ def _drawn(draw: Callable[..., Any], made: Mapping[str, Any]) -> Any:
 
 
 def _encode(model: Any, tokenizer: Any, prompt: Any, chat: bool) -> Tensor:
-    ids = tokenizer.encode_prompt(prompt) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = tokenizer.encode_prompt(prompt) if chat else tokenizer.encode(prompt)  # pretraining saw no special token
     return torch.tensor([ids], device=next(model.parameters()).device)  # (1, T)
 
 

@@ -46,7 +46,7 @@ MADE = {
     "codebook over weights": lambda: plots.codebook(NF4, FP4, weights=torch.linspace(-1, 1, 200)),
     "LivePlot": lambda: plots.LivePlot("ppo/score", "ppo/kl", "train/loss", "val/loss", "val/accuracy").figure(),
 }  # fmt: skip
-UNITLESS = {"iteration", "optimizer step", "learning rate", "mean ratio new / old", "pair of channels, i",
+UNITLESS = {"iteration", "optimizer step", "learning rate", "mean |ratio - 1|", "pair of channels, i",
             "cos of the angle", "expected reward"}  # fmt: skip
 
 

@@ -641,7 +641,7 @@ def test_p21_the_normaliser_is_fitted_on_the_reference_policys_answers(micro, mo
     monkeypatch.setattr(rollout, "play", lambda *a: played.append((a[0], real(*a))) or played[-1][1])
     short = {"max_new_tokens": 12}  # so that some answers do not end
     monkeypatch.setattr(stage, "replace", lambda config, **changes: replace(config, **{**changes, **short}))
-    norm = stage.fit_normaliser(model, policy, exact.Alphabet(), prompts, config, seed=0)
+    norm = stage.fit_normaliser(model, stage.reference_answers(policy, exact.Alphabet(), prompts, config, seed=0))
     ((who, episodes),) = played
     assert who is policy and len(episodes) == 36
     with torch.no_grad():

@@ -135,13 +135,15 @@ def _rewards(prefixes: tuple[tuple[int, ...], ...], vocab_size: int, generator: 
     left neighbour, saying anything is worth 0.8 but every letter costs 0.4, and each prefix has a whim of its own."""
     by_place = torch.randn(DEPTH, vocab_size, generator=generator) * torch.tensor([[1.0], [0.5], [0.5], [0.5]])
     by_neighbour = 0.5 * torch.randn(vocab_size, vocab_size, generator=generator)
-    rewards = 0.5 * torch.randn(len(prefixes), generator=generator)
-    for i, prefix in enumerate(prefixes):
+    whims = 0.5 * torch.randn(len(prefixes), generator=generator)
+    place_worth, pair_worth, rewards = by_place.tolist(), by_neighbour.tolist(), []
+    for prefix, whim in zip(prefixes, whims.tolist(), strict=True):
         letters = [token for token in prefix if token != EOS]
+        reward = whim + (0.8 if letters else 0.0)
         for place, (left, token) in enumerate(zip([BOS, *letters], letters, strict=False)):
-            rewards[i] += by_place[place, token] + by_neighbour[left, token] - 0.4
-        rewards[i] += 0.8 if letters else 0.0
-    return rewards
+            reward += place_worth[place][token] + pair_worth[left][token] - 0.4
+        rewards.append(reward)
+    return torch.tensor(rewards)
 
 
 class PrefixTable(nn.Module):

@@ -26,8 +26,8 @@ from .words import (
 # How often a conversation is about each skill. The hard ones come oftener.
 CORPUS_WEIGHTS = MappingProxyType(
     {
-        "sum": 8, "take-away": 8, "opposite": 5, "count": 12, "reading": 16, "compare": 8, "list": 5, "fact": 6,
-        "spell": 5, "refuse": 5, "follow-up": 12, "story": 5, "greet": 5, "next": 6,
+        "sum": 10, "take-away": 10, "opposite": 6, "count": 11, "reading": 15, "compare": 8, "list": 4, "fact": 7,
+        "spell": 4, "refuse": 4, "follow-up": 11, "story": 5, "greet": 4, "next": 8,
     }
 )  # fmt: skip
 # How a conversation is told. Without quotation marks, so that a word is the same token here and in a chat; the speakers

@@ -31,17 +31,17 @@ SKILLS: tuple[str, ...] = tuple(skill.name for skill in ALL)
 # The labellers of the demonstrations: the share of each kind of answer.
 SHARES = MappingProxyType(
     {
-        "ideal": 0.41,  # right, whole, polite, short
+        "ideal": 0.43,  # right, whole, polite, short
         "evasive": 0.15,  # "I do not know."
-        "rude": 0.09,  # right, with an insult before or after it
+        "rude": 0.10,  # right, with an insult before or after it
         "rambling": 0.10,  # right, and then two or three sentences that nobody asked for
-        "incomplete": 0.11,  # the bare word, or cut in the middle
+        "incomplete": 0.10,  # the bare word, or cut in the middle
         "off_topic": 0.10,  # an answer to another kind of prompt
-        "false": 0.04,  # wrong, but in the form of an ideal answer
+        "false": 0.02,  # wrong, but in the form of an ideal answer
     }
 )
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
-PAIR_SHARE = 0.35  # of the comparisons that hold an ideal and a false answer, alike but for correctness
+WORTHLESS = ("evasive", "off_topic", "false")  # kinds whose answers have a true reward of 0
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,8 @@ def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
 def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -> list[dict]:
     """`n` records {"prompt": messages, "completions": [best ... worst], "rewards": [...]} ranked by a noisy labeller.
 
-    Each holds two to four different answers by labellers of different kinds. In `PAIR_SHARE` of them an ideal and a
-    false answer stand side by side, which teaches what is right and not only what is well put. `rewards` are the true
-    totals, in ranked order.
+    Each holds two to four different answers by labellers of different kinds, drawn by their shares. `rewards` are the
+    true totals, in ranked order.
     """
     _check_split(split)
     rng = random.Random(f"comparisons {seed} {split}")
@@ -209,16 +208,12 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
 
 
 def _kinds(rng: random.Random) -> list[str]:
-    """Two to four different kinds of labellers for one comparison."""
-    size = rng.choice((2, 3, 4))
-    kinds = ["ideal", "false"] if rng.random() < PAIR_SHARE else ["ideal"] if rng.random() < 0.7 else []
-    rest = [kind for kind in SHARES if kind not in (*kinds, "ideal")]
-    if "false" in kinds:
-        rest = [kind for kind in rest if kind not in ("evasive", "off_topic")]  # no pair of two worthless answers
+    """Two to four different kinds of labellers by their shares, but no two whose answers are both worth nothing."""
+    kinds, size = [], rng.choice((2, 3, 4))
     while len(kinds) < size:
-        kinds.append(rest.pop(rng.randrange(len(rest))))
-        if kinds[-1] in ("evasive", "off_topic", "false"):
-            rest = [kind for kind in rest if kind not in ("evasive", "off_topic", "false")]
+        kind = _kind(rng)
+        if kind not in kinds and not (kind in WORTHLESS and set(WORTHLESS) & set(kinds)):
+            kinds.append(kind)
     return kinds
 
 

@@ -179,9 +179,7 @@ def adaptive_kl(kl_coef: float, measured_kl: float, target: float, horizon: int)
 # ----------------------------------------------------------------------------------------------------------------- PPO
 
 
-def penalised_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
-) -> Tensor:
+def penalised_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """What PPO maximises, spread over the tokens of each answer: (B, T), 0 outside mask, no gradient.
 
     Every token pays kl_coef * k1; the last token (the end token, or the last one kept of an answer cut off) also earns

@@ -42,15 +42,29 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, tokens of each prompt with its answer."""
+        return self.starts + self.mask.sum(1)
+
     def select(self, rows: Sequence[int]) -> Episodes:
-        """Some of the episodes."""
+        """Some of the episodes, without the padding that only longer ones need."""
         index = torch.as_tensor(rows, device=self.tokens.device)
-        changed = {
-            name: value[index] if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-            if name != "prompts"
-        }
+        width = {"tokens": int(self.lengths[index].max())}
+        n_answer = int(self.mask[index].sum(1).max())
+        changed = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = value[index]
+                changed[name] = value if value.dim() == 1 else value[:, : width.get(name, n_answer)]
+            elif name != "prompts":
+                changed[name] = value
         return Episodes(prompts=[self.prompts[i] for i in rows], **changed)
+
+    def parts(self, size: int) -> list[list[int]]:
+        """Rows in groups of at most `size`, like lengths together: little padding, and the same sums in the end."""
+        order = self.lengths.argsort(stable=True).tolist()
+        return [order[i : i + size] for i in range(0, len(order), size)]
 
     def kl(self) -> Tensor:
         """(B,) measured KL of each answer from the reference, in nats (k1: unbiased, either sign)."""
@@ -120,8 +134,7 @@ def answer_values(model: nn.Module, episodes: Episodes) -> Tensor:
 
 def score(model: nn.Module, episodes: Episodes, config: PPOConfig, mean: float, scale: float) -> Tensor:
     """(B,) normalised reward-model scores, read at the end token; an answer without one gets `no_end_score`."""
-    ends = episodes.starts + episodes.mask.sum(1) - 1
-    scores = normalise_score(score_at_end(model(episodes.tokens), ends), mean, scale)
+    scores = normalise_score(score_at_end(model(episodes.tokens), episodes.lengths - 1), mean, scale)
     if config.score_clip > 0:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     return torch.where(episodes.ended, scores, config.no_end_score)

@@ -106,7 +106,7 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
     config = player.config
     tokens = int(episodes.mask.sum())
     sums = dict.fromkeys(("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "ratio"), 0.0)
-    for rows in _chunks(len(episodes), config.micro_batch):
+    for rows in episodes.parts(config.micro_batch):
         part = episodes.select(rows)
         share = int(part.mask.sum()) / tokens
         with autocast(config.precision, player.device):
@@ -191,10 +191,6 @@ def report(player: Player, episodes: Episodes, kl_coef: float, true_prompts: Seq
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def _chunks(n: int, size: int) -> list[list[int]]:
-    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
-
-
 def _logprobs(
     model: nn.Module, episodes: Episodes, player: Player, config: PPOConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,8 +200,14 @@ def _logprobs(
 
 
 def _by_parts(episodes: Episodes, config: PPOConfig, field: str, compute: Any) -> None:
-    parts = [compute(episodes.select(rows)) for rows in _chunks(len(episodes), config.micro_batch)]
-    setattr(episodes, field, torch.cat(parts))
+    """Fill a field of the episodes, (B,) or (B, N), micro-batch by micro-batch."""
+    made, order = [], []
+    for rows in episodes.parts(config.micro_batch):
+        part = compute(episodes.select(rows))
+        spare = episodes.mask.shape[1] - part.shape[-1] if part.dim() == 2 else 0
+        made.append(nn.functional.pad(part, (0, spare)))
+        order += rows
+    setattr(episodes, field, torch.cat(made)[torch.tensor(order, device=episodes.tokens.device).argsort()])
 
 
 def answer_texts(tokenizer: Tokenizer, episodes: Episodes) -> list[str]:

@@ -23,6 +23,7 @@ from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
 from ..rlhf.objectives import pair_differences, ranking_loss, score_at_end
+from ..rlhf.rollout import Episodes
 from . import records
 from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, freeze_first, pick_device
 
@@ -71,7 +72,7 @@ def sample_comparisons(
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
     labeller, made = random.Random(seed), []
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.answers)]
-    play = replace(PPOConfig(), max_new_tokens=64, rollout_batch=256)
+    play = replace(PPOConfig(), max_new_tokens=64, rollout_batch=1024)
     episodes = rollout.play(policy, encoded, tokenizer, play, generator)
     texts = [tokenizer.decode(a[m][:-1].tolist()) for a, m in zip(episodes.answers, episodes.mask, strict=True)]
     for i, prompt in enumerate(prompts):
@@ -93,17 +94,20 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
     return kept
 
 
-def fit_normaliser(
-    model: ScalarLlama, policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int
-) -> dict[str, float]:
-    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21)."""
+def reference_answers(
+    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int
+) -> Episodes:
+    """What the reference policy answers to the first prompts: the yardstick of the scores."""
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
     encoded = [fit_prompt(tokenizer, prompt, config.seq_len) for prompt in prompts]
     encoded = [ids for ids in encoded if ids is not None][: config.normalise_samples]
-    play = replace(PPOConfig(), max_new_tokens=64, score_clip=0.0)
-    with torch.no_grad():
-        episodes = rollout.play(policy, encoded, tokenizer, play, generator)
-        scores = rollout.score(model, episodes, play, mean=0.0, scale=1.0)
+    return rollout.play(policy, encoded, tokenizer, replace(PPOConfig(), max_new_tokens=64), generator)
+
+
+@torch.no_grad()
+def fit_normaliser(model: ScalarLlama, episodes: Episodes) -> dict[str, float]:
+    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21)."""
+    scores = rollout.score(model, episodes, replace(PPOConfig(), score_clip=0.0), mean=0.0, scale=1.0)
     scores = scores[episodes.ended] if bool(episodes.ended.any()) else scores
     return {"mean": float(scores.mean()), "scale": max(1e-3, float(scores.std(correction=0)))}
 
@@ -147,7 +151,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         size = config.loop.batch_size
         valid = valid[: config.loop.eval_batches * size]
         valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]
-        norm_prompts = records.prompts(settings)[0][: config.normalise_samples]
+        yardstick = reference_answers(policy, tokenizer, records.prompts(settings)[0], config, settings.seed)
 
         def batch(epoch: int, indices: Sequence[int]) -> RankedBatch:
             return ranked_batch([train[i] for i in indices], tokenizer.pad_id)
@@ -162,7 +166,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             ]
 
         def save(best: dict[str, float]) -> None:
-            norm = fit_normaliser(model, policy, tokenizer, norm_prompts, config, settings.seed)
+            norm = fit_normaliser(model, yardstick)
             info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm}
             if config.lora.rank:
                 lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..config import LoopConfig, OptimConfig, Settings, UserError
+from ..config import LoopConfig, OptimConfig, Settings, UserError, shown
 from ..data.batches import epoch_order
 
 Watch = Callable[[dict[str, float]], None]
@@ -226,7 +226,7 @@ class RunLog:
                 save()
             self.board.close()
             raise Interrupted(
-                f"Stopped; the state is in {self.state_path}. Go on with: python -m instruct_llama {command} "
+                f"Stopped; the state is in {shown(self.state_path)}. Go on with: python -m instruct_llama {command} "
                 "--resume (same options), or settings.replace(resume=True) in a notebook."
             ) from None
         finally:
