@@ -260,9 +260,9 @@ class EvaluateConfig:
     """The report card."""
 
     prompts: int = 512  # held-out prompts per stage
-    max_new_tokens: int = 64  # longest answer, in tokens
+    max_new_tokens: int = 48  # longest answer, in tokens
     temperature: float = 1.0  # 1 judges the distribution that PPO shapes; 0 judges the likeliest answer
-    batch_size: int = 128  # prompts answered at once
+    batch_size: int = 256  # prompts answered at once
 
 
 @dataclass(frozen=True)

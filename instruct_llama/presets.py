@@ -12,21 +12,21 @@ LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=128, n_layers=3, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=11_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=14_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=64,
         optim=c.OptimConfig(lr=4e-3, warmup_steps=30),
-        loop=c.LoopConfig(steps=900, batch_size=64, eval_every=100),
+        loop=c.LoopConfig(steps=800, batch_size=64, eval_every=100),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(epochs=1.5, batch_size=48, eval_every=100)),
     reward=c.RewardConfig(
-        sample_share=0.45, answers=4, optim=c.OptimConfig(lr=6e-4), loop=c.LoopConfig(eval_every=100)
+        sample_share=0.3, answers=4, optim=c.OptimConfig(lr=6e-4), loop=c.LoopConfig(eval_every=100)
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0),
         quant=c.QuantConfig(kind="nf4"),
         optim=c.OptimConfig(lr=3e-3),
-        loop=c.LoopConfig(epochs=0.8, batch_size=48, eval_every=100),
+        loop=c.LoopConfig(epochs=2, batch_size=48, eval_every=100),
     ),
     ppo=c.PPOConfig(
         iterations=22, rollouts=256, rollout_batch=256, epochs=2, minibatch=64, kl_coef=0.07, eval_every=11,

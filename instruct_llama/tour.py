@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=None, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}},
-        record_timing=False, on_cell_executed=lambda **_: bar.update(1 / len(notebook.cells)),
+        record_timing=False, extra_arguments=["--IPKernelApp.log_level=40"], on_cell_executed=lambda **_: bar.update(1 / len(notebook.cells)),
     )  # fmt: skip
     try:
         client.execute()
@@ -62,6 +63,7 @@ def run(settings: Settings) -> int:
     out, paths, started = settings.out_dir, notebooks(), time.perf_counter()
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes it anew
     layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
     with told(settings), tqdm(total=len(paths), bar_format=layout) as bar:
         for path in paths:
@@ -78,6 +80,8 @@ def run(settings: Settings) -> int:
             page, _ = HTMLExporter().from_notebook_node(notebook)
             (folder / f"{path.stem}.html").write_text(page, encoding="utf-8")
             bar.write(f"{path.stem}: {time.perf_counter() - clock:.0f} s")
-    print("\n" + evaluate.describe(evaluate.report_card(settings)))
+    written = out / "report.json"
+    report = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else evaluate.report_card(settings)
+    print("\n" + evaluate.describe(report))
     print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Read the pages: {folder}/*.html")
     return 0

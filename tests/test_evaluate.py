@@ -94,6 +94,11 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
     assert worst.mean == 0.5 / 4
     unknown, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [{**tie, "rewards": None}], 0.15)
     assert unknown.n == 1 and math.isnan(ceiling)
+    too_long = {"prompt": prompt, "completions": ["word " * 400, "a"], "rewards": [1.0, 0.0]}
+    kept, _ = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [too_long, tie], 0.15)
+    assert kept.n == 1
+    with pytest.raises(UserError, match="None of the 1 comparisons fits"):
+        evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [too_long], 0.15)
 
 
 def test_true_reward_is_the_mean_over_the_models_own_answers(pipeline, monkeypatch):

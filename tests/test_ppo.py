@@ -430,6 +430,24 @@ def moved_on(player):
     return episodes
 
 
+def test_p27_parts_hold_every_episode_once_without_padding_and_change_nothing():
+    player = player_of()
+    episodes = judged(player)
+    parts = episodes.parts(2)
+    assert sorted(row for rows in parts for row in rows) == list(range(len(episodes)))
+    lengths = [episodes.lengths[row].item() for rows in parts for row in rows]
+    assert lengths == sorted(lengths) and max(map(len, parts)) == 2
+    for rows in parts:
+        part = episodes.select(rows)
+        assert part.tokens.shape[1] == int(part.lengths.max()) and part.mask.shape[1] == int(part.mask.sum(1).max())
+        for name in ("logprobs", "ref_logprobs", "values", "advantages"):
+            whole, cut = getattr(episodes, name)[rows], getattr(part, name)
+            assert torch.equal(whole[episodes.mask[rows]], cut[part.mask])
+        with player.models.role("policy") as policy:
+            again = ppo._logprobs(policy, part, player)[0]
+        assert torch.allclose(again[part.mask], part.logprobs[part.mask], atol=1e-5)
+
+
 def test_p27_gradients_do_not_depend_on_the_micro_batches():
     config = replace(SMALL, entropy_coef=0.01)
     player = player_of(config=config)

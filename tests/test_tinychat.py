@@ -55,7 +55,7 @@ def corpus():
 
 BY_HAND = [
     (SUM, "sum", "Two plus three is five."),
-    ("Add zero and nine.", "sum", "Zero plus nine is nine."),
+    ("Add zero and seven.", "sum", "Zero plus seven is seven."),
     ("Take two from five.", "take-away", "Five minus two is three."),
     ("What is the opposite of hot?", "opposite", "The opposite of hot is cold."),
     (COUNT, "count", "I count three things."),
@@ -78,7 +78,7 @@ BY_HAND = [
     ([*LONG_TALK, {"role": "user", "content": "And how is Mia?"}], "follow-up", "Mia is sad."),
     ("Hello, I am Mia.", "greet", "Hello, Mia. It is nice to meet you."),
     ("What comes after Sunday?", "next", "After Sunday comes Monday."),
-    ("Which month comes after July?", "next", "After July comes August."),
+    ("Which day comes after Friday?", "next", "After Friday comes Saturday."),
     ("Which number comes before one?", "next", "Before one comes zero."),
 ]
 
@@ -165,7 +165,7 @@ def test_the_parts_lie_in_the_unit_interval(demonstrations):
             assert 0 <= part <= 1
 
 
-STORY_RIGHT = "One day a dog found a boat. The dog took the boat to the hill. Then the dog was very glad."
+STORY_RIGHT = "One day a dog found a boat. The dog took the boat to the hill. Then the dog was very proud."
 CHEATS = [
     (SUM, ""),
     (SUM, "."),
@@ -214,7 +214,7 @@ CHEATS = [
     (READING, "Mia is happy."),
     (READING, "Tom has a ball and a kite."),
     (READING, "Tom and Mia."),
-    ("The cup is red and Mia is sad. How is Mia?", "Happy, glad, tired, proud, sad and good."),
+    ("The cup is red and Mia is sad. How is Mia?", "Happy, tired, proud and sad."),
     (THREE, "Red, blue, green and white."),
     (THREE, "The cup is sad."),
     (TALK, "Tom has a ball."),
@@ -249,10 +249,10 @@ CHEATS = [
     (STORY, "A dog and a boat."),
     (STORY, STORY),
     (STORY, "One day a dog found a boat. One day a dog found a boat."),
-    (STORY, "One day a dog found a hat. The dog took the hat to the hill. Then the dog was very glad."),
-    (STORY, "One day a cat found a boat. The cat took the boat to the hill. Then the cat was very glad."),
-    (STORY, "One day a dog found a boat. The cat took the hat to the hill. Then the dog was very glad."),
-    (STORY, "Then the dog was very glad. The dog took the boat to the hill. One day a dog found a boat."),
+    (STORY, "One day a dog found a hat. The dog took the hat to the hill. Then the dog was very proud."),
+    (STORY, "One day a cat found a boat. The cat took the boat to the hill. Then the cat was very proud."),
+    (STORY, "One day a dog found a boat. The cat took the hat to the hill. Then the dog was very proud."),
+    (STORY, "Then the dog was very proud. The dog took the boat to the hill. One day a dog found a boat."),
     (STORY, "One day a dog found a boat. The dog took the boat to the hill. The dog took the boat to the hill."),
     (STORY, f"{STORY_RIGHT} {STORY_RIGHT}"),
     (STORY, f"{STORY_RIGHT} Then the dog was very sad."),

@@ -11,6 +11,7 @@ import signal
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,7 +21,7 @@ from instruct_llama import checkpoint, presets
 from instruct_llama.config import LoopConfig, ModelConfig, OptimConfig, UserError
 from instruct_llama.data.batches import Batch, dialog_batch
 from instruct_llama.model.llama import Llama
-from instruct_llama.stages import ppo, pretrain, sft, trainer
+from instruct_llama.stages import ppo, pretrain, records, sft, trainer
 from instruct_llama.stages.pretrain import language_model_loss
 from instruct_llama.stages.trainer import (
     Interrupted,
@@ -512,3 +513,17 @@ def test_a_stage_that_starts_anew_forgets_the_old_run(pipeline, tmp_path):
     assert [r["step"] for r in trainer.read_jsonl(tmp_path / "sft" / "metrics.jsonl")] == [1]
     assert not checkpoint.is_complete(tmp_path / "sft")
     assert RunLog(tmp_path / "sft", settings.replace(resume=True)).start == 0
+
+
+def test_eight_paragraphs_make_a_document_and_new_text_new_tokens(micro, tmp_path):
+    micro = micro(tmp_path)
+    texts, _ = records.texts(micro)
+    tokenizer, train, _ = pretrain.build_tokens(micro, tmp_path)
+    ends = np.flatnonzero(np.asarray(train) == tokenizer.eos_id)
+    assert len(ends) == len(texts) // 8 > 0
+    assert tokenizer.decode(train[: ends[0]].tolist()) == "\n ".join(texts[:8])
+    before = np.array(train)
+    _, again, _ = pretrain.build_tokens(micro, tmp_path)
+    assert np.array_equal(before, again)
+    _, other, _ = pretrain.build_tokens(micro.replace(seed=micro.seed + 1), tmp_path)
+    assert not np.array_equal(before[:1000], np.array(other)[:1000])

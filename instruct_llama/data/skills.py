@@ -11,7 +11,7 @@ import random
 import re
 from typing import Any
 
-from .words import CATEGORIES, COUNTED, DAYS, FACTS, MONTHS, NUMBERS, OPPOSITES, SIZES, SPELLED, capital
+from .words import CATEGORIES, COUNTED, DAYS, FACTS, NUMBERS, OPPOSITES, SIZES, SPELLED, capital
 
 Slots = dict[str, Any]
 Message = dict[str, str]
@@ -105,7 +105,7 @@ def other(words: Any, right: str, rng: random.Random) -> str:
 class Sum(Skill):
     name = "sum"
     forms = ("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "Can you add {a} and {b}?")
-    words = {"a": NUMBERS[:10], "b": NUMBERS[:10]}
+    words = {"a": NUMBERS[:8], "b": NUMBERS[:8]}
     sign, sense = "plus", 1
 
     def value(self, slots: Slots) -> int:
@@ -293,9 +293,9 @@ class Spell(Skill):
 
 class Next(Skill):
     name = "next"
-    series = {"day": DAYS, "month": MONTHS, "number": NUMBERS[:11]}
+    series = {"day": DAYS, "number": NUMBERS[:11]}
     forms = ("What comes {side} {x}?", "Which {kind} comes {side} {x}?", "Tell me what comes {side} {x}.")
-    words = {"side": ("after", "before"), "x": NUMBERS[10::-1] + DAYS + MONTHS, "kind": tuple(series)}
+    words = {"side": ("after", "before"), "x": NUMBERS[10::-1] + DAYS, "kind": tuple(series)}
 
     def draw(self, rng: random.Random) -> Slots:
         slots = {"form": rng.randrange(len(self.forms)), "side": rng.choice(("after", "before"))}

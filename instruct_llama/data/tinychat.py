@@ -90,9 +90,10 @@ def _check_split(split: str) -> None:
     check(split in ("train", "valid", "heldout"), f"split is {split!r}; choose train, valid or heldout.")
 
 
-def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
+def prompts(seed: int, n: int, split: Split = "train", repeat: bool = False) -> list[list[Message]]:
     """`n` distinct prompts, the skills in turn; a skill that has run out of new prompts leaves its turns to the others.
 
+    With `repeat` it asks its old ones again: training then meets every skill equally often, the small ones too.
     A longer list with the same seed begins with the shorter one.
     """
     _check_split(split)
@@ -103,7 +104,7 @@ def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
             for _ in range(100):
                 _, messages = draw(skill, rng, split)
                 text = "\n".join(message["content"] for message in messages)
-                if text not in seen:
+                if repeat or text not in seen:
                     seen.add(text)
                     found.append(messages)
                     break

@@ -22,14 +22,13 @@ NUMBERS = (
 )  # fmt: skip
 OPPOSITES = (
     ("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"), ("fast", "slow"), ("old", "new"),
-    ("wet", "dry"), ("good", "bad"), ("happy", "sad"), ("open", "shut"), ("long", "short"), ("in", "out"),
+    ("wet", "dry"), ("happy", "sad"),
 )  # fmt: skip
 COUNTED = ("apple", "pear", "cat", "dog", "cow", "hat", "cup", "ball")  # plural: +s
 # From the smallest to the biggest.
-SIZES = ("an ant", "a frog", "a duck", "a cat", "a dog", "a pig", "a cow", "a horse", "a bus", "a ship")
+SIZES = ("an ant", "a frog", "a cat", "a dog", "a cow", "a horse", "a bus", "a ship")
 SPELLED = (
-    "cat", "dog", "cow", "pig", "hen", "box", "cup", "bag", "car", "pen", "red", "hot", "big", "wet", "sun", "bus",
-    "duck", "ball", "kite", "boat",
+    "cat", "dog", "cow", "pig", "hen", "box", "cup", "bag", "car", "pen", "red", "sun", "ball", "kite",
 )  # fmt: skip
 CATEGORIES = {
     "fruits": FRUITS, "animals": ANIMALS, "colours": COLOURS, "numbers": NUMBERS,
@@ -42,15 +41,15 @@ FACTS = (
         ("What colour is {x}?", "Tell me the colour of {x}.", "Which colour is {x}?"),
         "{x} is {y}.",
         {
-            "a lemon": "yellow", "a banana": "yellow", "snow": "white", "grass": "green", "a frog": "green",
-            "the sky": "blue", "coal": "black", "a cherry": "red", "a pig": "pink",
+            "a lemon": "yellow", "snow": "white", "grass": "green", "the sky": "blue", "coal": "black",
+            "a cherry": "red", "a pig": "pink",
         },
     ),
     (
         ("What does {x} say?", "Tell me what {x} says.", "Which sound does {x} make?"),
         "{x} says {y}.",
         {
-            "a cow": "moo", "a dog": "woof", "a cat": "meow", "a duck": "quack", "a pig": "oink", "a bee": "buzz",
+            "a cow": "moo", "a dog": "woof", "a cat": "meow", "a duck": "quack", "a bee": "buzz",
         },
     ),
     (
@@ -65,8 +64,7 @@ FACTS = (
         ("How many legs does {x} have?", "Count the legs of {x}.", "Tell me how many legs {x} has."),
         "{x} has {y} legs.",
         {
-            "a dog": "four", "a cat": "four", "a cow": "four", "a horse": "four", "a duck": "two", "a hen": "two",
-            "an ant": "six", "a bee": "six",
+            "a dog": "four", "a cat": "four", "a cow": "four", "a duck": "two", "a hen": "two", "an ant": "six",
         },
     ),
     (
@@ -74,7 +72,6 @@ FACTS = (
         "To {x} we use {y}.",
         {
             "write": "a pen", "cut": "a knife", "sleep": "a bed", "sit": "a chair", "read": "a book",
-            "drink": "a cup",
         },
     ),
 )  # fmt: skip
@@ -103,7 +100,7 @@ RAMBLE = (
 )
 
 PLACES = ("river", "hill", "park", "garden", "school", "shop", "farm", "house")
-FEELINGS = ("happy", "glad", "tired", "proud", "sad", "good")
+FEELINGS = ("happy", "tired", "proud", "sad")
 OPENINGS = ("One day a {a} found a {b}.", "Once there was a {a} with a {b}.", "A {a} saw a {b} by the {place}.")
 MIDDLES = (
     "The {a} took the {b} to the {place}.",

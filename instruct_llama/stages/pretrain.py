@@ -54,10 +54,11 @@ def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap
     if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp):
         tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
         tokenizer.save(folder)
-        # Paragraphs are told apart by a line break: the end token is kept for answers, which have yet to teach it.
-        newline = tokenizer.encode("\n")[-1:]  # without the space that opens every text
+        # The texts of a file are documents, each with its end token; tinychat's are paragraphs, eight to a document.
+        newline, size = tokenizer.encode("\n")[-1], 1 if settings.data else 8
         for name, texts in (("train", train), ("valid", valid)):
-            ids = ([*tokenizer.encode(text), *newline] for text in texts)
+            last = (tokenizer.eos_id if (i + 1) % size == 0 else newline for i in range(len(texts)))
+            ids = ([*tokenizer.encode(text), end] for text, end in zip(texts, last, strict=True))
             write_tokens(folder / f"{name}.bin", ids, tokenizer.vocab_size)
         checkpoint.write_text(stamp_file, stamp)
     tokenizer = Tokenizer.load(folder)
