@@ -14,18 +14,15 @@ LAPTOP = Settings(
     tokenizer=c.TokenizerConfig(vocab_size=640),
     world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=14_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
-        seq_len=64,
-        optim=c.OptimConfig(lr=4e-3, warmup_steps=30),
-        loop=c.LoopConfig(steps=800, batch_size=64, eval_every=100),
+        seq_len=64, optim=c.OptimConfig(lr=4e-3, warmup_steps=30),
+        loop=c.LoopConfig(steps=850, batch_size=64, eval_every=100),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(epochs=1.5, batch_size=48, eval_every=100)),
     reward=c.RewardConfig(
         sample_share=0.3, answers=4, optim=c.OptimConfig(lr=6e-4), loop=c.LoopConfig(eval_every=100)
     ),
     qlora=c.SFTConfig(
-        lora=c.LoRAConfig(rank=16, alpha=32.0),
-        quant=c.QuantConfig(kind="nf4"),
-        optim=c.OptimConfig(lr=3e-3),
+        lora=c.LoRAConfig(rank=16, alpha=32.0), quant=c.QuantConfig(kind="nf4"), optim=c.OptimConfig(lr=3e-3),
         loop=c.LoopConfig(epochs=2, batch_size=48, eval_every=100),
     ),
     ppo=c.PPOConfig(
@@ -40,17 +37,14 @@ TINY = Settings(
     tokenizer=c.TokenizerConfig(vocab_size=512, max_chars=150_000),
     world=c.WorldConfig(corpus_chars=150_000, demonstrations=300, comparisons=150, prompts=100, heldout=64),
     pretrain=c.PretrainConfig(
-        seq_len=64,
-        optim=c.OptimConfig(lr=3e-3, warmup_steps=5),
+        seq_len=64, optim=c.OptimConfig(lr=3e-3, warmup_steps=5),
         loop=c.LoopConfig(steps=40, batch_size=16, eval_every=20, eval_batches=2, save_every=20, sample_every=40),
     ),
     sft=c.SFTConfig(
         loop=c.LoopConfig(steps=16, batch_size=16, eval_every=8, eval_batches=2, save_every=8, sample_every=16),
     ),
     qlora=c.SFTConfig(
-        lora=c.LoRAConfig(rank=4, alpha=8.0),
-        quant=c.QuantConfig(kind="nf4"),
-        optim=c.OptimConfig(lr=3e-3),
+        lora=c.LoRAConfig(rank=4, alpha=8.0), quant=c.QuantConfig(kind="nf4"), optim=c.OptimConfig(lr=3e-3),
         loop=c.LoopConfig(steps=10, batch_size=16, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
     reward=c.RewardConfig(

@@ -123,8 +123,9 @@ def test_there_are_twelve_skills_and_a_hundred_thousand_prompts():
     words = reading.vocabulary(form)
     draws = (dict(zip(words, drawn, strict=True)) for drawn in product(*words.values()))
     texts = {reading.forms[form].format(**slots) for slots in draws if reading.valid({"form": form, **slots})}
-    assert len(texts) == 12 * 7 * (8 * 6) * (7 * 5)  # things, colours; names, feelings; the other names, toys
-    assert len(texts) > 100_000  # one form of one skill
+    assert len(texts) == 12 * 7 * (8 * 4) * (7 * 5)  # things, colours; names, feelings; the other names, toys
+    alike = [form for form, (_, kinds, _) in enumerate(reading.table) if len(kinds) == 3]
+    assert len({reading.forms[form] for form in alike}) == 18 and 18 * len(texts) > 100_000  # in one skill alone
     for text in random.Random(2).sample(sorted(texts), 200):
         assert tinychat.skill_of(text) == "reading"
 
@@ -409,18 +410,14 @@ def test_p03_rank_drops_what_is_said_twice():
     assert sorted(ranked) == ["Five.", "Six."]
 
 
-def test_a_third_of_the_comparisons_differ_only_in_correctness(comparisons):
-    def same_form(record):  # an ideal and a false answer begin alike and are about as long
-        pairs = list(zip(record["completions"], record["rewards"], strict=True))
-        ideals = [text for text, reward in pairs if reward == 1]
-        wrongs = [text for text, reward in pairs if reward == 0 and text.endswith(".")]
-        return any(
-            ideal.split()[0] == wrong.split()[0] and abs(len(ideal) - len(wrong)) < 12
-            for ideal in ideals
-            for wrong in wrongs
-        )
-
-    assert 0.25 < sum(map(same_form, comparisons)) / len(comparisons) < 0.5
+def test_comparisons_hold_labellers_by_their_shares_and_no_two_worthless_answers(comparisons):
+    rng = random.Random(3)
+    drawn = [tinychat._kinds(rng) for _ in range(3000)]
+    assert {len(kinds) for kinds in drawn} == {2, 3, 4} and all(len(set(kinds)) == len(kinds) for kinds in drawn)
+    assert max(len(set(kinds) & {"evasive", "off_topic", "false"}) for kinds in drawn) == 1
+    often = Counter(kind for kinds in drawn for kind in kinds)
+    assert set(often) == set(tinychat.SHARES) and often.most_common()[0][0] == "ideal"
+    assert 0.7 < often["ideal"] / len(drawn) < 0.95 and often.most_common()[-1][0] == "false"
     evasive = sum(any(text in EVASIVE for text in record["completions"]) for record in comparisons)
     assert evasive / len(comparisons) > 0.1
 

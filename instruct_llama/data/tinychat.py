@@ -31,13 +31,13 @@ SKILLS: tuple[str, ...] = tuple(skill.name for skill in ALL)
 # The labellers of the demonstrations: the share of each kind of answer.
 SHARES = MappingProxyType(
     {
-        "ideal": 0.43,  # right, whole, polite, short
+        "ideal": 0.44,  # right, whole, polite, short
         "evasive": 0.15,  # "I do not know."
         "rude": 0.10,  # right, with an insult before or after it
         "rambling": 0.10,  # right, and then two or three sentences that nobody asked for
         "incomplete": 0.10,  # the bare word, or cut in the middle
         "off_topic": 0.10,  # an answer to another kind of prompt
-        "false": 0.02,  # wrong, but in the form of an ideal answer
+        "false": 0.01,  # wrong, but in the form of an ideal answer
     }
 )
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
@@ -90,10 +90,9 @@ def _check_split(split: str) -> None:
     check(split in ("train", "valid", "heldout"), f"split is {split!r}; choose train, valid or heldout.")
 
 
-def prompts(seed: int, n: int, split: Split = "train", repeat: bool = False) -> list[list[Message]]:
+def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
     """`n` distinct prompts, the skills in turn; a skill that has run out of new prompts leaves its turns to the others.
 
-    With `repeat` it asks its old ones again: training then meets every skill equally often, the small ones too.
     A longer list with the same seed begins with the shorter one.
     """
     _check_split(split)
@@ -104,7 +103,7 @@ def prompts(seed: int, n: int, split: Split = "train", repeat: bool = False) -> 
             for _ in range(100):
                 _, messages = draw(skill, rng, split)
                 text = "\n".join(message["content"] for message in messages)
-                if repeat or text not in seen:
+                if text not in seen:
                     seen.add(text)
                     found.append(messages)
                     break

@@ -87,17 +87,10 @@ EVASIVE = (
 RUDE_BEFORE = ("What a silly question.", "You should know that.", "You are so slow.")
 RUDE_AFTER = ("Now go away.", "Any fool knows that.", "Do not ask me again.")
 RAMBLE = (
-    "The sun is warm today.",
-    "It will rain later.",
-    "Some people like tea.",
-    "The bus was late again.",
-    "I had soup for dinner.",
-    "There is a clock on the wall.",
-    "Birds sing in the morning.",
-    "The road is very long.",
-    "My garden is full of roses.",
-    "I slept well last night.",
-)
+    "The sun is warm today.", "It will rain later.", "Some people like tea.", "The bus was late again.",
+    "I had soup for dinner.", "There is a clock on the wall.", "Birds sing in the morning.",
+    "The road is very long.", "My garden is full of roses.", "I slept well last night.",
+)  # fmt: skip
 
 PLACES = ("river", "hill", "park", "garden", "school", "shop", "farm", "house")
 FEELINGS = ("happy", "tired", "proud", "sad")

@@ -152,15 +152,13 @@ class Attention(nn.Module):
             k, v = cache.store(self.index, k, v)  # (B, G, S, E) twice
             q = q.to(k.dtype)
         mixed = F.scaled_dot_product_attention(  # softmax(q k^T / sqrt(E)) v
-            q,
-            k,
-            v,
+            q, k, v,
             attn_mask=mask,  # (B, 1, T, S); None is plain causal, or one new token that sees everything
             is_causal=mask is None and q.shape[2] > 1,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],  # query head h reads key/value head h // (H / G)
-        )  # (B, H, T, E)
-        return self.wo(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, D)
+        )  # fmt: skip
+        return self.wo(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, H, T, E) -> (B, T, D)
 
 
 class FeedForward(nn.Module):

@@ -50,15 +50,12 @@ class Episodes:
     def select(self, rows: Sequence[int]) -> Episodes:
         """Some of the episodes, without the padding that only longer ones need."""
         index = torch.as_tensor(rows, device=self.tokens.device)
-        width = {"tokens": int(self.lengths[index].max())}
-        n_answer = int(self.mask[index].sum(1).max())
-        changed = {}
-        for name, value in vars(self).items():
+        longest, n_answer = int(self.lengths[index].max()), int(self.mask[index].sum(1).max())
+        changed = {name: value for name, value in vars(self).items() if name != "prompts"}
+        for name, value in changed.items():
             if isinstance(value, Tensor):
-                value = value[index]
-                changed[name] = value if value.dim() == 1 else value[:, : width.get(name, n_answer)]
-            elif name != "prompts":
-                changed[name] = value
+                width = longest if name == "tokens" else n_answer
+                changed[name] = value[index] if value.dim() == 1 else value[index, :width]
         return Episodes(prompts=[self.prompts[i] for i in rows], **changed)
 
     def parts(self, size: int) -> list[list[int]]:

@@ -53,15 +53,8 @@ def walk(
     for iteration in range(config.iterations + 1):
         with torch.no_grad():
             exact = enumerable.evaluate(language, policy)
-        points.append(
-            {
-                "iteration": iteration,
-                "objective": float(exact.objective),
-                "score": float(exact.score),
-                "kl": float(exact.kl),
-                "gap_closed": enumerable.gap_closed(language, policy),
-            }
-        )
+        figures = {name: float(getattr(exact, name)) for name in ("objective", "score", "kl")}
+        points.append({"iteration": iteration, **figures, "gap_closed": enumerable.gap_closed(language, policy)})
         if watch:
             watch(iteration, policy)
         if iteration < config.iterations:

@@ -48,7 +48,7 @@ def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
     if settings.data:
         train, valid = _split_file(settings, sources.as_prompts(sources.read(settings.data)))
         return [r["prompt"] for r in train], [r["prompt"] for r in valid]
-    train = tinychat.prompts(settings.seed, settings.world.prompts, split="train", repeat=True)
+    train = tinychat.prompts(settings.seed, settings.world.prompts, split="train")
     return train, tinychat.prompts(settings.seed, settings.world.heldout, split="valid")
 
 

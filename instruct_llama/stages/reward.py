@@ -131,7 +131,7 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
     train, valid = records.comparisons(settings)
     if not settings.data and config.sample_share > 0:
         n_sampled = round(len(train) * config.sample_share)
-        prompts = tinychat.prompts(settings.seed + 1, n_sampled, split="train", repeat=True)
+        prompts = tinychat.prompts(settings.seed + 1, n_sampled, split="train")
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed)
         train = [*train[: len(train) - n_sampled], *own]
     return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
