@@ -10,24 +10,24 @@ from .config import Settings, UserError
 
 LAPTOP = Settings(
     preset="laptop",
-    model=c.ModelConfig(dim=128, n_layers=3, n_heads=8, n_kv_heads=4, ffn_dim=352, max_seq_len=256, init_std=0.12),
+    model=c.ModelConfig(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=14_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=15_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
-        seq_len=64, optim=c.OptimConfig(lr=4e-3, warmup_steps=30),
-        loop=c.LoopConfig(steps=850, batch_size=64, eval_every=100),
+        seq_len=64, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
+        loop=c.LoopConfig(steps=2100, batch_size=16, eval_every=400),
     ),
-    sft=c.SFTConfig(loop=c.LoopConfig(epochs=1.5, batch_size=48, eval_every=100)),
+    sft=c.SFTConfig(loop=c.LoopConfig(batch_size=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.3, answers=4, optim=c.OptimConfig(lr=6e-4), loop=c.LoopConfig(eval_every=100)
+        sample_share=0.15, answers=4, optim=c.OptimConfig(lr=6e-4), loop=c.LoopConfig(eval_every=100)
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0), quant=c.QuantConfig(kind="nf4"), optim=c.OptimConfig(lr=3e-3),
-        loop=c.LoopConfig(epochs=2, batch_size=48, eval_every=100),
+        loop=c.LoopConfig(epochs=1.5, batch_size=32, eval_every=150),
     ),
     ppo=c.PPOConfig(
-        iterations=22, rollouts=256, rollout_batch=256, epochs=2, minibatch=64, kl_coef=0.07, eval_every=11,
-        eval_prompts=256, optim=c.OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0),
+        iterations=20, rollouts=256, rollout_batch=256, epochs=2, minibatch=64, kl_coef=0.07, eval_every=10,
+        eval_prompts=512, optim=c.OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0),
     ),
 )  # fmt: skip
 

@@ -137,7 +137,7 @@ def test_data_tinychat_and_a_file(runs, tmp_path, capsys):
              for stem in ("corpus", "demonstrations", "comparisons", "prompts")}  # fmt: skip
     assert list(kinds.values()) == ["text", "dialogs", "comparisons", "prompts"]
     text = tmp_path / "story.txt"
-    text.write_text("Tom has a ball.\n\nThe ball is red.\n", encoding="utf-8")
+    text.write_text("Tom has a ball.\n\nThe ball looks red.\n", encoding="utf-8")
     assert main(["data", str(text), "--out", str(tmp_path / "mine")]) == 0
     assert "2 paragraphs of text, none dropped" in capsys.readouterr().out
     assert len(sources.read(tmp_path / "mine" / "story-text.jsonl")) == 2

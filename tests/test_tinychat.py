@@ -12,17 +12,18 @@ import pytest
 
 from instruct_llama.config import UserError
 from instruct_llama.data import tinychat
+from instruct_llama.data.prose import FRAMES
 from instruct_llama.data.talk import ALL, BY_NAME, find
 from instruct_llama.data.words import EVASIVE, RAMBLE, RUDE_AFTER, RUDE_BEFORE
 
-READING = "Tom has a ball. Mia is happy. What does Tom have?"
+READING = "Tom has a ball. Mia feels happy. What does Tom have?"
 TALK = [
     {"role": "user", "content": READING},
     {"role": "assistant", "content": "Tom has a ball."},
-    {"role": "user", "content": "And how is Mia?"},
+    {"role": "user", "content": "And how does Mia feel?"},
 ]
-THREE = "Mia is sad. The cup is red. Tom has a kite. What colour is the cup?"
-LONG_TALK = [{"role": "user", "content": THREE}, {"role": "assistant", "content": "The cup is red."}]
+THREE = "Mia feels sad. The cup looks red. Tom has a kite. How does the cup look?"
+LONG_TALK = [{"role": "user", "content": THREE}, {"role": "assistant", "content": "The cup looks red."}]
 COUNT = "Count the things: apple, pear, cat."
 STORY = "Tell a short story about a dog and a boat."
 SUM = "What is two plus three?"
@@ -56,14 +57,13 @@ def corpus():
 BY_HAND = [
     (SUM, "sum", "Two plus three is five."),
     ("Add zero and seven.", "sum", "Zero plus seven is seven."),
-    ("Take two from five.", "take-away", "Five minus two is three."),
     ("What is the opposite of hot?", "opposite", "The opposite of hot is cold."),
     (COUNT, "count", "I count three things."),
     ("How many things are here: dog, cat?", "count", "I count two things."),
     (READING, "reading", "Tom has a ball."),
-    ("The cup is red and Mia is sad. How is Mia?", "reading", "Mia is sad."),
-    ("The hat is blue. Tom has a kite. What colour is the hat?", "reading", "The hat is blue."),
-    (THREE, "reading", "The cup is red."),
+    ("The cup looks red and Mia feels sad. How does Mia feel?", "reading", "Mia feels sad."),
+    ("The hat looks blue. Tom has a kite. How does the hat look?", "reading", "The hat looks blue."),
+    (THREE, "reading", "The cup looks red."),
     ("Which is bigger, a cat or a horse?", "compare", "A horse is bigger than a cat."),
     ("Which is smaller, a horse or an ant?", "compare", "An ant is smaller than a horse."),
     ("What colour is a lemon?", "fact", "A lemon is yellow."),
@@ -73,13 +73,10 @@ BY_HAND = [
     ("Spell cat.", "spell", "The word cat is spelled c a t."),
     ("Can you carry my box?", "refuse", "I am sorry, I cannot carry your box because I am only a program."),
     ("Please bring me a kite.", "refuse", "I am sorry, I cannot bring you a kite because I am only a program."),
-    (TALK, "follow-up", "Mia is happy."),
+    (TALK, "follow-up", "Mia feels happy."),
     ([*LONG_TALK, {"role": "user", "content": "And what does Tom have?"}], "follow-up", "Tom has a kite."),
-    ([*LONG_TALK, {"role": "user", "content": "And how is Mia?"}], "follow-up", "Mia is sad."),
+    ([*LONG_TALK, {"role": "user", "content": "And how does Mia feel?"}], "follow-up", "Mia feels sad."),
     ("Hello, I am Mia.", "greet", "Hello, Mia. It is nice to meet you."),
-    ("What comes after Sunday?", "next", "After Sunday comes Monday."),
-    ("Which day comes after Friday?", "next", "After Friday comes Saturday."),
-    ("Which number comes before one?", "next", "Before one comes zero."),
 ]
 
 
@@ -123,7 +120,7 @@ def test_there_are_twelve_skills_and_a_hundred_thousand_prompts():
     words = reading.vocabulary(form)
     draws = (dict(zip(words, drawn, strict=True)) for drawn in product(*words.values()))
     texts = {reading.forms[form].format(**slots) for slots in draws if reading.valid({"form": form, **slots})}
-    assert len(texts) == 12 * 7 * (8 * 4) * (7 * 5)  # things, colours; names, feelings; the other names, toys
+    assert len(texts) == 12 * 4 * (8 * 4) * (7 * 5)  # things, colours; names, feelings; the other names, toys
     alike = [form for form, (_, kinds, _) in enumerate(reading.table) if len(kinds) == 3]
     assert len({reading.forms[form] for form in alike}) == 18 and 18 * len(texts) > 100_000  # in one skill alone
     for text in random.Random(2).sample(sorted(texts), 200):
@@ -199,28 +196,27 @@ CHEATS = [
     (SUM, " ".join(RAMBLE)),
     (SUM, "It is not five."),
     (SUM, "correct complete polite concise"),
-    ("Take two from five.", "Two minus five is three."),
     ("What is the opposite of hot?", "The opposite of cold is hot."),
     ("What is the opposite of hot?", "Hot cold."),
     (COUNT, "I count two things."),
     (COUNT, "I count three apples."),
     (COUNT, "One. Two. Three."),
     (COUNT, "Apple, pear, cat."),
-    (READING, "Tom has a ball. Mia is happy."),
-    (READING, "Mia is happy. Tom has a ball."),
+    (READING, "Tom has a ball. Mia feels happy."),
+    (READING, "Mia feels happy. Tom has a ball."),
     (READING, "Tom has a happy ball kite."),
     (READING, "Tom has a kite."),
     (READING, "Mia has a ball."),
-    (READING, "Tom is happy."),
-    (READING, "Mia is happy."),
+    (READING, "Tom feels happy."),
+    (READING, "Mia feels happy."),
     (READING, "Tom has a ball and a kite."),
     (READING, "Tom and Mia."),
-    ("The cup is red and Mia is sad. How is Mia?", "Happy, tired, proud and sad."),
-    (THREE, "Red, blue, green and white."),
-    (THREE, "The cup is sad."),
+    ("The cup looks red and Mia feels sad. How does Mia feel?", "Happy, tired, proud and sad."),
+    (THREE, "Red, blue and green."),
+    (THREE, "The cup feels sad."),
     (TALK, "Tom has a ball."),
-    (TALK, "Tom is happy."),
-    (TALK, "Mia is sad."),
+    (TALK, "Tom feels happy."),
+    (TALK, "Mia feels sad."),
     ("Which is bigger, a cat or a horse?", "A cat or a horse."),
     ("Which is bigger, a cat or a horse?", "A cat is bigger than a horse."),
     ("Which is bigger, a cat or a horse?", "A horse is bigger than a dog."),
@@ -244,8 +240,6 @@ CHEATS = [
     ("Hello, I am Mia.", "Hello, Tom. It is nice to meet you."),
     ("Hello, I am Mia.", "Hello, Tom. Hello, Mia. It is nice to meet you."),
     ("Hello, I am Mia.", "Hello, I am Mia."),
-    ("What comes after Monday?", "Monday comes after Tuesday."),
-    ("What comes after Monday?", "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday."),
     (STORY, "dog boat"),
     (STORY, "A dog and a boat."),
     (STORY, STORY),
@@ -308,13 +302,12 @@ def test_a_strange_prompt_is_refused():
     strange = [
         "What is the capital of France?",
         "What is two plus fifty?",
-        "Tom has a ball. Mia is happy. What does Kim have?",
-        "Tom has a ball. Tom is happy. What does Tom have?",
+        "Tom has a ball. Mia feels happy. What does Kim have?",
+        "Tom has a ball. Tom feels happy. What does Tom have?",
         "Tom has a ball. Mia has a kite. What does Tom have?",
         "Which is bigger, a cat or a cat?",
         "Count the things: pear, lion.",
         "Count the things: pear.",
-        "What comes after ten?",
         "",
         [],
         [*TALK[:2], {"role": "user", "content": "And what does Tom have?"}],
@@ -351,7 +344,7 @@ def test_labellers_are_as_good_as_documented(demonstrations):
         *prompt, last = record["messages"]
         rewards[record["kind"]].append(total(prompt, last["content"]))
     everything = [reward for kind in rewards.values() for reward in kind]
-    assert 0.5 < sum(everything) / len(everything) < 0.58
+    assert 0.5 < sum(everything) / len(everything) < 0.6
     for kind, (low, high) in BANDS.items():
         assert low - 1e-6 <= sum(rewards[kind]) / len(rewards[kind]) <= high + 1e-6, kind
         share = len(rewards[kind]) / len(demonstrations)
@@ -372,17 +365,12 @@ def test_each_kind_is_right_or_wrong_in_every_skill(skill):
                 assert low - 1e-6 <= total(prompt, text) <= high + 1e-6, (kind, prompt, text)
 
 
-def test_an_off_topic_answer_is_never_right_by_chance(monkeypatch):
-    class Lucky:
-        def draw(self, rng):
-            return {}
-
-        def ideal(self, slots, rng):
-            return rng.choice(("Two plus three is five.", "A cow says moo."))
-
-    monkeypatch.setattr(tinychat, "ALL", (Lucky(),))
+def test_an_off_topic_answer_is_no_falsehood_in_disguise():
+    """A follow-up's answer to a reading would look like a right answer about something else that was said."""
     rng = random.Random(7)
-    assert {tinychat.answer(SUM, "off_topic", rng) for _ in range(20)} == {"A cow says moo."}
+    for prompt in (READING, TALK):
+        answers = [tinychat.answer(prompt, "off_topic", rng) for _ in range(300)]
+        assert not [text for text in answers if re.match(r"(\w+ (has|feels)|The \w+ looks) ", text)]
 
 
 def test_demonstrations_are_dialogs_with_ideal_first_turns(demonstrations):
@@ -542,22 +530,33 @@ def test_the_corpus_is_as_long_as_asked_and_has_no_chat_template(corpus):
     assert all(paragraph.endswith(".") for paragraph in corpus)
 
 
+def frame_pattern(frame, turns):
+    """A frame told for each of some turns, as a pattern with the groups q0, a0, q1, a1, ..."""
+    told = [re.escape(frame).replace(r"\{q\}", f"(?P<q{i}>.+?)").replace(r"\{a\}", f"(?P<a{i}>.+?)") for i in turns]
+    return re.compile(" ".join(told))
+
+
 def test_conversations_in_the_corpus_are_right(corpus):
-    """Three quarters of the paragraphs are conversations; every skill is among them; every answer is ideal."""
-    speaker = r"(?:The (?:boy|girl|child|teacher) (?:asked|said)|Question|Answer): "
-    skills = Counter()
+    """Four fifths of the paragraphs are conversations; every skill and frame is among them; every answer is ideal."""
+    skills, frames = Counter(), Counter()
+    # two turns first, since the pattern of one fits them too
+    patterns = [(frame, n, frame_pattern(frame, range(n))) for frame in FRAMES if frame != "{q} {a}" for n in (2, 1)]
     for paragraph in corpus:
-        turns = [turn.strip() for turn in re.split(rf"(?:^| ){speaker}", paragraph)[1:]]
-        if len(turns) % 2 or not turns or turns[0] in EVASIVE:  # small talk
-            continue
-        for i in range(0, len(turns), 2):
-            roles = ["user", "assistant"] * len(turns)
-            prompt = [{"role": r, "content": c} for r, c in zip(roles, turns[: i + 1], strict=False)]
-            assert total(prompt, turns[i + 1]) == 1.0, paragraph
-        skills[tinychat.skill_of(prompt)] += 1
-    assert 0.72 < sum(skills.values()) / len(corpus) < 0.80
-    assert set(skills) == set(tinychat.SKILLS)
-    assert min(skills.values()) > 25
+        for frame, n, pattern in patterns:
+            match = pattern.fullmatch(paragraph)
+            if not match:
+                continue
+            keys = [key for i in range(n) for key in (f"q{i}", f"a{i}")]
+            roles = ["user", "assistant"] * n
+            turns = [{"role": r, "content": match[key]} for r, key in zip(roles, keys, strict=True)]
+            assert total(turns[:-1], turns[-1]["content"]) == 1.0, paragraph
+            skills[tinychat.skill_of(turns[:-1])] += 1
+            frames[frame] += 1
+            break
+    framed = 0.79 * (len(FRAMES) - 1) / len(FRAMES)
+    assert framed - 0.03 < sum(skills.values()) / len(corpus) < framed + 0.03
+    assert set(skills) == set(tinychat.SKILLS) and min(skills.values()) > 25
+    assert len(frames) == len(FRAMES) - 1 and min(frames.values()) > 100
 
 
 def test_unknown_names_are_refused_in_one_sentence():

@@ -11,7 +11,7 @@ import random
 import re
 from typing import Any
 
-from .words import CATEGORIES, COUNTED, DAYS, FACTS, NUMBERS, OPPOSITES, SIZES, SPELLED, capital
+from .words import CATEGORIES, COUNTED, FACTS, NUMBERS, OPPOSITES, SIZES, SPELLED, capital
 
 Slots = dict[str, Any]
 Message = dict[str, str]
@@ -106,13 +106,12 @@ class Sum(Skill):
     name = "sum"
     forms = ("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "Can you add {a} and {b}?")
     words = {"a": NUMBERS[:8], "b": NUMBERS[:8]}
-    sign, sense = "plus", 1
 
     def value(self, slots: Slots) -> int:
-        return NUMBERS.index(slots["a"]) + self.sense * NUMBERS.index(slots["b"])
+        return NUMBERS.index(slots["a"]) + NUMBERS.index(slots["b"])
 
     def ideal(self, slots: Slots, rng: random.Random) -> str:
-        return capital(f"{slots['a']} {self.sign} {slots['b']} is {NUMBERS[self.value(slots)]}.")
+        return capital(f"{slots['a']} plus {slots['b']} is {NUMBERS[self.value(slots)]}.")
 
     def bare(self, slots: Slots, rng: random.Random) -> str:
         return capital(f"{NUMBERS[self.value(slots)]}.")
@@ -120,23 +119,7 @@ class Sum(Skill):
     def false(self, slots: Slots, rng: random.Random) -> str:
         near = [n for n in range(self.value(slots) - 3, self.value(slots) + 4) if 0 <= n <= 20]
         wrong = other([NUMBERS[n] for n in near], NUMBERS[self.value(slots)], rng)
-        return capital(f"{slots['a']} {self.sign} {slots['b']} is {wrong}.")
-
-
-class TakeAway(Sum):
-    name = "take-away"
-    forms = (
-        "What is {a} minus {b}?", "Take {b} from {a}.", "How much is {a} minus {b}?", "What is {a} take away {b}?",
-    )  # fmt: skip
-    sign, sense = "minus", -1
-
-    def draw(self, rng: random.Random) -> Slots:
-        while not self.valid(slots := super().draw(rng)):
-            pass
-        return slots
-
-    def valid(self, slots: Slots) -> bool:
-        return self.value(slots) >= 0
+        return capital(f"{slots['a']} plus {slots['b']} is {wrong}.")
 
 
 class Opposite(Skill):
@@ -289,39 +272,3 @@ class Spell(Skill):
         place = rng.randrange(len(letters))
         letters[place] = other("abcdefghiklmnoprstu", letters[place], rng)
         return f"The word {slots['x']} is spelled {' '.join(letters)}."
-
-
-class Next(Skill):
-    name = "next"
-    series = {"day": DAYS, "number": NUMBERS[:11]}
-    forms = ("What comes {side} {x}?", "Which {kind} comes {side} {x}?", "Tell me what comes {side} {x}.")
-    words = {"side": ("after", "before"), "x": NUMBERS[10::-1] + DAYS, "kind": tuple(series)}
-
-    def draw(self, rng: random.Random) -> Slots:
-        slots = {"form": rng.randrange(len(self.forms)), "side": rng.choice(("after", "before"))}
-        slots["kind"] = rng.choice(tuple(self.series))
-        slots["x"] = rng.choice(self.series[slots["kind"]])
-        return slots if self.valid(slots) else self.draw(rng)
-
-    def valid(self, slots: Slots) -> bool:
-        kind = next(kind for kind, series in self.series.items() if slots["x"] in series)
-        has_neighbour = slots["x"] != {"after": "ten", "before": "zero"}[slots["side"]]
-        return slots.setdefault("kind", kind) == kind and has_neighbour
-
-    def value(self, slots: Slots) -> str:
-        series = self.series[slots["kind"]]
-        step = 1 if slots["side"] == "after" else -1
-        return series[(series.index(slots["x"]) + step) % len(series)]  # after Sunday comes Monday
-
-    def say(self, slots: Slots, y: str) -> str:
-        return capital(f"{slots['side']} {slots['x']} comes {y}.")
-
-    def ideal(self, slots: Slots, rng: random.Random) -> str:
-        return self.say(slots, self.value(slots))
-
-    def bare(self, slots: Slots, rng: random.Random) -> str:
-        return capital(f"{self.value(slots)}.")
-
-    def false(self, slots: Slots, rng: random.Random) -> str:
-        series = [y for y in self.series[slots["kind"]] if y != slots["x"]]
-        return self.say(slots, other(series, self.value(slots), rng))

@@ -18,14 +18,12 @@ from .skills import (
     Fact,
     Lists,
     Message,
-    Next,
     Opposite,
     Prompt,
     Skill,
     Slots,
     Spell,
     Sum,
-    TakeAway,
     as_messages,
     other,
 )
@@ -36,15 +34,15 @@ Split = Literal["train", "valid", "heldout"]
 # The three prompts that every notebook shows. They are held out, whatever their hash says.
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is two plus three?",
-    "Tom has a ball. Mia is happy. What does Tom have?",
+    "Tom has a ball. Mia feels happy. What does Tom have?",
     "Can you carry my box?",
 )
 
 
 # What can be read: how it is said, asked and answered, and of what it may be said.
 READINGS = (
-    ("the {x} is {a}", "what colour is the {x}?", THINGS, COLOURS),
-    ("{x} is {a}", "how is {x}?", NAMES, FEELINGS),
+    ("the {x} looks {a}", "how does the {x} look?", THINGS, COLOURS[:4]),
+    ("{x} feels {a}", "how does {x} feel?", NAMES, FEELINGS),
     ("{x} has a {a}", "what does {x} have?", NAMES, TOYS),
 )
 
@@ -221,8 +219,8 @@ class Story(Skill):
     words = {"a": ANIMALS, "b": THINGS}
 
     def tell(self, a: str, b: str, rng: random.Random) -> str:
-        """Three sentences (about 22 words): an opening, a middle and an ending."""
-        lines = (rng.choice(part) for part in (OPENINGS, MIDDLES, ENDINGS))
+        """Two sentences (about 15 words): an opening, and how it goes on or ends."""
+        lines = (rng.choice(part) for part in (OPENINGS, MIDDLES + ENDINGS))
         return " ".join(
             line.format(a=a, b=b, place=rng.choice(PLACES), feeling=rng.choice(FEELINGS)) for line in lines
         )
@@ -261,8 +259,7 @@ class Story(Skill):
 
 
 ALL = (
-    Sum(), TakeAway(), Opposite(), Count(), Reading(), Compare(), Lists(), Fact(), Spell(), Refuse(), FollowUp(),
-    Story(), Greet(), Next(),
+    Sum(), Opposite(), Count(), Reading(), Compare(), Lists(), Fact(), Spell(), Refuse(), FollowUp(), Story(), Greet(),
 )  # fmt: skip
 BY_NAME: dict[str, Skill] = {skill.name: skill for skill in ALL}
 

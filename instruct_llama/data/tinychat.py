@@ -156,12 +156,10 @@ def _cut(skill: Skill, slots: Slots, right: str, rng: random.Random) -> str:
 
 
 def _off_topic(skill: Skill, slots: Slots, rng: random.Random) -> str:
-    """The ideal answer to a prompt of another skill."""
-    while True:
-        stranger = rng.choice([one for one in ALL if one is not skill])
-        text = stranger.ideal(stranger.draw(rng), rng)
-        if not _reward(skill, slots, text).correct:  # a follow-up's answer may be a reading's
-            return text
+    """The ideal answer to a prompt of another skill, and not a falsehood: a follow-up's answer might be a reading's."""
+    strangers = [one for one in ALL if not (isinstance(one, type(skill)) or isinstance(skill, type(one)))]
+    stranger = rng.choice(strangers)
+    return stranger.ideal(stranger.draw(rng), rng)
 
 
 def _kind(rng: random.Random) -> str:
