@@ -26,8 +26,8 @@ LAPTOP = Settings(
         loop=c.LoopConfig(epochs=1.5, batch_size=32, eval_every=150),
     ),
     ppo=c.PPOConfig(
-        iterations=20, rollouts=256, rollout_batch=256, epochs=2, minibatch=64, kl_coef=0.15, eval_every=10,
-        eval_prompts=512, optim=c.OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0),
+        iterations=20, rollouts=256, rollout_batch=256, epochs=2, minibatch=64, kl_coef=0.15, eval_prompts=512,
+        optim=c.OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0),
     ),
 )  # fmt: skip
 

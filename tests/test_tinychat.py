@@ -344,7 +344,7 @@ def test_labellers_are_as_good_as_documented(demonstrations):
         *prompt, last = record["messages"]
         rewards[record["kind"]].append(total(prompt, last["content"]))
     everything = [reward for kind in rewards.values() for reward in kind]
-    assert 0.5 < sum(everything) / len(everything) < 0.6
+    assert 0.55 < sum(everything) / len(everything) < 0.6  # 0.44 + 0.65 / 10 + 0.6 / 10 + about 0.18 / 10
     for kind, (low, high) in BANDS.items():
         assert low - 1e-6 <= sum(rewards[kind]) / len(rewards[kind]) <= high + 1e-6, kind
         share = len(rewards[kind]) / len(demonstrations)
@@ -530,33 +530,40 @@ def test_the_corpus_is_as_long_as_asked_and_has_no_chat_template(corpus):
     assert all(paragraph.endswith(".") for paragraph in corpus)
 
 
-def frame_pattern(frame, turns):
-    """A frame told for each of some turns, as a pattern with the groups q0, a0, q1, a1, ..."""
-    told = [re.escape(frame).replace(r"\{q\}", f"(?P<q{i}>.+?)").replace(r"\{a\}", f"(?P<a{i}>.+?)") for i in turns]
-    return re.compile(" ".join(told))
+def as_told(paragraph):
+    """The frame of a conversation and its turns in order, or None; the bare frame is not looked for."""
+    for frame in FRAMES:
+        for n in (2, 1):  # the pattern of one turn fits two as well, so it comes last
+            told = " ".join(frame.format(q=f"(?P<q{i}>.+?)", a=f"(?P<a{i}>.+?)") for i in range(n))
+            match = re.fullmatch(told, paragraph) if frame != "{q} {a}" else None
+            if match:
+                turns = zip(["user", "assistant"] * n, match.groups(), strict=True)
+                return frame, [{"role": role, "content": content} for role, content in turns]
+    return None
 
 
 def test_conversations_in_the_corpus_are_right(corpus):
     """Four fifths of the paragraphs are conversations; every skill and frame is among them; every answer is ideal."""
-    skills, frames = Counter(), Counter()
-    # two turns first, since the pattern of one fits them too
-    patterns = [(frame, n, frame_pattern(frame, range(n))) for frame in FRAMES if frame != "{q} {a}" for n in (2, 1)]
-    for paragraph in corpus:
-        for frame, n, pattern in patterns:
-            match = pattern.fullmatch(paragraph)
-            if not match:
-                continue
-            keys = [key for i in range(n) for key in (f"q{i}", f"a{i}")]
-            roles = ["user", "assistant"] * n
-            turns = [{"role": r, "content": match[key]} for r, key in zip(roles, keys, strict=True)]
-            assert total(turns[:-1], turns[-1]["content"]) == 1.0, paragraph
-            skills[tinychat.skill_of(turns[:-1])] += 1
-            frames[frame] += 1
-            break
+    conversations = [told for told in map(as_told, corpus) if told]
+    for _, turns in conversations:
+        for i in range(1, len(turns), 2):
+            assert total(turns[:i], turns[i]["content"]) == 1.0, turns
+    skills = Counter(tinychat.skill_of(turns[:-1]) for _, turns in conversations)
+    frames = Counter(frame for frame, _ in conversations)
     framed = 0.79 * (len(FRAMES) - 1) / len(FRAMES)
-    assert framed - 0.03 < sum(skills.values()) / len(corpus) < framed + 0.03
+    assert framed - 0.03 < len(conversations) / len(corpus) < framed + 0.03
     assert set(skills) == set(tinychat.SKILLS) and min(skills.values()) > 25
     assert len(frames) == len(FRAMES) - 1 and min(frames.values()) > 100
+
+
+def test_conversations_without_a_frame_are_right(corpus):
+    """A seventh of the conversations are bare; most of them have one turn, found by a cut wherever a sentence ends."""
+
+    def bare(paragraph):
+        cuts = [m.start() for m in re.finditer(r"(?<=[.?]) ", paragraph)]
+        return any(find(paragraph[:cut]) and total(paragraph[:cut], paragraph[cut + 1 :]) == 1.0 for cut in cuts)
+
+    assert 0.8 < sum(map(bare, corpus)) / (0.79 / len(FRAMES) * len(corpus)) < 1.05
 
 
 def test_unknown_names_are_refused_in_one_sentence():

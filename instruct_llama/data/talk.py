@@ -39,7 +39,8 @@ FIXED_PROMPTS: tuple[str, ...] = (
 )
 
 
-# What can be read: how it is said, asked and answered, and of what it may be said.
+# What can be read: how it is said, asked and answered, and of what it may be said. Each kind has a verb of its own and
+# few words to choose from: both let a small model find out sooner that the answer can be looked up.
 READINGS = (
     ("the {x} looks {a}", "how does the {x} look?", THINGS, COLOURS[:4]),
     ("{x} feels {a}", "how does {x} feel?", NAMES, FEELINGS),
