@@ -18,7 +18,8 @@ from .data.batches import fit_comparison, ranked_batch
 from .data.tokenizer import Tokenizer
 from .model.generate import generate
 from .model.llama import Llama, ScalarLlama
-from .rlhf.objectives import pair_differences, score_at_end
+from .rlhf.objectives import pair_differences
+from .stages.reward import answer_scores
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def reward_accuracy(
     right, pairs, device = 0.0, 0, next(model.parameters()).device
     for start in range(0, len(fitted), 64):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + 64]], tokenizer.pad_id).to(device)
-        scores = score_at_end(model(batch.tokens), batch.ends)  # (N,)
+        scores = answer_scores(model, batch)  # (N,)
         differences, _ = pair_differences(scores, batch.prompt, batch.rank)
         right += float((differences > 0).sum() + 0.5 * (differences == 0).sum())
         pairs += len(differences)

@@ -15,19 +15,21 @@ LAPTOP = Settings(
     world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=15_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=64, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
-        loop=c.LoopConfig(steps=2100, batch_size=16, eval_every=400),
+        loop=c.LoopConfig(steps=1800, batch_size=16, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.15, answers=4, optim=c.OptimConfig(lr=6e-4), loop=c.LoopConfig(eval_every=100)
+        sample_share=0.15, answers=4, optim=c.OptimConfig(lr=6e-4),
+        loop=c.LoopConfig(batch_size=16, eval_batches=16, eval_every=200),
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0), quant=c.QuantConfig(kind="nf4"), optim=c.OptimConfig(lr=3e-3),
-        loop=c.LoopConfig(epochs=1.5, batch_size=32, eval_every=150),
+        loop=c.LoopConfig(batch_size=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=20, rollouts=256, rollout_batch=256, epochs=2, minibatch=64, kl_coef=0.15, eval_prompts=512,
-        optim=c.OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0),
+        iterations=22, rollouts=256, rollout_batch=256, epochs=1, minibatch=32, kl_coef=0.2, value_clip=0.5,
+        value_lr=2e-3, eval_every=11, eval_prompts=512,
+        optim=c.OptimConfig(lr=7e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0),
     ),
 )  # fmt: skip
 

@@ -270,12 +270,21 @@ def test_batches_move_whole() -> None:
 
 
 def test_ranked_batch_by_hand() -> None:
-    batch = ranked_batch([[[1, 2, 3], [1, 2]], [[1, 4, 5, 6], [1, 4, 0], [1]]], PAD)
-    assert batch.tokens.tolist() == [[1, 2, 3, 0], [1, 2, 0, 0], [1, 4, 5, 6], [1, 4, 0, 0], [1, 0, 0, 0]]
-    assert batch.ends.tolist() == [2, 1, 3, 2, 0]
-    assert batch.prompt.tolist() == [0, 0, 1, 1, 1]
-    assert batch.rank.tolist() == [0, 1, 0, 1, 2]
-    assert batch.weight == 2
+    batch = ranked_batch([[[1, 2, 3], [1, 2]], [[1, 4, 5, 6], [1, 4, 0], [1, 4, 7, 8, 9]], [[3, 4, 5]]], PAD)
+    assert batch.tokens.tolist() == [
+        [1, 2, 3, 2, 0, 0, 0, 0],  # the last token of the shortest is never part of what they share
+        [1, 4, 5, 6, 0, 7, 8, 9],
+        [3, 4, 5, 0, 0, 0, 0, 0],
+    ]
+    assert batch.segments.tolist() == [
+        [-1, 1, 1, 2, 0, 0, 0, 0],
+        [-1, -1, 1, 1, 2, 3, 3, 3],
+        [-1, -1, 1, 0, 0, 0, 0, 0],
+    ]
+    assert batch.ends.tolist() == [2, 3, 3, 4, 7, 2]
+    assert batch.prompt.tolist() == [0, 0, 1, 1, 1, 2]
+    assert batch.rank.tolist() == [0, 1, 0, 1, 2, 0]
+    assert batch.weight == 3
 
 
 # ---------------------------------------------------------------- fitting the context
@@ -361,4 +370,4 @@ def test_p37_padding_and_end_are_told_apart(tokenizer: Tokenizer) -> None:
     assert int(ends.sum()) == 4 and batch.loss_mask[ends].all()
     assert not batch.loss_mask[batch.targets == tokenizer.pad_id].any()
     ranked = ranked_batch([[ids for ids, _ in talks]], tokenizer.pad_id)
-    assert (ranked.tokens.gather(1, ranked.ends[:, None]) == tokenizer.eos_id).all()
+    assert (ranked.tokens[ranked.prompt, ranked.ends] == tokenizer.eos_id).all()

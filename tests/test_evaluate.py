@@ -75,9 +75,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.tokenizer, self.sign, self.dummy = tokenizer, sign, torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        length = (tokens != self.tokenizer.pad_id).sum(1, keepdim=True).float()
-        return self.sign * length.expand(tokens.shape)  # longer is better
+    def forward(self, tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        return self.sign * (segments[:, :, None] == segments[:, None]).sum(-1).float()  # longer is better
 
 
 def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):

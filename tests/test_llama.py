@@ -172,6 +172,9 @@ def test_visibility_by_hand():
     expected = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
     assert torch.equal(visibility(segments, segments)[0], expected)
     assert torch.equal(visibility(segments[:, 2:], segments)[0], expected[2:])
+    segments = torch.tensor([[-1, -1, 1, 1, 2, 0]])  # a shared beginning, two ways to go on, padding
+    expected = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0]]
+    assert visibility(segments, segments)[0, :5].int().tolist() == expected
 
 
 MODEL = make()

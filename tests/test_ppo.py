@@ -14,6 +14,7 @@ from torch import nn
 from instruct_llama import checkpoint, presets
 from instruct_llama.config import LoRAConfig, ModelConfig, OptimConfig, PPOConfig, UserError
 from instruct_llama.data import enumerable
+from instruct_llama.data.batches import ranked_batch
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama, ScalarLlama
 from instruct_llama.rlhf import layouts, objectives, rollout
@@ -206,6 +207,24 @@ def judged(player, prompts=PROMPTS, seed=0):
     ppo.judge(player, episodes)
     rollout.credit(episodes, player.config, player.config.kl_coef)
     return episodes
+
+
+def test_p19_answers_that_share_a_row_score_and_teach_as_each_alone():
+    items = [
+        [[BOS, 5, 3, 4, EOS], [BOS, 5, 3, EOS], [BOS, 5, 6, 6, 6, EOS]],
+        [[BOS, 4, EOS], [BOS, 4, 4, 5, EOS]],
+        [[BOS, 7, 7, 7, EOS], [3, EOS]],  # nothing shared
+    ]
+    together, apart = scalar(1), scalar(1)
+    batch = ranked_batch(items, PAD)
+    assert batch.tokens.shape == (3, 2 + 3 + 2 + 4)  # instead of seven rows of up to 6
+    scores = stage.answer_scores(together, batch)
+    alone = torch.stack([apart(torch.tensor([ids]))[0, -1] for item in items for ids in item])
+    torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
+    for found in (scores, alone):
+        objectives.ranking_loss(found, batch.prompt, batch.rank).backward()
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
 def by_hand():

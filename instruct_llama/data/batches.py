@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,34 +218,50 @@ def pack(lengths: Sequence[int], pack_len: int) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class RankedBatch:
-    """Every completion of several prompts as one batch: N sequences, prompt included."""
+    """The N completions of P prompts, one row a prompt: what they begin with alike is read once, then each goes on."""
 
-    tokens: torch.Tensor  # (N, T) int64, right-padded
-    ends: torch.Tensor  # (N,) int64: position of each sequence's last real token, where the score is read
-    prompt: torch.Tensor  # (N,) int64: which prompt
+    tokens: torch.Tensor  # (P, T) int64: the common beginning, then the rest of every completion; right-padded
+    segments: torch.Tensor  # (P, T) int64: -1 the common beginning, 1, 2, … the completions, 0 padding
+    ends: torch.Tensor  # (N,) int64: where in its row a completion's last token stands, at which the score is read
+    prompt: torch.Tensor  # (N,) int64: which prompt, so which row
     rank: torch.Tensor  # (N,) int64: 0 is the best completion of its prompt
 
     @property
     def weight(self) -> int:
         """How many prompts: the ranking loss is a mean over the pairs of one prompt, then over prompts."""
-        return int(self.prompt.max()) + 1
+        return len(self.tokens)
 
     def to(self, device: torch.device | str) -> RankedBatch:
-        return RankedBatch(self.tokens.to(device), self.ends.to(device), self.prompt.to(device), self.rank.to(device))
+        return RankedBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def ranked_batch(items: Sequence[Sequence[Sequence[int]]], pad_id: int) -> RankedBatch:
-    """Pad the ranked sequences (best first) of each prompt into one batch."""
-    flat = [(ids, prompt, rank) for prompt, item in enumerate(items) for rank, ids in enumerate(item)]
-    width = max(len(ids) for ids, _, _ in flat)
-    tokens = torch.full((len(flat), width), pad_id, dtype=torch.int64)  # (N, T)
-    for row, (ids, _, _) in enumerate(flat):
-        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    ends, prompt, rank = (
-        torch.tensor(column, dtype=torch.int64)
-        for column in ([len(ids) - 1 for ids, _, _ in flat], [p for _, p, _ in flat], [r for _, _, r in flat])
-    )
-    return RankedBatch(tokens, ends, prompt, rank)
+    """Ranked sequences (best first, each the prompt with one completion) as one batch, a row for each prompt."""
+    tokens = torch.full((len(items), max(row_length(item) for item in items)), pad_id, dtype=torch.int64)  # (P, T)
+    segments = torch.zeros_like(tokens)  # (P, T)
+    ends, prompts, ranks = [], [], []
+    for row, item in enumerate(items):
+        start = at = common_length(item)
+        tokens[row, :start], segments[row, :start] = torch.tensor(item[0][:start], dtype=torch.int64), -1
+        for rank, ids in enumerate(item):
+            here = slice(at, at + len(ids) - start)
+            tokens[row, here], segments[row, here] = torch.tensor(ids[start:], dtype=torch.int64), rank + 1
+            at = here.stop
+            ends.append(at - 1)
+            prompts.append(row)
+            ranks.append(rank)
+    return RankedBatch(tokens, segments, torch.tensor(ends), torch.tensor(prompts), torch.tensor(ranks))
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with alike; the last token of the shortest is never counted."""
+    longest = min(len(ids) for ids in sequences) - 1
+    return next((t for t in range(longest) if len({ids[t] for ids in sequences}) > 1), longest)
+
+
+def row_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens of the sequences when their common beginning is read once."""
+    return sum(len(ids) for ids in sequences) - (len(sequences) - 1) * common_length(sequences)
 
 
 # ---------------------------------------------------------------- fitting the context

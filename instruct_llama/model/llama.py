@@ -118,11 +118,13 @@ class KVCache:
 def visibility(segments: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Who may look at whom: (B, T) segments of the new tokens and (B, S) of all tokens -> (B, T, S) bool.
 
-    A token sees itself and what came before it in its own segment. The new tokens are the last T of the S.
+    A token sees itself, what came before it in its own segment, and the beginning that its row's segments share (-1).
+    The new tokens are the last T of the S.
     """
     new, total = segments.shape[1], seen.shape[1]
     earlier = torch.ones(new, total, dtype=torch.bool, device=seen.device).tril(total - new)  # (T, S)
-    return (segments[:, :, None] == seen[:, None, :]) & earlier  # (B, T, S)
+    seen = seen[:, None, :]  # (B, 1, S)
+    return ((segments[:, :, None] == seen) | (seen < 0)) & earlier  # (B, T, S)
 
 
 class Attention(nn.Module):
@@ -244,8 +246,9 @@ class Llama(nn.Module):
 
         `segments` (B, T) int64 says which tokens of a row belong together: a token attends to earlier tokens of its own
         segment only, and its position counts from 0 inside it. Padding is segment 0, on either side; several texts in
-        one row are 1, 2, 3, … None: each row is one sequence (right padding then needs no segments, since no real token
-        can see what comes after it). `cache` holds the earlier tokens of the same rows and takes in these.
+        one row are 1, 2, 3, …, and -1 is a beginning that all of them go on from: several answers to one prompt.
+        None: each row is one sequence (right padding then needs no segments, since no real token can see what comes
+        after it). `cache` holds the earlier tokens of the same rows and takes in these.
         Raises `UserError` for rows beyond max_seq_len or ids beyond the vocabulary.
         """
         x = F.dropout(self.embed(tokens), self.config.embed_dropout, self.training)  # (B, T, D)

@@ -1,6 +1,7 @@
 """Stage 3, the reward model: a scalar head that learns from ranked answers which of two is better.
 
 InstructGPT (arXiv:2203.02155, section 3.5): all K(K-1)/2 pairs of one prompt's answers come from one forward pass.
+Here they share one row too: the prompt is read once, and each answer sees it and itself.
 Comparisons among the SFT model's own samples teach it the mistakes that PPO will meet.
 """
 
@@ -17,7 +18,7 @@ import torch
 from .. import checkpoint
 from ..config import PPOConfig, RewardConfig, Settings, UserError
 from ..data import tinychat
-from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch
+from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
@@ -30,9 +31,15 @@ from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, free
 Ranked = list[list[int]]  # prompt with completion as token ids, best first
 
 
+def answer_scores(model: ScalarLlama, batch: RankedBatch) -> torch.Tensor:
+    """Raw score of each completion, read at its end token: (N,)."""
+    per_token = model(batch.tokens, segments=batch.segments)  # (P, T)
+    return score_at_end(per_token[batch.prompt], batch.ends)  # (N,)
+
+
 def reward_loss(model: ScalarLlama, batch: RankedBatch) -> tuple[torch.Tensor, dict[str, float]]:
     """Ranking loss summed over prompts, and sums over prompts of what to log."""
-    scores = score_at_end(model(batch.tokens), batch.ends)  # (N,)
+    scores = answer_scores(model, batch)  # (N,)
     differences, weights = pair_differences(scores.detach(), batch.prompt, batch.rank)
     accuracy = (weights * (differences > 0)).sum()
     return ranking_loss(scores, batch.prompt, batch.rank) * batch.weight, {"accuracy": float(accuracy)}
@@ -45,7 +52,7 @@ def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision
     for batch in batches:
         batch = batch.to(device)
         with torch.no_grad(), autocast(precision, device):
-            scores = score_at_end(model(batch.tokens), batch.ends).float()  # (N,)
+            scores = answer_scores(model, batch)  # (N,)
         loss += float(ranking_loss(scores, batch.prompt, batch.rank)) * batch.weight
         prompts += batch.weight
         pairs = (batch.prompt[:, None] == batch.prompt) & (batch.rank[:, None] < batch.rank)  # (N, N)
@@ -158,7 +165,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
 
         def sample_scores() -> list[dict[str, Any]]:
             item = ranked_batch(valid[:3], tokenizer.pad_id).to(device)
-            scores = score_at_end(model(item.tokens), item.ends).tolist()
+            scores = answer_scores(model, item).tolist()
             ids = [sequence for ranked in valid[:3] for sequence in ranked]
             return [
                 {"text": tokenizer.decode(i), "score": s, "rank": int(r)}
@@ -174,7 +181,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             else:
                 checkpoint.save_full(folder, model, tokenizer, info)
 
-        lengths = [max(len(ids) for ids in item) for item in train]
+        lengths = [row_length(item) for item in train]
         stage = Supervised(
             "reward", model, config.optim, config.loop, len(train), lengths, batch, reward_loss,
             lambda: reward_metrics(model, valid_batches, config.loop.precision), sample_scores, save,
