@@ -19,7 +19,7 @@ from .data.tokenizer import Tokenizer
 from .model.generate import generate
 from .model.llama import Llama, ScalarLlama
 from .rlhf.objectives import pair_differences
-from .stages.reward import answer_scores
+from .rlhf.rollout import answer_scores
 
 
 @dataclass(frozen=True)

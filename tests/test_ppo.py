@@ -218,7 +218,7 @@ def test_p19_answers_that_share_a_row_score_and_teach_as_each_alone():
     together, apart = scalar(1), scalar(1)
     batch = ranked_batch(items, PAD)
     assert batch.tokens.shape == (3, 2 + 3 + 2 + 4)  # instead of seven rows of up to 6
-    scores = stage.answer_scores(together, batch)
+    scores = rollout.answer_scores(together, batch)
     alone = torch.stack([apart(torch.tensor([ids]))[0, -1] for item in items for ids in item])
     torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
     for found in (scores, alone):

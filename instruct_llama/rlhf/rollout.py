@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PPOConfig
+from ..data.batches import RankedBatch
 from ..data.tokenizer import Tokenizer
 from ..model.generate import filter_logits, sample
 from ..model.llama import Llama
@@ -135,6 +136,12 @@ def score(model: nn.Module, episodes: Episodes, config: PPOConfig, mean: float, 
     if config.score_clip > 0:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     return torch.where(episodes.ended, scores, config.no_end_score)
+
+
+def answer_scores(model: nn.Module, batch: RankedBatch) -> Tensor:
+    """(N,) raw reward-model scores of ranked completions, each read at its own end token."""
+    per_token = model(batch.tokens, segments=batch.segments)  # (P, T)
+    return score_at_end(per_token[batch.prompt], batch.ends)  # (N,)
 
 
 def credit(episodes: Episodes, config: PPOConfig, kl_coef: float) -> None:

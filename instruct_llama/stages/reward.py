@@ -23,18 +23,12 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
-from ..rlhf.objectives import pair_differences, ranking_loss, score_at_end
-from ..rlhf.rollout import Episodes
+from ..rlhf.objectives import pair_differences, ranking_loss
+from ..rlhf.rollout import Episodes, answer_scores
 from . import records
 from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, freeze_first, pick_device
 
 Ranked = list[list[int]]  # prompt with completion as token ids, best first
-
-
-def answer_scores(model: ScalarLlama, batch: RankedBatch) -> torch.Tensor:
-    """Raw score of each completion, read at its end token: (N,)."""
-    per_token = model(batch.tokens, segments=batch.segments)  # (P, T)
-    return score_at_end(per_token[batch.prompt], batch.ends)  # (N,)
 
 
 def reward_loss(model: ScalarLlama, batch: RankedBatch) -> tuple[torch.Tensor, dict[str, float]]:
