@@ -91,13 +91,11 @@ def save_full(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, 
 
 
 def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    """Write one adapter (and the scalar head, where there is one) and the relative path of its base."""
-    state = lora.adapter_state(model, name)
-    if isinstance(model, ScalarLlama):
-        state["scalar_head.weight"] = model.scalar_head.weight
-    write_tensors(folder / "adapter.safetensors", state)
+    """Write one adapter, what was trained beside it (a scalar head, embeddings), and the relative path of its base."""
+    beside = {key: p for key, p in lora.no_adapters(model).items() if p.requires_grad}
+    write_tensors(folder / "adapter.safetensors", lora.adapter_state(model, name) | beside)
     relative = os.path.relpath(base.resolve(), folder.resolve())
-    _save_rest(folder, model, tokenizer, {**info, "base": relative, "adapter": name})
+    _save_rest(folder, model, tokenizer, {**info, "base": relative, "adapter": name, "beside": list(beside)})
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
@@ -157,11 +155,7 @@ def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device
     lora.quantise(model, QuantConfig(**info["quant"]))
     config = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
     lora.add_adapter(model, info["adapter"], config, torch.Generator().manual_seed(0))
-    state, _ = read_tensors(folder / "adapter.safetensors")
-    if isinstance(model, ScalarLlama):  # the head is trained too; without it, the file is refused (P18)
-        head = {"weight": state.pop("scalar_head.weight")} if "scalar_head.weight" in state else {}
-        load_state(model.scalar_head, head, f"The scalar head in {folder / 'adapter.safetensors'}")
-    lora.load_adapter(model, info["adapter"], state)
+    lora.load_adapter(model, info["adapter"], read_tensors(folder / "adapter.safetensors")[0], info["beside"])
     lora.use_adapter(model, info["adapter"])
     return model
 
@@ -236,8 +230,7 @@ def merge_run(source: Path, target: Path, into: Literal["dequantised", "original
         merged[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
         error = (merged[kind](probe) - trained).norm() / trained.norm()
         lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
-    kept = {
-        key: value for key, value in info.items() if key not in ("base", "adapter", "lora", "quant", "model", "kind")
-    }
+    parts = ("base", "adapter", "beside", "lora", "quant", "model", "kind")
+    kept = {key: value for key, value in info.items() if key not in parts}
     save_full(target, merged[into], tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
     return [*lines, f"saved in {shown(target)} ({into})"]

@@ -147,7 +147,7 @@ class WorldConfig:
     demonstrations: int = 6_000  # prompts with labellers' answers, for SFT
     comparisons: int = 4_000  # prompts with ranked answers, for the reward model
     prompts: int = 4_000  # prompts for PPO
-    heldout: int = 512  # held-out prompts for validation and the report card
+    heldout: int = 512  # held-out records for validation
     temperature: float = 0.15  # of the Bradley-Terry labeller who ranks answers, in units of true reward
 
 
@@ -170,6 +170,7 @@ class SFTConfig:
     pack: bool = False  # several dialogs to a row, attention kept inside each
     freeze_layers: int = 0  # the first N blocks and the embeddings stay as they were
     lora: LoRAConfig = LoRAConfig(rank=0)  # adapters instead of full weights
+    train_embeddings: bool = False  # beside adapters, embeddings and output train too: chat markers are new to the base
     quant: QuantConfig = QuantConfig()  # 4-bit base under the adapters
     optim: OptimConfig = OptimConfig(lr=1e-3)
     loop: LoopConfig = LoopConfig(epochs=2, batch_size=32)
@@ -260,6 +261,7 @@ class EvaluateConfig:
     """The report card."""
 
     prompts: int = 512  # held-out prompts per stage
+    comparisons: int = 2000  # held-out comparisons that judge the reward model
     max_new_tokens: int = 48  # longest answer, in tokens
     temperature: float = 1.0  # 1 judges the distribution that PPO shapes; 0 judges the likeliest answer
     batch_size: int = 256  # prompts answered at once

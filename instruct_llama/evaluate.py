@@ -108,18 +108,16 @@ def report_card(settings: Settings) -> dict[str, Any]:
     folders = stage_folders(settings.out_dir)
     if not folders:
         raise UserError(f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
-    config, world = settings.evaluate, settings.world
+    config, temperature = settings.evaluate, settings.world.temperature
     prompts = tinychat.prompts(settings.seed, config.prompts, split="heldout")
-    comparisons = tinychat.comparisons(settings.seed, world.heldout, world.temperature, split="heldout")
+    comparisons = tinychat.comparisons(settings.seed, config.comparisons, temperature, split="heldout")
     stages: dict[str, Any] = {}
     for folder in folders:
         info = checkpoint.read_info(folder)
         model, tokenizer = checkpoint.load(folder)
         entry: dict[str, Any] = {"best": info.get("best", {})}
         if info["kind"] == "scalar":
-            accuracy, ceiling = reward_accuracy(
-                model, tokenizer, comparisons, world.temperature, model.config.max_seq_len
-            )
+            accuracy, ceiling = reward_accuracy(model, tokenizer, comparisons, temperature, model.config.max_seq_len)
             entry |= {"accuracy": asdict(accuracy), "ceiling": ceiling}
         else:
             estimate_, _ = true_reward(model, tokenizer, prompts, config, settings.seed)

@@ -23,8 +23,8 @@ LAPTOP = Settings(
         loop=c.LoopConfig(batch_size=16, eval_batches=16, eval_every=200),
     ),
     qlora=c.SFTConfig(
-        lora=c.LoRAConfig(rank=16, alpha=32.0), quant=c.QuantConfig(kind="nf4"), optim=c.OptimConfig(lr=3e-3),
-        loop=c.LoopConfig(batch_size=16, eval_every=200),
+        lora=c.LoRAConfig(rank=16, alpha=32.0), train_embeddings=True, quant=c.QuantConfig(kind="nf4"),
+        optim=c.OptimConfig(lr=3e-3), loop=c.LoopConfig(batch_size=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
         iterations=22, rollouts=256, rollout_batch=256, epochs=1, minibatch=32, kl_coef=0.2, value_clip=0.5,
@@ -46,7 +46,8 @@ TINY = Settings(
         loop=c.LoopConfig(steps=16, batch_size=16, eval_every=8, eval_batches=2, save_every=8, sample_every=16),
     ),
     qlora=c.SFTConfig(
-        lora=c.LoRAConfig(rank=4, alpha=8.0), quant=c.QuantConfig(kind="nf4"), optim=c.OptimConfig(lr=3e-3),
+        lora=c.LoRAConfig(rank=4, alpha=8.0), train_embeddings=True, quant=c.QuantConfig(kind="nf4"),
+        optim=c.OptimConfig(lr=3e-3),
         loop=c.LoopConfig(steps=10, batch_size=16, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
     reward=c.RewardConfig(
@@ -57,7 +58,7 @@ TINY = Settings(
         iterations=3, exact_iterations=4, rollouts=16, rollout_batch=16, max_new_tokens=16, epochs=2, minibatch=8,
         micro_batch=8, save_every=1, eval_every=2, eval_prompts=16,
     ),
-    evaluate=c.EvaluateConfig(prompts=32, max_new_tokens=24, batch_size=32),
+    evaluate=c.EvaluateConfig(prompts=32, comparisons=64, max_new_tokens=24, batch_size=32),
 )  # fmt: skip
 
 PRESETS = {settings.preset: settings for settings in (TINY, LAPTOP)}

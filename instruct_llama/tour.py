@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbclient
@@ -59,14 +60,19 @@ def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     return notebook
 
 
+def write_page(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write an executed notebook as one HTML page."""
+    path.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+
+
 def run(settings: Settings) -> int:
     """Execute all notebooks; returns 0, or 1 as soon as a cell fails."""
-    out, paths, started = settings.out_dir, notebooks(), time.perf_counter()
+    out, paths, pages, started = settings.out_dir, notebooks(), [], time.perf_counter()
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes it anew
     layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
-    with told(settings), tqdm(total=len(paths), bar_format=layout) as bar:
+    with told(settings), tqdm(total=len(paths), bar_format=layout) as bar, ThreadPoolExecutor(1) as aside:
         for path in paths:
             bar.set_description(path.stem)
             clock, at = time.perf_counter(), bar.n
@@ -78,9 +84,10 @@ def run(settings: Settings) -> int:
                 return 1
             bar.update(round(at) + 1 - bar.n)
             nbformat.write(notebook, folder / path.name)
-            page, _ = HTMLExporter().from_notebook_node(notebook)
-            (folder / f"{path.stem}.html").write_text(page, encoding="utf-8")
+            pages.append(aside.submit(write_page, notebook, folder / f"{path.stem}.html"))  # while the next one starts
             bar.write(f"{path.stem}: {time.perf_counter() - clock:.0f} s")
+    for page in pages:
+        page.result()  # raises what went wrong in writing it
     written = out / "report.json"
     report = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else evaluate.report_card(settings)
     print("\n" + evaluate.describe(report))

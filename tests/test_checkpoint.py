@@ -67,13 +67,15 @@ def save(kind: str, root: Path, tokenizer: Tokenizer) -> tuple[Path, torch.Tenso
     lora.use_adapter(model, "mine")
     if scalar:
         model.scalar_head.weight.requires_grad_(True)
+    if "embeddings" in kind:
+        model.tok_embeddings.requires_grad_(True)
     randomise(model)
     info = {"stage": "sft", "lora": vars(adapters), "quant": vars(quant)}
     checkpoint.save_adapter(root / "runs" / kind, model, "mine", root / "deep" / "base", tokenizer, info)
     return root / "runs" / kind, probe(model)
 
 
-KINDS = ["full", "untied", "lora", "qlora", "scalar", "scalar-lora", "scalar-qlora"]
+KINDS = ["full", "untied", "lora", "lora-embeddings", "qlora", "scalar", "scalar-lora", "scalar-qlora"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +194,10 @@ def test_p18_a_refused_state_changes_no_weight(tokenizer):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind, lose", [("lora", "any"), ("scalar-lora", "scalar_head.weight")])
+@pytest.mark.parametrize(
+    "kind, lose",
+    [("lora", "any"), ("scalar-lora", "scalar_head.weight"), ("lora-embeddings", "tok_embeddings.weight")],
+)
 def test_p18_adapters_are_checked_too(tmp_path, tokenizer, kind, lose):
     folder, _ = save(kind, tmp_path, tokenizer)
     path = folder / "adapter.safetensors"

@@ -134,7 +134,7 @@ def test_the_report_has_the_contracts_shape(report):
         assert [a["prompt"] for a in made["stages"][name]["answers"]] == list(tinychat.FIXED_PROMPTS)
     accuracy = made["stages"]["reward"]["accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
-    assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1 and accuracy["n"] >= settings.world.heldout
+    assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1 and accuracy["n"] >= settings.evaluate.comparisons
 
 
 def test_the_report_reads_as_one_table_and_sample_answers(report):

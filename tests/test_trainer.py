@@ -237,6 +237,19 @@ def test_freeze_first():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 9 + 1  # the second block, the last norm
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_p14_beside_an_adapter_only_what_is_asked_for_trains(tied):
+    """Named extras: the embeddings, whose chat markers the base has never seen, and the output layer."""
+    for asked in (False, True):
+        changes = {"sft__lora__rank": 2, "sft__train_embeddings": asked}
+        model = Llama(dataclasses.replace(SHAPE, tie_embeddings=tied))
+        model = sft.prepare(model, presets.get("tiny").replace(**changes))
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        extras = {name for name in trained if ".A." not in name and ".B." not in name}
+        wanted = {"tok_embeddings.weight"} if tied else {"tok_embeddings.weight", "output.weight"}
+        assert extras == (wanted if asked else set()) and trained > extras
+
+
 def test_seeded_is_a_function_of_seed_and_step_and_leaves_no_trace():
     def draw(seed: int, step: int) -> float:
         with seeded(seed, step, torch.device("cpu")):
@@ -331,7 +344,8 @@ def test_p32_resume_equals_the_unbroken_run_pretrain(micro, tmp_path):
 
 
 def test_p32_resume_equals_the_unbroken_run_sft(pipeline, tmp_path):
-    changes = {"sft__lora__rank": 2, "sft__lora__dropout": 0.2, "sft__loop__steps": 5, "sft__pack": True}
+    changes = {"sft__lora__rank": 2, "sft__lora__dropout": 0.2, "sft__loop__steps": 5, "sft__pack": True,
+               "sft__train_embeddings": True}  # fmt: skip
     settings = beside(pipeline, tmp_path, "pretrain").replace(**changes)
     resumed_equals_unbroken(sft.run, settings, "sft__name", crash(3), Crash)
 

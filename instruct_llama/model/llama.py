@@ -208,7 +208,8 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.tok_embeddings = skip_init(nn.Embedding, config.vocab_size, config.dim)
+        # Not skip_init as above, which for an embedding imports the compiler: two seconds.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = linear(config.dim, config.vocab_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -164,10 +164,14 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, generator: torc
             if not isinstance(layer, LoRALinear):
                 model.set_submodule(path, layer := LoRALinear(layer))
             layer.add(name, config, generator)
+    for parameter in no_adapters(model).values():
+        parameter.requires_grad_(False)
+
+
+def no_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters, by name: all that are not part of an adapter."""
     adapters = {id(p) for _, layer in adapted(model) for p in (*layer.A.values(), *layer.B.values())}
-    for parameter in model.parameters():
-        if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
+    return {name: p for name, p in model.named_parameters() if id(p) not in adapters}
 
 
 def use_adapter(model: nn.Module, name: str | None) -> None:
@@ -210,12 +214,14 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> None:
-    """Copy a saved adapter into the adapter `name`.
+def load_adapter(
+    model: nn.Module, name: str, state: dict[str, torch.Tensor], beside: Collection[str] = ()
+) -> None:
+    """Copy a saved adapter into the adapter `name`, and the parameters that were trained `beside` it into the model's.
 
     Raises `UserError` that lists every missing, unexpected and wrongly shaped key, and then copies nothing (P18).
     """
-    own = adapter_state(model, name)
+    own = adapter_state(model, name) | {key: p for key, p in no_adapters(model).items() if key in beside}
     problems = [f"{key} is missing" for key in own if key not in state]
     problems += [f"{key} is unexpected" for key in state if key not in own]
     problems += [

@@ -44,6 +44,8 @@ def prepare(model: Llama, settings: Settings) -> Llama:
     if config.lora.rank:
         lora.add_adapter(model, "sft", config.lora, torch.Generator().manual_seed(settings.seed))
         lora.use_adapter(model, "sft")
+        for module in (model.tok_embeddings, model.output):
+            module.requires_grad_(config.train_embeddings)
     freeze_first(model, config.freeze_layers)
     return model
 
