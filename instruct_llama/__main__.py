@@ -107,7 +107,7 @@ def chat(settings: Settings, words: list[str]) -> int:
         for token in stream(
             model, _within_context(model, tokenizer, messages, room), max_new_tokens=room,
             eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, temperature=settings.evaluate.temperature,
-            generator=generator, banned=tuple(i for i in tokenizer.special_ids if i != tokenizer.eos_id),
+            generator=generator, banned=tokenizer.banned_ids,
         ):  # fmt: skip
             if token != tokenizer.eos_id:
                 ids.append(token)

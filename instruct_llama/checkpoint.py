@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError, shown
+from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError, check, shown
 from .data.batches import atomic
 from .data.tokenizer import Tokenizer
 from .model import lora
@@ -95,7 +96,15 @@ def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: T
     beside = {key: p for key, p in lora.no_adapters(model).items() if p.requires_grad}
     write_tensors(folder / "adapter.safetensors", lora.adapter_state(model, name) | beside)
     relative = os.path.relpath(base.resolve(), folder.resolve())
-    _save_rest(folder, model, tokenizer, {**info, "base": relative, "adapter": name, "beside": list(beside)})
+    parts = {"base": relative, "fingerprint": fingerprint(base), "adapter": name, "beside": list(beside)}
+    _save_rest(folder, model, tokenizer, {**info, **parts})
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a full checkpoint's weights from others: the file's size and a hash of its first MiB."""
+    path = Path(folder) / "model.safetensors"
+    with open(path, "rb") as file:
+        return f"{path.stat().st_size}-{hashlib.sha256(file.read(2**20)).hexdigest()[:16]}"
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
@@ -149,8 +158,27 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Llama,
     return model.eval(), tokenizer
 
 
+def load_plain(
+    folder: str | Path, device: str | torch.device, kind: Literal["lm", "scalar"] = "lm"
+) -> tuple[Llama, Tokenizer]:
+    """Open a full checkpoint of a kind, to train on from it. Raises `UserError` for another kind and for adapters."""
+    info, wanted = read_info(Path(folder)), {"lm": "a language model", "scalar": "a reward model"}
+    check(info["kind"] == kind, f"{folder} is {wanted[info['kind']]}, and this needs {wanted[kind]}: give one.")
+    check(
+        "adapter" not in info,
+        f"{folder} holds an adapter, and a stage starts from full weights: first `python -m instruct_llama merge "
+        f"{folder} {folder}-merged`, then give --init {folder}-merged.",
+    )
+    return load(folder, device)
+
+
 def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device) -> Llama:
     base, _ = load(folder / info["base"], device)
+    check(
+        info.get("fingerprint") == fingerprint(folder / info["base"]),
+        f"The weights in {folder / info['base']} are no longer those that the adapter in {folder} was trained over: "
+        "train it again, or remove its folder.",
+    )
     model = scalar_from(base) if info["kind"] == "scalar" else base
     lora.quantise(model, QuantConfig(**info["quant"]))
     config = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
@@ -194,13 +222,14 @@ def require(stage: str, settings: Settings) -> Path:
     """The finished run folder of a stage, trained now at the same preset when it is not there yet.
 
     Safe to call from several processes: one trains under a lock, the others wait and use the result.
-    An interrupted run is resumed.
+    An interrupted run is resumed. A finished one is taken as it is; where it was made otherwise, that is said.
     """
     if stage not in STAGES:
         raise UserError(f"There is no stage {stage!r}: choose from {', '.join(STAGES)}.")
     module, change = STAGES[stage]
     folder = settings.out_dir / stage
     if is_complete(folder):
+        _say_what_differs(folder, settings)
         return folder
     with stage_lock(folder):
         if not is_complete(folder):
@@ -209,6 +238,14 @@ def require(stage: str, settings: Settings) -> Path:
             run = importlib.import_module(f"instruct_llama.stages.{module}").run
             run(change(settings).replace(init=None, resume=True))
     return folder
+
+
+def _say_what_differs(folder: Path, settings: Settings) -> None:
+    info, asked = read_info(folder), {"seed": settings.seed, **dataclasses.asdict(settings.model)}
+    made = {"seed": info.get("seed", settings.seed), **info["model"]}
+    other = [f"{k} {made[k]} (asked for: {v})" for k, v in asked.items() if k != "vocab_size" and made.get(k, v) != v]
+    if other:
+        print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")
 
 
 @torch.no_grad()
@@ -230,7 +267,7 @@ def merge_run(source: Path, target: Path, into: Literal["dequantised", "original
         merged[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
         error = (merged[kind](probe) - trained).norm() / trained.norm()
         lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
-    parts = ("base", "adapter", "beside", "lora", "quant", "model", "kind")
+    parts = ("base", "fingerprint", "adapter", "beside", "lora", "quant", "model", "kind")
     kept = {key: value for key, value in info.items() if key not in parts}
     save_full(target, merged[into], tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
     return [*lines, f"saved in {shown(target)} ({into})"]

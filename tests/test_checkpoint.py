@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -207,6 +208,17 @@ def test_p18_adapters_are_checked_too(tmp_path, tokenizer, kind, lose):
         checkpoint.load(folder)
 
 
+def test_an_adapter_is_not_put_over_other_weights(tmp_path, tokenizer):
+    folder, _ = save("lora", tmp_path, tokenizer)
+    base = tmp_path / "deep" / "base"
+    before = (base / "model.safetensors").read_bytes()
+    rewrite(base / "model.safetensors", lambda tensors: next(iter(tensors.values())).add_(1e-3))  # trained again
+    with pytest.raises(UserError, match="no longer those that the adapter in .*lora was trained over: train it again"):
+        checkpoint.load(folder)
+    (base / "model.safetensors").write_bytes(before)
+    checkpoint.load(folder)
+
+
 @pytest.mark.parametrize("kind, name", [("full", "model"), ("qlora", "adapter")])
 @pytest.mark.parametrize("keep", [0.6, 0.0])
 def test_a_truncated_weight_file_is_named(tmp_path, tokenizer, kind, name, keep):
@@ -263,6 +275,14 @@ def test_require_trains_once_and_only_what_is_not_complete(monkeypatch, micro, t
     assert "sft is not in" in capsys.readouterr().out
     assert checkpoint.require("sft", settings) == tmp_path / "sft"
     assert (tmp_path / "runs.txt").read_text(encoding="utf-8") == "run\n" and capsys.readouterr().out == ""
+    info = {"kind": "lm", "seed": 1, "model": dataclasses.asdict(settings.model), "complete": True}
+    checkpoint.write_info(tmp_path / "sft", info)
+    checkpoint.require("sft", settings)
+    assert capsys.readouterr().out == ""  # the same seed and shape: nothing to say
+    checkpoint.require("sft", settings.replace(seed=2, model__dim=64))
+    said = capsys.readouterr().out
+    assert "sft is used as it was trained" in said and "seed 1 (asked for: 2)" in said and "--out" in said
+    assert f"dim {settings.model.dim} (asked for: 64)" in said
     with pytest.raises(UserError, match="no stage 'stf': choose from pretrain, sft"):
         checkpoint.require("stf", settings)
 

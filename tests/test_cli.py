@@ -106,12 +106,14 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(runs):
 def test_init_and_data(runs, tmp_path):
     out, args = runs
     rows = [{"prompt": f"What is item {i}?", "response": f"It is number {i}."} for i in range(60)]
+    for row in rows[::2]:  # far too long for the context: no example to learn from, and none to show
+        row["prompt"] = "Read all this. " * 200 + row["prompt"]
     sources.write_jsonl(tmp_path / "mine.jsonl", rows)
     more = ["--init", str(out / "ppo"), "--data", str(tmp_path / "mine.jsonl"), "--sft.name", "mine"]
     assert main(["sft", *args, *more]) == 0
     assert il.checkpoint.is_complete(out / "mine")
     asked = [json.loads(line)["prompt"] for line in (out / "mine" / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert asked and all("item" in str(prompt) for prompt in asked)
+    assert asked and all("item" in str(prompt) and "Read" not in str(prompt) for prompt in asked)
 
 
 def test_a_missing_prerequisite_is_trained_and_said(runs, capsys):

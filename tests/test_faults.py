@@ -181,6 +181,17 @@ def test_a_folder_that_is_no_checkpoint(fails, runs, tmp_path):
     assert everything(out) == before
 
 
+def test_a_stage_starts_from_full_weights_of_the_right_kind(fails, runs):
+    out, args = runs
+    assert main(["sft", *args, "--sft.lora.rank", "2"]) == 0
+    before = everything(out)
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        for more in ([], ["--sft.lora.rank", "2"]):  # its own folder as its own base would be a circle
+            fails([stage, *args, *more, "--init", str(out / "sft-lora")], "holds an adapter", "sft-lora-merged")
+        fails([stage, *args, "--init", str(out / "reward")], "is a reward model", "needs a language model: give one")
+    assert everything(out) == before
+
+
 def test_a_truncated_checkpoint(fails, runs):
     out, args = runs
     path = out / "sft" / "model.safetensors"

@@ -52,17 +52,18 @@ def dialogs_of(indices) -> Batch:
     return dialog_batch([DIALOGS[i] for i in indices], PAD)
 
 
-def train(folder: Path, items=range(5), make=dialogs_of, optim=None, loss=language_model_loss, **loop):
-    """`fit` over some of DIALOGS with a small model: (result, model)."""
+def train(folder: Path, items=range(5), make=dialogs_of, optim=None, loss=language_model_loss, held_out=(), **loop):
+    """`fit` over some of DIALOGS with a small model: (result, model). `held_out` losses come in turn, then 1.0."""
     model, items = llama(), list(items)
     loop = LoopConfig(**{"eval_every": 100, "save_every": 100, "sample_every": 100, **loop})
 
     def save(best: dict[str, float]) -> None:
         checkpoint.write_info(folder, {"kind": "lm", "model": {}})
 
+    losses = itertools.chain(held_out, itertools.repeat(1.0))
     stage = Supervised(
         "toy", model, optim or OptimConfig(), loop, len(items), None,
-        lambda epoch, rows: make([items[i] for i in rows]), loss, lambda: {"loss": 1.0}, lambda: [], save,
+        lambda epoch, rows: make([items[i] for i in rows]), loss, lambda: {"loss": next(losses)}, lambda: [], save,
     )  # fmt: skip
     settings = presets.get("tiny")
     return fit(stage, RunLog(folder, settings), settings), model
@@ -70,6 +71,23 @@ def train(folder: Path, items=range(5), make=dialogs_of, optim=None, loss=langua
 
 def largest_difference(a: nn.Module, b: nn.Module) -> float:
     return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize(
+    "held_out, kept",
+    [
+        ((3.0, 2.0, 1.0), 3),
+        ((3.0, 2.0, 2.5), 2),  # it got worse: the best
+        ((3.0, 2.0, 2.01), 3),  # too close to tell: the last
+        ((2.0, 2.01, 2.5), 1),  # that holds for the last only
+    ],
+)
+def test_the_best_weights_are_kept_and_of_two_alike_the_last(tmp_path, held_out, kept):
+    result, _ = train(tmp_path / "toy", held_out=held_out, steps=3, eval_every=1)
+    assert result.best == {"step": kept, "loss": held_out[kept - 1]}
 
 
 # ---------------------------------------------------------------- what a step counts

@@ -23,7 +23,7 @@ NASTY = '<script>alert("x")</script> & <b>'
 class Words:
     """A tokenizer of 40 words."""
 
-    bos_id, eos_id, pad_id, special_ids = 1, 2, 0, (0, 1, 2, 3)
+    bos_id, eos_id, pad_id, special_ids, banned_ids = 1, 2, 0, (0, 1, 2, 3), (0, 1, 3)
 
     def encode(self, text):
         return [4 + sum(map(ord, word)) % 36 for word in text.split()]

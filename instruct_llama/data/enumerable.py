@@ -58,7 +58,7 @@ class Language:
     reward_table: Tensor  # (R,) float32: what a reward model says of each prefix, ended or not
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
-    special_ids = (PAD, BOS, EOS)
+    banned_ids = (PAD, BOS)
 
     @property
     def prompt(self) -> list[int]:

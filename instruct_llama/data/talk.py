@@ -40,9 +40,9 @@ FIXED_PROMPTS: tuple[str, ...] = (
 
 
 # What can be read: how it is said, asked and answered, and of what it may be said. Each kind has a verb of its own and
-# few words to choose from: both let a small model find out sooner that the answer can be looked up.
+# few words to choose from, which no other kind has: so a small model finds out sooner that it can look the answer up.
 READINGS = (
-    ("the {x} looks {a}", "how does the {x} look?", THINGS, COLOURS[:4]),
+    ("the {x} looks {a}", "how does the {x} look?", tuple(t for t in THINGS if t not in TOYS), COLOURS[:4]),
     ("{x} feels {a}", "how does {x} feel?", NAMES, FEELINGS),
     ("{x} has a {a}", "what does {x} have?", NAMES, TOYS),
 )

@@ -99,6 +99,7 @@ def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
     rng = random.Random(f"prompts {seed} {split}")
     skills, seen, found = list(ALL), set(), []
     while len(found) < n:
+        check(bool(skills), f"tinychat has but {len(found)} different {split} prompts: ask for fewer than {n}.")
         for skill in list(skills):
             for _ in range(100):
                 _, messages = draw(skill, rng, split)

@@ -72,6 +72,7 @@ class Tokenizer:
         check(min(self.bos_id, self.eos_id) >= 0, "The tokenizer file has no <s> or no </s>: use a LLaMA vocabulary.")
         self.vocab_size = n_pieces + len(self._added)
         self.special_ids = (self.pad_id, self.bos_id, self.eos_id, self.unk_id, *ids[1:])
+        self.banned_ids = tuple(i for i in self.special_ids if i != self.eos_id)  # an answer may hold none but its end
         self._specials = frozenset(self.special_ids)
         self._first_byte = self._pieces.piece_to_id("<0x00>")
         self._space_id = self._pieces.piece_to_id(_SPACE)

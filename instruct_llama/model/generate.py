@@ -234,14 +234,13 @@ def generate(
     """Answer prompts in text: a str is one user turn, a list of messages a dialog. The same seed, the same answers."""
     check(not isinstance(prompts, str), "generate takes a list of prompts: write [prompt] for one.")
     generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(seed)
-    banned = tuple(i for i in tokenizer.special_ids if i != tokenizer.eos_id)
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     answers = []
     for start in range(0, len(ids), batch_size):
         made = sample(
             model, ids[start : start + batch_size], max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
-            banned=banned,
+            banned=tokenizer.banned_ids,
         )  # fmt: skip
         answers += [tokenizer.decode(row[kept].tolist()) for row, kept in zip(made.tokens, made.mask, strict=True)]
     return answers

@@ -214,9 +214,7 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_adapter(
-    model: nn.Module, name: str, state: dict[str, torch.Tensor], beside: Collection[str] = ()
-) -> None:
+def load_adapter(model: nn.Module, name: str, state: dict[str, torch.Tensor], beside: Collection[str] = ()) -> None:
     """Copy a saved adapter into the adapter `name`, and the parameters that were trained `beside` it into the model's.
 
     Raises `UserError` that lists every missing, unexpected and wrongly shaped key, and then copies nothing (P18).

@@ -101,7 +101,8 @@ class SharedBase:
 
 def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: int) -> FourModels:
     """Policy and reference start from the SFT model, the value from the reward model (InstructGPT, appendix C.4)."""
-    models = FourModels(*(checkpoint.load(path, device)[0] for path in (sft, sft, reward, reward)))
+    folders = ((sft, "lm"), (sft, "lm"), (reward, "scalar"), (reward, "scalar"))
+    models = FourModels(*(checkpoint.load_plain(path, device, kind)[0] for path, kind in folders))
     if freeze_layers:
         policy = models.models["policy"]
         for module in (policy.tok_embeddings, *policy.layers[:freeze_layers]):
@@ -117,7 +118,7 @@ def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig
             f"ppo.layout shared_base needs a reward adapter trained over {sft}, and {reward} is not one: "
             "train it with `reward --reward.lora.rank 8`."
         )
-    base, _ = checkpoint.load(sft, device)
+    base, _ = checkpoint.load_plain(sft, device)
     lora.quantise(base, config.quant)
     generator = torch.Generator().manual_seed(seed)
     state, _ = checkpoint.read_tensors(reward / "adapter.safetensors")

@@ -77,7 +77,7 @@ def play(
         sample(
             policy, prompts[i : i + config.rollout_batch], max_new_tokens=config.max_new_tokens,
             eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, temperature=config.temperature, top_k=config.top_k,
-            top_p=config.top_p, generator=generator, banned=banned_ids(tokenizer),
+            top_p=config.top_p, generator=generator, banned=tokenizer.banned_ids,
         )
         for i in range(0, len(prompts), config.rollout_batch)
     ]  # fmt: skip
@@ -97,11 +97,6 @@ def play(
         tokens[row, len(prompt) : len(prompt) + n] = answers[row, :n]
     ended = torch.cat([part.ended for part in parts])
     return Episodes(prompts, tokens, starts, answers, mask, ended, join("logprobs", 0.0))
-
-
-def banned_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Special tokens an answer may not hold: all but its end."""
-    return tuple(i for i in tokenizer.special_ids if i != tokenizer.eos_id)
 
 
 def answer_outputs(x: Tensor, starts: Tensor, n: int) -> Tensor:

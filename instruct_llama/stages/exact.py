@@ -22,7 +22,7 @@ class Alphabet:
 
     pad_id: int = enumerable.PAD
     eos_id: int = enumerable.EOS
-    special_ids: tuple[int, ...] = (enumerable.PAD, enumerable.BOS, enumerable.EOS)
+    banned_ids: tuple[int, ...] = (enumerable.PAD, enumerable.BOS)
 
 
 def config_for(language: enumerable.Language, iterations: int = 150) -> PPOConfig:

@@ -194,7 +194,7 @@ def report(player: Player, episodes: Episodes, kl_coef: float, true_prompts: Seq
 def _logprobs(
     model: nn.Module, episodes: Episodes, player: Player, config: PPOConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    banned = rollout.banned_ids(player.tokenizer)
+    banned = player.tokenizer.banned_ids
     full = rollout.distribution(model, episodes, config or player.config, banned)  # (B, N, V)
     return rollout.answer_logprobs(full, episodes), full
 
@@ -244,8 +244,9 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
     """Score, KL, objective and true reward on held-out prompts, from a fixed seed."""
     episodes = answer(player, prompts, torch.Generator(player.device).manual_seed(0))
     judge(player, episodes)
-    score, kl = float(episodes.scores.mean()), float(episodes.kl().mean())
-    figures = {"score": score, "kl": kl, "objective": score - kl_coef * kl}
+    objective = episodes.scores - kl_coef * episodes.kl()  # (B,)
+    figures = {"score": float(episodes.scores.mean()), "kl": float(episodes.kl().mean())}
+    figures |= {"objective": float(objective.mean()), "objective_stderr": _stderr(objective)}
     if true_prompts is not None:
         figures["true_reward"] = float(np.mean(true_rewards(player.tokenizer, episodes, true_prompts)))
     return figures
@@ -336,7 +337,9 @@ def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog)
                 true_prompts = valid[: config.eval_prompts] if world else None
                 figures = evaluate_policy(player, valid_ids[: config.eval_prompts], true_prompts, kl_coef)
                 metrics |= {f"val/{key}": value for key, value in figures.items()}
-                if not best or figures["objective"] > best["objective"]:
+                # The last policy, its learning rate spent, is kept where these prompts cannot tell it from the best.
+                doubt = figures["objective_stderr"] if iteration == config.iterations else 0.0
+                if not best or figures["objective"] > best["objective"] - doubt:
                     best = {"step": iteration, **figures}
                     player.models.save(log.folder, player.tokenizer, {**info, "best": best})
             log.log(iteration, metrics)

@@ -79,10 +79,9 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     device = pick_device(settings.device)
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
+        model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
         tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
-        if settings.init:
-            model, _ = checkpoint.load(settings.init, device)
-        else:
+        if model is None:
             shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
             model = Llama(shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
         starts = {}  # epoch -> window offsets; only the current epoch is kept
@@ -103,7 +102,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             starts_with = [tokenizer.encode(text[:40]) for text in ("Tom has", "What is", "The boy asked:")]
             made = sample(
                 model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-                temperature=0.8, generator=generator,
+                temperature=0.8, generator=generator, banned=tokenizer.banned_ids,
             )  # fmt: skip
             return [
                 {"text": tokenizer.decode([*p, *made.tokens[i][made.mask[i]].tolist()])}

@@ -146,7 +146,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
-        (start, tokenizer), (policy, _) = checkpoint.load(base, device), checkpoint.load(sft, device)
+        (start, tokenizer), (policy, _) = checkpoint.load_plain(base, device), checkpoint.load_plain(sft, device)
         train, valid = gather(settings, policy, tokenizer)
         model = prepare(start, settings)
         size = config.loop.batch_size

@@ -5,6 +5,7 @@ The loss is pretraining's; only the mask differs: it counts the assistant's toke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def prepare(model: Llama, settings: Settings) -> Llama:
     return model
 
 
+def prompts_to_show(settings: Settings, tokenizer: Tokenizer, room: int) -> list[Any]:
+    """Three held-out prompts for the text samples; of a file, the first three that leave room for an answer."""
+    if not settings.data:
+        return list(tinychat.FIXED_PROMPTS)
+    fitting = (p for p in records.prompts(settings)[1] if len(tokenizer.encode_prompt(p)) <= room)
+    return list(itertools.islice(fitting, 3))
+
+
 def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """Fine-tune from `settings.init`, else from the pretraining of the same preset."""
     config = settings.sft
@@ -57,11 +66,12 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     base = Path(settings.init) if settings.init else checkpoint.require("pretrain", settings)
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
-        model, tokenizer = checkpoint.load(base, pick_device(settings.device))
+        model, tokenizer = checkpoint.load_plain(base, pick_device(settings.device))
         model = prepare(model, settings)
         train, valid = (encode(tokenizer, dialogs, config.seq_len) for dialogs in records.demonstrations(settings))
         size, pack_len = config.loop.batch_size, config.seq_len if config.pack else None
         valid = valid[: config.loop.eval_batches * size]
+        shown = prompts_to_show(settings, tokenizer, room=model.config.max_seq_len - 48)
 
         def batch(epoch: int, indices: Sequence[int]) -> Batch:
             return dialog_batch([train[i] for i in indices], tokenizer.pad_id, pack_len)
@@ -71,9 +81,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             return language_model_metrics(model, batches, config.loop.precision)
 
         def sample_answers() -> list[dict[str, Any]]:
-            prompts = tinychat.FIXED_PROMPTS if not settings.data else records.prompts(settings)[1][:3]
-            answers = generate(model, tokenizer, prompts, max_new_tokens=48, seed=settings.seed)
-            return [{"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)]
+            answers = generate(model, tokenizer, shown, max_new_tokens=48, seed=settings.seed)
+            return [{"prompt": p, "response": a} for p, a in zip(shown, answers, strict=True)]
 
         def save(best: dict[str, float]) -> None:
             info = {"stage": "sft", "seed": settings.seed, "best": best}

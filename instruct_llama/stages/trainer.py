@@ -333,7 +333,8 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
             if step % stage.loop.sample_every == 0 or step == total:
                 log.sample(step, stage.sample())
         stage.model.train()
-        if not best or metrics["loss"] < best["loss"]:
+        # So few records cannot tell losses 1 % apart; then the last weights, annealed to the end, are the surer ones.
+        if not best or metrics["loss"] < best["loss"] * (1.01 if step == total else 1.0):
             best = {"step": step, **metrics}
             stage.save(best)
         return {f"val/{key}": value for key, value in metrics.items()}
