@@ -12,10 +12,10 @@ LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=15_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=12_000, comparisons=15_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=64, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
-        loop=c.LoopConfig(steps=2000, batch_size=16, eval_every=400),
+        loop=c.LoopConfig(steps=1800, batch_size=16, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=16, eval_every=200)),
     reward=c.RewardConfig(

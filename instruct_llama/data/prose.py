@@ -13,8 +13,8 @@ from .words import RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
 # How often a conversation is about each skill. The hard ones come oftener.
 CORPUS_WEIGHTS = MappingProxyType(
     {
-        "sum": 15, "opposite": 7, "count": 12, "reading": 10, "compare": 11, "list": 4, "fact": 7, "spell": 4,
-        "refuse": 8, "follow-up": 11, "story": 7, "greet": 4,
+        "sum": 16, "opposite": 8, "count": 13, "reading": 7, "compare": 12, "list": 4, "fact": 8, "spell": 4,
+        "refuse": 8, "follow-up": 9, "story": 7, "greet": 4,
     }
 )  # fmt: skip
 # How a conversation is told. In many ways, so that answering does not hang on one of them and the chat template is soon
@@ -34,7 +34,7 @@ FRAMES = (
 def corpus(seed: int, n_chars: int) -> Iterator[str]:
     """Running English for pretraining, a short paragraph at a time, until `n_chars` characters have been given.
 
-    Four fifths are conversations told as prose, which carry the skills of the "train" prompts, a sixth of them about a
+    Four fifths are conversations told as prose, which carry the skills of the "train" prompts, a third of them about a
     single statement; the rest is stories, descriptions, facts, series and a little small talk. There is no chat
     template: text gives language, not manners.
     """
@@ -42,7 +42,7 @@ def corpus(seed: int, n_chars: int) -> Iterator[str]:
     writers = (_conversation, _lookup, _story, _description, _statements, _series, _small_talk)
     given = 0
     while given < n_chars:
-        paragraph = rng.choices(writers, (65, 14, 4, 5, 6, 3, 3))[0](rng)
+        paragraph = rng.choices(writers, (54, 25, 4, 5, 6, 3, 3))[0](rng)
         given += len(paragraph) + 1
         yield paragraph
 
