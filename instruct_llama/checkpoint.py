@@ -102,7 +102,7 @@ def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: T
 
 def fingerprint(folder: Path) -> str:
     """What tells a full checkpoint's weights from others: the file's size and a hash of its first MiB."""
-    path = Path(folder) / "model.safetensors"
+    path = folder / "model.safetensors"
     with open(path, "rb") as file:
         return f"{path.stat().st_size}-{hashlib.sha256(file.read(2**20)).hexdigest()[:16]}"
 
@@ -172,18 +172,25 @@ def load_plain(
     return load(folder, device)
 
 
-def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device) -> Llama:
-    base, _ = load(folder / info["base"], device)
+def read_adapter(folder: Path, info: dict[str, Any]) -> tuple[LoRAConfig, State]:
+    """An adapter's shape and its tensors. Raises `UserError` when its base has been trained again since."""
+    base = folder / info["base"]
     check(
-        info.get("fingerprint") == fingerprint(folder / info["base"]),
-        f"The weights in {folder / info['base']} are no longer those that the adapter in {folder} was trained over: "
+        info.get("fingerprint") == fingerprint(base),
+        f"The weights in {base} are no longer those that the adapter in {folder} was trained over: "
         "train it again, or remove its folder.",
     )
+    config = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
+    return config, read_tensors(folder / "adapter.safetensors")[0]
+
+
+def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device) -> Llama:
+    base, _ = load(folder / info["base"], device)
+    config, state = read_adapter(folder, info)
     model = scalar_from(base) if info["kind"] == "scalar" else base
     lora.quantise(model, QuantConfig(**info["quant"]))
-    config = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
     lora.add_adapter(model, info["adapter"], config, torch.Generator().manual_seed(0))
-    lora.load_adapter(model, info["adapter"], read_tensors(folder / "adapter.safetensors")[0], info["beside"])
+    lora.load_adapter(model, info["adapter"], state, info["beside"])
     lora.use_adapter(model, info["adapter"])
     return model
 

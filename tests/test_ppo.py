@@ -715,6 +715,10 @@ def test_shared_base_refuses_a_reward_model_that_is_no_adapter(micro):
     with pytest.raises(UserError, match="needs a reward adapter"):
         layouts.shared_base(sft, sft, CPU, micro.ppo, 0)
     assert isinstance(layouts.shared_base(sft, reward, CPU, micro.ppo, 0), layouts.SharedBase)
+    tensors, metadata = checkpoint.read_tensors(sft / "model.safetensors")
+    checkpoint.write_tensors(sft / "model.safetensors", {k: t + 1e-3 for k, t in tensors.items()}, metadata)
+    with pytest.raises(UserError, match="no longer those that the adapter in .*reward-lora was trained over"):
+        layouts.shared_base(sft, reward, CPU, micro.ppo, 0)
 
 
 def test_scores_at_the_bound_are_clipped():

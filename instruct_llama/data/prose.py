@@ -59,7 +59,8 @@ def _lookup(rng: random.Random) -> str:
     """One statement and its question: where there is little to look through, looking up is found out early.
 
     Among two or three statements a small model guesses for long, and some seeds never stop: without these paragraphs,
-    seed 3 of the laptop preset still guessed at colours after 1,800 steps; with them it had learnt them by 1,500.
+    seed 3 of the laptop preset still guessed at colours after 1,800 steps; with two thirds as many as now, it had
+    learnt them by 1,500.
     """
     said, asked, subjects, values = rng.choice(READINGS)
     x = rng.choice(subjects)

@@ -121,9 +121,8 @@ def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig
     base, _ = checkpoint.load_plain(sft, device)
     lora.quantise(base, config.quant)
     generator = torch.Generator().manual_seed(seed)
-    state, _ = checkpoint.read_tensors(reward / "adapter.safetensors")
+    reward_lora, state = checkpoint.read_adapter(reward, info)
     head_weight = state.pop("scalar_head.weight")
-    reward_lora = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
     heads = {}
     for name in ("reward", "value"):
         lora.add_adapter(base, name, reward_lora, generator)

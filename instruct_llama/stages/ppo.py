@@ -194,8 +194,7 @@ def report(player: Player, episodes: Episodes, kl_coef: float, true_prompts: Seq
 def _logprobs(
     model: nn.Module, episodes: Episodes, player: Player, config: PPOConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    banned = player.tokenizer.banned_ids
-    full = rollout.distribution(model, episodes, config or player.config, banned)  # (B, N, V)
+    full = rollout.distribution(model, episodes, config or player.config, player.tokenizer.banned_ids)  # (B, N, V)
     return rollout.answer_logprobs(full, episodes), full
 
 
@@ -244,9 +243,10 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
     """Score, KL, objective and true reward on held-out prompts, from a fixed seed."""
     episodes = answer(player, prompts, torch.Generator(player.device).manual_seed(0))
     judge(player, episodes)
-    objective = episodes.scores - kl_coef * episodes.kl()  # (B,)
-    figures = {"score": float(episodes.scores.mean()), "kl": float(episodes.kl().mean())}
-    figures |= {"objective": float(objective.mean()), "objective_stderr": _stderr(objective)}
+    kl = episodes.kl()  # (B,)
+    each = {"score": episodes.scores, "kl": kl, "objective": episodes.scores - kl_coef * kl}  # (B,) each
+    figures = {key: float(value.mean()) for key, value in each.items()}
+    figures["objective_stderr"] = _stderr(each["objective"])
     if true_prompts is not None:
         figures["true_reward"] = float(np.mean(true_rewards(player.tokenizer, episodes, true_prompts)))
     return figures
@@ -263,7 +263,7 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     else:
         models = layouts.four_models(start, reward, device, config.freeze_layers)
     norm = checkpoint.read_info(reward)["reward"]
-    tokenizer = checkpoint.load(start)[1]
+    tokenizer = Tokenizer.load(start)
     ptx = sft.encode(tokenizer, records.demonstrations(settings)[0], settings.sft.seq_len) if config.ptx_coef else []
     player = Player(models, tokenizer, config, norm["mean"], norm["scale"], device, ptx)
     info = {"stage": "ppo", "seed": settings.seed, "sft": str(start), "quant": vars(config.quant)}
