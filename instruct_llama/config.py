@@ -156,7 +156,7 @@ class PretrainConfig:
     """Next-token prediction on running text."""
 
     name: str = "pretrain"  # folder of the run, under out
-    seq_len: int = 128  # T, tokens of one window
+    seq_len: int = 128  # T, the most tokens of one window
     optim: OptimConfig = OptimConfig(lr=3e-3)
     loop: LoopConfig = LoopConfig(steps=600, batch_size=32, eval_every=100)
 

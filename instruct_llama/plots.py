@@ -82,7 +82,7 @@ class LivePlot:
     """A picture that grows while a stage trains: hand it to the stage's `run` as `watch`, close it afterwards.
 
     Keys that end alike share a panel ("train/loss", "val/loss"). The one picture is redrawn in place at most every
-    `every` seconds, and for about 5% of the time at most; `close()`, or leaving a `with`, draws the last records.
+    `every` seconds, and for about 3% of the time at most; `close()`, or leaving a `with`, draws the last records.
     Without a notebook kernel it only collects the records, in `.history`.
     """
 
@@ -131,7 +131,7 @@ class LivePlot:
             self._handle = self._show(self.figure(), display_id=True)
         else:
             self._handle.update(self.figure())
-        self._due = time.monotonic() + max(self.every, 20 * (time.monotonic() - start))
+        self._due = time.monotonic() + max(self.every, 30 * (time.monotonic() - start))
 
 
 @style()

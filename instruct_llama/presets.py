@@ -12,14 +12,14 @@ LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=12_000, comparisons=15_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=15_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
-        seq_len=64, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
-        loop=c.LoopConfig(steps=1800, batch_size=16, eval_every=300),
+        seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
+        loop=c.LoopConfig(steps=1800, batch_size=11, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.15, answers=4, optim=c.OptimConfig(lr=6e-4),
+        sample_share=0.1, answers=4, optim=c.OptimConfig(lr=6e-4),
         loop=c.LoopConfig(batch_size=16, eval_batches=16, eval_every=200),
     ),
     qlora=c.SFTConfig(
@@ -27,8 +27,8 @@ LAPTOP = Settings(
         optim=c.OptimConfig(lr=3e-3), loop=c.LoopConfig(batch_size=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=22, rollouts=256, rollout_batch=256, epochs=1, minibatch=32, kl_coef=0.2, value_clip=0.5,
-        value_lr=2e-3, eval_every=11, eval_prompts=512,
+        iterations=18, rollouts=256, rollout_batch=256, epochs=1, minibatch=32, kl_coef=0.2, value_clip=0.5,
+        value_lr=2e-3, eval_every=9, eval_prompts=512,
         optim=c.OptimConfig(lr=7e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0),
     ),
 )  # fmt: skip

@@ -28,6 +28,7 @@ from instruct_llama.data.batches import (
     ranked_batch,
     window_batch,
     window_order,
+    windows,
     write_tokens,
 )
 from instruct_llama.data.tokenizer import Tokenizer
@@ -122,31 +123,73 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- orders
 
 
+PARAGRAPH_END = 0
+
+
+def paragraphs(n_tokens: int, longest: int) -> np.ndarray:
+    """A text whose ids count from 1, with an end mark after every few of them."""
+    rng, text = np.random.default_rng(n_tokens), np.arange(1, n_tokens + 1, dtype=np.uint16)
+    place = -1
+    while (place := place + int(rng.integers(1, longest + 1))) < n_tokens:
+        text[place] = PARAGRAPH_END
+    return text
+
+
 @pytest.mark.parametrize(("n_tokens", "seq_len"), [(2, 1), (2, 8), (9, 8), (10, 8), (1000, 7), (1025, 128), (513, 512)])
+@pytest.mark.parametrize("ends", [(), (PARAGRAPH_END,)])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_p01_an_epoch_has_every_token_once_as_target(n_tokens: int, seq_len: int, world: int) -> None:
-    text = np.arange(n_tokens, dtype=np.uint16)
-    shares = [window_order(n_tokens, seq_len, seed=3, epoch=1, rank=rank, world=world) for rank in range(world)]
+def test_p01_an_epoch_has_every_token_once_as_target(n_tokens: int, seq_len: int, ends: tuple, world: int) -> None:
+    """But the beginnings of cut paragraphs, where paragraphs are told apart: those it has twice."""
+    marked = paragraphs(n_tokens, longest=12)
+    spans, places = windows(marked, seq_len, ends), np.arange(n_tokens, dtype=np.uint16)
+    assert (spans[:, 1] - spans[:, 0]).max() <= seq_len
+    shares = [window_order(len(spans), seed=3, epoch=1, rank=rank, world=world) for rank in range(world)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     targets = []
-    for starts in shares:
-        batch = window_batch(text, starts, seq_len)
+    for share in (share for share in shares if len(share)):
+        batch = window_batch(places, spans[share])
         assert torch.equal(batch.targets[batch.loss_mask], batch.tokens[batch.loss_mask] + 1)
         targets += batch.targets[batch.loss_mask].tolist()
-    assert sorted(targets) == list(range(1, n_tokens))
+    overlaps = zip(spans[1:, 0].tolist(), spans[:-1, 1].tolist(), strict=True)
+    again = [place for start, stop in overlaps for place in range(start + 1, stop + 1)]
+    assert sorted(targets) == sorted([*range(1, n_tokens), *again])
+    assert len(set(again)) == len(again)
+    assert ends or not again
+
+
+def test_p01_windows_without_paragraphs_lie_end_to_end() -> None:
+    assert windows(np.arange(23), 5).tolist() == [[0, 5], [5, 10], [10, 15], [15, 20], [20, 22]]
+
+
+def test_windows_start_with_the_paragraph_that_the_last_cut_went_through() -> None:
+    """Paragraphs of 3, 2, 4, 9 and 2 tokens in windows of 6; the nine do not fit and are read in two parts."""
+    text = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
+    assert windows(text, 6, ends=(0,)).tolist() == [[0, 6], [5, 11], [9, 15], [15, 19]]
+    assert windows(text, 6, ends=(7, 0)).tolist() == windows(text, 6, ends=(0,)).tolist()
+    batch = window_batch(text, windows(text, 6, ends=(0,))[2:])
+    assert batch.tokens.shape == (2, 6) and batch.loss_mask.sum(dim=1).tolist() == [6, 4]
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(1, 12))
+def test_every_paragraph_that_fits_is_whole_in_a_window(ids: list[int], seq_len: int) -> None:
+    spans = windows(np.array(ids), seq_len, ends=(0,)).tolist()
+    begins = [0, *(i + 1 for i, token in enumerate(ids[:-1]) if token == 0)]
+    for begin, after in zip(begins, [*begins[1:], len(ids)], strict=True):
+        if after - 1 - begin < seq_len and begin > 0:  # room for its end as well
+            assert any(start <= begin and after - 1 <= stop for start, stop in spans), (begin, spans)
 
 
 def test_p01_windows_change_order_between_epochs_but_not_between_calls() -> None:
-    first = window_order(10_000, 10, seed=1, epoch=0)
-    assert np.array_equal(first, window_order(10_000, 10, seed=1, epoch=0))
-    assert not np.array_equal(first, window_order(10_000, 10, seed=1, epoch=1))
-    assert not np.array_equal(first, window_order(10_000, 10, seed=2, epoch=0))
+    first = window_order(1_000, seed=1, epoch=0)
+    assert np.array_equal(first, window_order(1_000, seed=1, epoch=0))
+    assert not np.array_equal(first, window_order(1_000, seed=1, epoch=1))
+    assert not np.array_equal(first, window_order(1_000, seed=2, epoch=0))
     assert not np.array_equal(first, np.sort(first))
 
 
 def test_p01_one_token_predicts_nothing() -> None:
     with pytest.raises(UserError, match="give more text"):
-        window_order(1, 8, seed=0, epoch=0)
+        windows(np.zeros(1), 8)
 
 
 def test_epoch_order_is_a_pure_permutation() -> None:
@@ -255,7 +298,7 @@ def test_p07_loss_is_independent_of_padding_batching_and_packing() -> None:
 
 
 def test_p07_the_short_last_window_counts_its_real_targets_only() -> None:
-    batch = window_batch(np.arange(10, 16, dtype=np.uint16), [0, 4], seq_len=4)
+    batch = window_batch(np.arange(10, 16, dtype=np.uint16), np.array([[0, 4], [4, 5]]))
     assert batch.tokens.tolist() == [[10, 11, 12, 13], [14, 15, 0, 0]]
     assert batch.targets.tolist() == [[11, 12, 13, 14], [15, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[True] * 4, [True, False, False, False]]

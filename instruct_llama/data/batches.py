@@ -115,15 +115,26 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def window_order(n_tokens: int, seq_len: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """Start offsets of this rank's windows, in the order of this epoch.
+def windows(text: np.ndarray, seq_len: int, ends: Sequence[int] = ()) -> np.ndarray:
+    """Cut running text into windows of `seq_len` tokens: (N, 2) positions, where each starts and stops.
 
-    Windows lie end to end, so that every token but the first is a target exactly once per epoch; the last window may
-    be short. The ranks share the windows without overlap; their counts differ by one at most.
+    A window predicts the tokens after its start, its stop included. Without `ends` the next one starts where it stops:
+    every token but the first is a target exactly once. `ends` are the ids that end a paragraph: then the next window
+    starts with the paragraph that the cut went through, and predicts its beginning once more. For a paragraph whose
+    beginning is out of sight asks the impossible: an answer without its question.
     """
-    check(n_tokens >= 2, f"A text of {n_tokens} token has nothing to predict: give more text.")
-    n_windows = -(-(n_tokens - 1) // seq_len)
-    return epoch_order(n_windows, seed, epoch)[rank::world] * seq_len
+    check(len(text) >= 2, f"A text of {len(text)} token has nothing to predict: give more text.")
+    begins = np.concatenate(([0], np.flatnonzero(np.isin(text, ends)) + 1))  # where paragraphs begin
+    starts, last = [0], len(text) - 1
+    while (stop := starts[-1] + seq_len) < last:
+        paragraph = int(begins[np.searchsorted(begins, stop, side="right") - 1])
+        starts.append(paragraph if paragraph > starts[-1] else stop)
+    return np.stack((starts, np.minimum(np.add(starts, seq_len), last)), axis=1)
+
+
+def window_order(n_windows: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """This rank's windows in the order of this epoch: ranks share them without overlap, evenly to within one."""
+    return epoch_order(n_windows, seed, epoch)[rank::world]
 
 
 # ---------------------------------------------------------------- batches
@@ -157,14 +168,14 @@ class Batch:
         )
 
 
-def window_batch(memmap: np.ndarray, starts: Sequence[int], seq_len: int) -> Batch:
-    """Windows of running text: tokens (B, T) from each start, T = seq_len; the short last window is padded."""
-    rows = np.zeros((len(starts), seq_len + 1), dtype=np.int64)  # (B, T+1)
-    real = np.zeros((len(starts), seq_len), dtype=bool)  # (B, T)
-    for row, start in enumerate(starts):
-        window = memmap[start : start + seq_len + 1]
-        rows[row, : len(window)] = window
-        real[row, : len(window) - 1] = True
+def window_batch(text: np.ndarray, spans: np.ndarray) -> Batch:
+    """Windows of running text, (B, 2) as `windows` cuts them: tokens (B, T), T the longest, the others padded."""
+    width = int((spans[:, 1] - spans[:, 0]).max())
+    rows = np.zeros((len(spans), width + 1), dtype=np.int64)  # (B, T+1)
+    real = np.zeros((len(spans), width), dtype=bool)  # (B, T)
+    for row, (start, stop) in enumerate(spans):
+        rows[row, : stop - start + 1] = text[start : stop + 1]
+        real[row, : stop - start] = True
     tokens = torch.from_numpy(rows)
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(real))
 

@@ -17,7 +17,7 @@ import torch
 from .. import checkpoint
 from ..config import Settings, to_json
 from ..data import sources
-from ..data.batches import Batch, open_tokens, window_batch, window_order, write_tokens
+from ..data.batches import Batch, open_tokens, window_batch, window_order, windows, write_tokens
 from ..data.tokenizer import Tokenizer
 from ..model.generate import sample
 from ..model.llama import Llama
@@ -84,17 +84,19 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         if model is None:
             shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
             model = Llama(shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
-        starts = {}  # epoch -> window offsets; only the current epoch is kept
+        ends, size = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), config.loop.batch_size
+        spans, valid_spans = windows(train, config.seq_len, ends), windows(valid, config.seq_len, ends)  # (N, 2) each
+        orders = {}  # epoch -> the windows' order; only the current epoch is kept
 
         def batch(epoch: int, indices: Sequence[int]) -> Batch:
-            if epoch not in starts:
-                starts.clear()
-                starts[epoch] = window_order(len(train), config.seq_len, settings.seed, epoch)
-            return window_batch(train, starts[epoch][list(indices)], config.seq_len)
+            if epoch not in orders:
+                orders.clear()
+                orders[epoch] = window_order(len(spans), settings.seed, epoch)
+            return window_batch(train, spans[orders[epoch][list(indices)]])
 
         def validate() -> dict[str, float]:
-            order = np.sort(window_order(len(valid), config.seq_len, 0, 0)[: config.loop.eval_batches * size])
-            batches = (window_batch(valid, order[i : i + size], config.seq_len) for i in range(0, len(order), size))
+            some = np.sort(window_order(len(valid_spans), 0, 0)[: config.loop.eval_batches * size])
+            batches = (window_batch(valid, valid_spans[some[i : i + size]]) for i in range(0, len(some), size))
             return language_model_metrics(model, batches, config.loop.precision)
 
         def sample_texts() -> list[dict[str, Any]]:
@@ -112,10 +114,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         def save(best: dict[str, float]) -> None:
             checkpoint.save_full(folder, model, tokenizer, {"stage": "pretrain", "seed": settings.seed, "best": best})
 
-        size = config.loop.batch_size
-        n_windows = len(window_order(len(train), config.seq_len, 0, 0))
         stage = Supervised(
-            "pretrain", model, config.optim, config.loop, n_windows, None, batch, language_model_loss, validate,
+            "pretrain", model, config.optim, config.loop, len(spans), None, batch, language_model_loss, validate,
             sample_texts, save,
         )  # fmt: skip
         return fit(stage, log, settings)
