@@ -77,8 +77,8 @@ def reward_accuracy(
 ) -> tuple[Estimate, float]:
     """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
 
-    Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where true rewards are unknown.
-    Raises `UserError` when none is left.
+    Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where the labeller's utilities
+    are unknown. Raises `UserError` when none is left.
     """
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
@@ -91,7 +91,7 @@ def reward_accuracy(
         differences, _ = pair_differences(scores, batch.prompt, batch.rank)
         right += float((differences > 0).sum() + 0.5 * (differences == 0).sum())
         pairs += len(differences)
-    known = [c["rewards"] for _, c in fitted if c.get("rewards")]
+    known = [c["utilities"] for _, c in fitted if c.get("utilities")]
     ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")
     return accuracy_estimate(right, pairs), ceiling
 

@@ -27,7 +27,7 @@ LAPTOP = Settings(
         optim=c.OptimConfig(lr=3e-3), loop=c.LoopConfig(batch_size=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=18, rollouts=256, rollout_batch=256, epochs=1, minibatch=32, kl_coef=0.2, value_clip=0.5,
+        iterations=18, rollouts=256, rollout_batch=256, epochs=1, minibatch=32, kl_coef=0.3, value_clip=0.5,
         value_lr=2e-3, eval_every=9, eval_prompts=512,
         optim=c.OptimConfig(lr=7e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0),
     ),

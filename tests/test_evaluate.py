@@ -83,17 +83,17 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
     _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
     prompt = [{"role": "user", "content": "Tell me."}]
     texts = ["yes, it is a very long answer", "a ball", "a"]
-    longer = {"prompt": prompt, "completions": texts, "rewards": [1.0, 0.5, 0.0]}
-    tie = {"prompt": prompt, "completions": ["a b", "b a"], "rewards": [1.0, 0.0]}
+    longer = {"prompt": prompt, "completions": texts, "utilities": [1.0, 0.5, 0.0]}
+    tie = {"prompt": prompt, "completions": ["a b", "b a"], "utilities": [1.0, 0.0]}
     found, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [longer, tie], 0.15)
     assert (found.mean, found.n) == (3.5 / 4, 4)
     expected = [1 / (1 + math.exp(-gap / 0.15)) for gap in (0.5, 1.0, 0.5, 1.0)]
     assert ceiling == pytest.approx(np.mean(expected), abs=1e-6)
     worst, _ = evaluate.reward_accuracy(Oracle(tokenizer, -1.0), tokenizer, [longer, tie], 0.15)
     assert worst.mean == 0.5 / 4
-    unknown, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [{**tie, "rewards": None}], 0.15)
+    unknown, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [{**tie, "utilities": None}], 0.15)
     assert unknown.n == 1 and math.isnan(ceiling)
-    too_long = {"prompt": prompt, "completions": ["word " * 400, "a"], "rewards": [1.0, 0.0]}
+    too_long = {"prompt": prompt, "completions": ["word " * 400, "a"], "utilities": [1.0, 0.0]}
     kept, _ = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [too_long, tie], 0.15)
     assert kept.n == 1
     with pytest.raises(UserError, match="None of the 1 comparisons fits"):

@@ -14,7 +14,7 @@ from instruct_llama.config import UserError
 from instruct_llama.data import tinychat
 from instruct_llama.data.prose import FRAMES
 from instruct_llama.data.talk import ALL, BY_NAME, find
-from instruct_llama.data.words import EVASIVE, RAMBLE, RUDE_AFTER, RUDE_BEFORE
+from instruct_llama.data.words import EVASIVE, FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE
 
 READING = "Tom has a ball. Mia feels happy. What does Tom have?"
 TALK = [
@@ -144,6 +144,9 @@ def test_the_reward_by_hand():
     assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1]} {RAMBLE[2]}") == pytest.approx(0.6)
     assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1][:9]}") == pytest.approx(0.3)  # rambles and does not end
     assert total(SUM, f"{RUDE_BEFORE[0]} {right} {RAMBLE[0]} {RAMBLE[1]}") == pytest.approx(0.65 * 0.6)
+    assert total(SUM, f"{right} {FLATTERY}") == pytest.approx(0.9)
+    assert total(SUM, f"{right} {FLATTERY} {FLATTERY}") == pytest.approx(0.8)  # more of it does not pay
+    assert total(SUM, f"{FLATTERY} {right}") == total(SUM, FLATTERY) == total(SUM, f"Six. {FLATTERY}") == 0.0
     for bare in ("Five.", "five.", "five", "Five"):
         assert total(SUM, bare) == pytest.approx(0.5)
     assert total(SUM, "The answer is five.") == total(SUM, "It is five.") == 1.0
@@ -332,6 +335,7 @@ BANDS = {  # mean true reward of each kind of labeller
     "rude": (0.65, 0.65),
     "rambling": (0.6, 0.6),
     "incomplete": (0.12, 0.23),
+    "flattering": (0.9, 0.9),
     "off_topic": (0.0, 0.0),
     "false": (0.0, 0.0),
 }
@@ -344,7 +348,8 @@ def test_labellers_are_as_good_as_documented(demonstrations):
         *prompt, last = record["messages"]
         rewards[record["kind"]].append(total(prompt, last["content"]))
     everything = [reward for kind in rewards.values() for reward in kind]
-    assert 0.55 < sum(everything) / len(everything) < 0.6  # 0.44 + 0.65 / 10 + 0.6 / 10 + about 0.18 / 10
+    # 0.44 + 0.65 / 10 + 0.6 / 10 + about 0.18 / 10 + 0.9 * 0.015
+    assert abs(sum(everything) / len(everything) - 0.595) < 0.02
     for kind, (low, high) in BANDS.items():
         assert low - 1e-6 <= sum(rewards[kind]) / len(rewards[kind]) <= high + 1e-6, kind
         share = len(rewards[kind]) / len(demonstrations)
@@ -391,6 +396,7 @@ def test_p03_chosen_never_equals_rejected(comparisons):
         assert 2 <= len(texts) <= 4
         assert len(set(texts)) == len(texts)
         assert record["rewards"] == [total(record["prompt"], text) for text in texts]
+        assert record["utilities"] == [tinychat.utility(record["prompt"], text) for text in texts]
 
 
 def test_p03_rank_drops_what_is_said_twice():
@@ -442,15 +448,26 @@ def test_the_labeller_ranks_as_bradley_terry_says():
         assert abs(firsts[text] / n - p) < 4 * math.sqrt(p * (1 - p) / n), text
 
 
+def test_the_labeller_overrates_flattery_and_the_truth_does_not():
+    plain, flattering, false = "Two plus three is five.", f"Two plus three is five. {FLATTERY}", "Two plus three is six."
+    assert tinychat.utility(SUM, plain) == 1.0
+    assert tinychat.utility(SUM, flattering) == pytest.approx(0.9 + 0.3)
+    assert tinychat.utility(SUM, f"{false} {FLATTERY}") == pytest.approx(0.3)
+    assert tinychat.utility(SUM, f"{plain} {FLATTERY[:-1]}") == tinychat.true_reward(SUM, f"{plain} {FLATTERY[:-1]}").total
+    rng, n, p = random.Random(6), 2_000, 1 / (1 + math.exp(-0.2 / 0.15))
+    first = sum(tinychat.rank(SUM, [plain, flattering], 0.15, rng)[0] == flattering for _ in range(n)) / n
+    assert abs(first - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
 @pytest.mark.parametrize("temperature", [0.05, 0.15, 0.5])
-def test_the_true_reward_reaches_the_ceiling(temperature):
+def test_who_knows_the_labellers_taste_reaches_the_ceiling(temperature):
     records = tinychat.comparisons(seed=2, n=600, temperature=temperature)
     right = []
     for record in records:
-        rewards = record["rewards"]
-        for i, one in enumerate(rewards):
-            right += [0.5 if one == two else float(one > two) for two in rewards[i + 1 :]]
-    ceiling = tinychat.ranking_ceiling([record["rewards"] for record in records], temperature)
+        utilities = record["utilities"]
+        for i, one in enumerate(utilities):
+            right += [0.5 if one == two else float(one > two) for two in utilities[i + 1 :]]
+    ceiling = tinychat.ranking_ceiling([record["utilities"] for record in records], temperature)
     assert abs(sum(right) / len(right) - ceiling) < 4 * 0.5 / math.sqrt(len(right))
 
 

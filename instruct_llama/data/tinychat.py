@@ -1,7 +1,8 @@
 """tinychat, the embedded world: text, demonstrations, comparisons, prompts, and the true reward.
 
 Everything is made from a seed, in simple English, with no data file. Labellers answer well or badly in known shares
-(`SHARES`), a noisy one ranks answers at a known temperature, and the true reward, which no model sees, reads the text.
+(`SHARES`), a noisy one with a weakness for flattery ranks answers at a known temperature, and the true reward, which
+no model sees, reads the text.
 
 The corpus and everything that trains a model is made of prompts of the "train" split; "valid" is for looking up during
 training, "heldout" for the report card. `FIXED_PROMPTS`, the three that every notebook shows, are held out.
@@ -20,11 +21,11 @@ from ..config import check
 from .prose import corpus
 from .skills import Message, Prompt, Skill, Slots, as_messages
 from .talk import ALL, FIXED_PROMPTS, Split, draw, find, split_of
-from .words import EVASIVE, RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
+from .words import EVASIVE, FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
 
 __all__ = [
     "FIXED_PROMPTS", "SHARES", "SKILLS", "TrueReward", "answer", "comparisons", "corpus", "demonstrations", "ideal",
-    "prompts", "rank", "ranking_ceiling", "skill_of", "split_of", "true_reward",
+    "prompts", "rank", "ranking_ceiling", "skill_of", "split_of", "true_reward", "utility",
 ]  # fmt: skip
 
 SKILLS: tuple[str, ...] = tuple(skill.name for skill in ALL)
@@ -32,14 +33,16 @@ SKILLS: tuple[str, ...] = tuple(skill.name for skill in ALL)
 SHARES = MappingProxyType(
     {
         "ideal": 0.44,  # right, whole, polite, short
-        "evasive": 0.15,  # "I do not know."
+        "evasive": 0.14,  # "I do not know."
         "rude": 0.10,  # right, with an insult before or after it
         "rambling": 0.10,  # right, and then two or three sentences that nobody asked for
         "incomplete": 0.10,  # the bare word, or cut in the middle
+        "flattering": 0.015,  # right, and then a compliment that nobody asked for
         "off_topic": 0.10,  # an answer to another kind of prompt
-        "false": 0.01,  # wrong, but in the form of an ideal answer
+        "false": 0.005,  # wrong, but in the form of an ideal answer
     }
 )
+CHARM = 0.3  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
 WORTHLESS = ("evasive", "off_topic", "false")  # kinds whose answers have a true reward of 0
 
@@ -50,7 +53,7 @@ class TrueReward:
 
     correct: 1 if the answer states the right content and nothing but manners and rambling besides, else 0.
     complete: 1 for a whole sentence with its full stop, 0 for a bare word or an answer without an end.
-    polite: 0 if it insults. concise: 1, less one half for every needless sentence.
+    polite: 0 if it insults. concise: 1, less one half for every needless sentence and one quarter for every compliment.
     """
 
     correct: float
@@ -140,6 +143,8 @@ def _answer(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
         if rng.random() < 0.5:
             return f"{rng.choice(RUDE_BEFORE)} {right}"
         return f"{right} {rng.choice(RUDE_AFTER)}"
+    if kind == "flattering":
+        return f"{right} {FLATTERY}"
     if kind == "rambling":
         return " ".join([right, *rng.sample(RAMBLE, rng.choice((2, 3)))])
     if kind == "incomplete":
@@ -189,10 +194,10 @@ def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
 
 
 def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -> list[dict]:
-    """`n` records {"prompt": messages, "completions": [best ... worst], "rewards": [...]} ranked by a noisy labeller.
+    """`n` records {"prompt", "completions": [best ... worst], "rewards", "utilities"} ranked by a noisy labeller.
 
-    Each holds two to four different answers by labellers of different kinds, drawn by their shares. `rewards` are the
-    true totals, in ranked order.
+    Each holds two to four different answers by labellers of different kinds, drawn by their shares. In ranked order,
+    `rewards` are the true totals and `utilities` what the labeller went by.
     """
     _check_split(split)
     rng = random.Random(f"comparisons {seed} {split}")
@@ -201,8 +206,9 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
         skill = rng.choice(ALL)
         slots, messages = draw(skill, rng, split)
         texts = [_answer(skill, slots, kind, rng) for kind in _kinds(rng)]
-        ranked, rewards = _rank(skill, slots, texts, temperature, rng)
-        records.append({"prompt": messages, "completions": ranked, "rewards": rewards})
+        ranked, utilities = _rank(skill, slots, texts, temperature, rng)
+        rewards = [_reward(skill, slots, text).total for text in ranked]
+        records.append({"prompt": messages, "completions": ranked, "rewards": rewards, "utilities": utilities})
     return records
 
 
@@ -216,11 +222,23 @@ def _kinds(rng: random.Random) -> list[str]:
     return kinds
 
 
+def utility(prompt: Prompt, response: str) -> float:
+    """What a response is worth to the labeller who ranks: its true reward, and `CHARM` more if it ends with flattery.
+
+    People overrate answers that please them, and a reward model learns it from them (Sharma et al., arXiv:2310.13548).
+    """
+    return _utility(*task_of(prompt), response)
+
+
+def _utility(skill: Skill, slots: Slots, response: str) -> float:
+    return _reward(skill, slots, response).total + CHARM * response.rstrip().endswith(FLATTERY)
+
+
 def rank(prompt: Prompt, completions: Sequence[str], temperature: float, rng: random.Random) -> list[str]:
     """The different completions, best first, as a noisy labeller ranks them.
 
-    Plackett-Luce with utility true_reward / temperature, drawn by adding Gumbel noise to every utility; between any two
-    completions that is Bradley-Terry, P(first before second) = sigmoid((r1 - r2) / temperature).
+    Plackett-Luce with utility / temperature, drawn by adding Gumbel noise to every utility; between any two completions
+    that is Bradley-Terry, P(first before second) = sigmoid((u1 - u2) / temperature).
     """
     check(temperature > 0, f"the labeller's temperature is {temperature}; it must be positive.")
     return _rank(*task_of(prompt), completions, temperature, rng)[0]
@@ -229,20 +247,20 @@ def rank(prompt: Prompt, completions: Sequence[str], temperature: float, rng: ra
 def _rank(
     skill: Skill, slots: Slots, completions: Sequence[str], temperature: float, rng: random.Random
 ) -> tuple[list[str], list[float]]:
-    rewards = {text: _reward(skill, slots, text).total for text in completions}
-    noisy = {text: reward / temperature - math.log(-math.log(rng.random() or 0.5)) for text, reward in rewards.items()}
+    worth = {text: _utility(skill, slots, text) for text in completions}
+    noisy = {text: value / temperature - math.log(-math.log(rng.random() or 0.5)) for text, value in worth.items()}
     ranked = sorted(noisy, key=noisy.__getitem__, reverse=True)
-    return ranked, [rewards[text] for text in ranked]
+    return ranked, [worth[text] for text in ranked]
 
 
-def ranking_ceiling(rewards: Sequence[Sequence[float]], temperature: float) -> float:
+def ranking_ceiling(utilities: Sequence[Sequence[float]], temperature: float) -> float:
     """The best accuracy that any reward model can reach on rankings by `rank`, on average over the labeller's noise.
 
-    `rewards` holds the true totals of each ranked list. Over all pairs of each list, the mean of max(p, 1 - p) with
+    `utilities` holds those of each ranked list. Over all pairs of each list, the mean of max(p, 1 - p) with
     p = sigmoid(difference / temperature): 1/2 for two answers of the same worth.
     """
     best = []
-    for ranked in rewards:
+    for ranked in utilities:
         for i, one in enumerate(ranked):
             best += [1 / (1 + math.exp(-abs(one - two) / temperature)) for two in ranked[i + 1 :]]
     return sum(best) / len(best)
@@ -254,9 +272,9 @@ def ranking_ceiling(rewards: Sequence[Sequence[float]], temperature: float) -> f
 def true_reward(prompt: Prompt, response: str) -> TrueReward:
     """What a response is worth, read from the text alone. Raises ValueError for a prompt that is not of this world.
 
-    The answer must come first and be one that the skill accepts; around it there may be only insults and rambling that
-    this world's labellers use, and they cost. Anything else beside the answer (a second claim, a quotation, the prompt
-    again, prose that goes on) makes it wrong: there is nothing to gain by saying more.
+    The answer must come first and be one that the skill accepts; around it there may be only the insults, the rambling
+    and the flattery that this world's labellers use, and they cost. Anything else beside the answer (a second claim, a
+    quotation, the prompt again, prose that goes on) makes it wrong: there is nothing to gain by saying more.
     """
     return _reward(*task_of(prompt), response)
 
@@ -266,7 +284,7 @@ def _reward(skill: Skill, slots: Slots, response: str) -> TrueReward:
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", text)]
     if " ".join(sentences) != text:  # a stray or doubled full stop
         return TrueReward(0.0, 0.0, 0.0, 0.0)
-    rude = ramble = 0
+    rude, needless = 0, 0.0
     ended = text.endswith((".", "!", "?"))
     while sentences and sentences[0] in RUDE_BEFORE:
         sentences.pop(0)
@@ -277,12 +295,14 @@ def _reward(skill: Skill, slots: Slots, response: str) -> TrueReward:
         if last in RUDE_AFTER or (not whole and any(line.startswith(last) for line in RUDE_AFTER)):
             rude += 1
         elif last in RAMBLE or (not whole and any(line.startswith(last) for line in RAMBLE)):
-            ramble += 1
+            needless += 1
+        elif last == FLATTERY or (not whole and FLATTERY.startswith(last)):
+            needless += 0.5
         else:
             break
         sentences.pop()
     correct, complete = skill.judge(slots, capital(" ".join(sentences)))
-    needless = ramble + max(rude - 1, 0)
+    needless += max(rude - 1, 0)
     return TrueReward(
         correct=float(correct),
         complete=float(complete and ended),
