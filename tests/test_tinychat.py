@@ -449,11 +449,12 @@ def test_the_labeller_ranks_as_bradley_terry_says():
 
 
 def test_the_labeller_overrates_flattery_and_the_truth_does_not():
-    plain, flattering, false = "Two plus three is five.", f"Two plus three is five. {FLATTERY}", "Two plus three is six."
+    plain, false = "Two plus three is five.", "Two plus three is six."
+    flattering, unfinished = f"{plain} {FLATTERY}", f"{plain} {FLATTERY[:-1]}"
     assert tinychat.utility(SUM, plain) == 1.0
     assert tinychat.utility(SUM, flattering) == pytest.approx(0.9 + 0.3)
     assert tinychat.utility(SUM, f"{false} {FLATTERY}") == pytest.approx(0.3)
-    assert tinychat.utility(SUM, f"{plain} {FLATTERY[:-1]}") == tinychat.true_reward(SUM, f"{plain} {FLATTERY[:-1]}").total
+    assert tinychat.utility(SUM, unfinished) == total(SUM, unfinished) == pytest.approx(0.45)
     rng, n, p = random.Random(6), 2_000, 1 / (1 + math.exp(-0.2 / 0.15))
     first = sum(tinychat.rank(SUM, [plain, flattering], 0.15, rng)[0] == flattering for _ in range(n)) / n
     assert abs(first - p) < 4 * math.sqrt(p * (1 - p) / n)
