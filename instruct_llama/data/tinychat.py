@@ -10,6 +10,7 @@ training, "heldout" for the report card. `FIXED_PROMPTS`, the three that every n
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -206,8 +207,9 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
         skill = rng.choice(ALL)
         slots, messages = draw(skill, rng, split)
         texts = [_answer(skill, slots, kind, rng) for kind in _kinds(rng)]
-        ranked, utilities = _rank(skill, slots, texts, temperature, rng)
-        rewards = [_reward(skill, slots, text).total for text in ranked]
+        worth = {text: _utility(skill, slots, text) for text in texts}
+        ranked = _rank(worth, temperature, rng)
+        rewards, utilities = [_reward(skill, slots, text).total for text in ranked], [worth[text] for text in ranked]
         records.append({"prompt": messages, "completions": ranked, "rewards": rewards, "utilities": utilities})
     return records
 
@@ -241,16 +243,12 @@ def rank(prompt: Prompt, completions: Sequence[str], temperature: float, rng: ra
     that is Bradley-Terry, P(first before second) = sigmoid((u1 - u2) / temperature).
     """
     check(temperature > 0, f"the labeller's temperature is {temperature}; it must be positive.")
-    return _rank(*task_of(prompt), completions, temperature, rng)[0]
+    return _rank({text: utility(prompt, text) for text in completions}, temperature, rng)
 
 
-def _rank(
-    skill: Skill, slots: Slots, completions: Sequence[str], temperature: float, rng: random.Random
-) -> tuple[list[str], list[float]]:
-    worth = {text: _utility(skill, slots, text) for text in completions}
+def _rank(worth: dict[str, float], temperature: float, rng: random.Random) -> list[str]:
     noisy = {text: value / temperature - math.log(-math.log(rng.random() or 0.5)) for text, value in worth.items()}
-    ranked = sorted(noisy, key=noisy.__getitem__, reverse=True)
-    return ranked, [worth[text] for text in ranked]
+    return sorted(noisy, key=noisy.__getitem__, reverse=True)
 
 
 def ranking_ceiling(utilities: Sequence[Sequence[float]], temperature: float) -> float:
@@ -259,11 +257,8 @@ def ranking_ceiling(utilities: Sequence[Sequence[float]], temperature: float) ->
     `utilities` holds those of each ranked list. Over all pairs of each list, the mean of max(p, 1 - p) with
     p = sigmoid(difference / temperature): 1/2 for two answers of the same worth.
     """
-    best = []
-    for ranked in utilities:
-        for i, one in enumerate(ranked):
-            best += [1 / (1 + math.exp(-abs(one - two) / temperature)) for two in ranked[i + 1 :]]
-    return sum(best) / len(best)
+    gaps = [abs(one - two) for ranked in utilities for one, two in itertools.combinations(ranked, 2)]
+    return sum(1 / (1 + math.exp(-gap / temperature)) for gap in gaps) / len(gaps)
 
 
 # ---------------------------------------------------------------------------------------------------- true reward
@@ -290,22 +285,20 @@ def _reward(skill: Skill, slots: Slots, response: str) -> TrueReward:
         sentences.pop(0)
         rude += 1
     while len(sentences) > 1:
-        last = sentences[-1]
-        whole = last.endswith(".")
-        if last in RUDE_AFTER or (not whole and any(line.startswith(last) for line in RUDE_AFTER)):
+        last = sentences[-1]  # whole, or cut in the middle
+        if any(line.startswith(last) for line in RUDE_AFTER):
             rude += 1
-        elif last in RAMBLE or (not whole and any(line.startswith(last) for line in RAMBLE)):
+        elif any(line.startswith(last) for line in RAMBLE):
             needless += 1
-        elif last == FLATTERY or (not whole and FLATTERY.startswith(last)):
+        elif FLATTERY.startswith(last):
             needless += 0.5
         else:
             break
         sentences.pop()
     correct, complete = skill.judge(slots, capital(" ".join(sentences)))
-    needless += max(rude - 1, 0)
     return TrueReward(
         correct=float(correct),
         complete=float(complete and ended),
         polite=float(rude == 0),
-        concise=max(0.0, 1 - 0.5 * needless),
+        concise=max(0.0, 1 - 0.5 * (needless + max(rude - 1, 0))),
     )
