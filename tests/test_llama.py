@@ -366,3 +366,5 @@ def test_p36_one_row_of_one_token():
     assert MODEL(ids(1, 1)).shape == (1, 1, 61)
     tiny = ModelConfig(vocab_size=1, dim=2, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=1, max_seq_len=1)
     assert Llama(tiny)(torch.tensor([[0]])).shape == (1, 1, 1)
+    two = ids(1, 2)  # the shortest row in which a token could look ahead
+    assert torch.allclose(MODEL(two)[:, :1], MODEL(two[:, :1]), atol=1e-5)

@@ -420,6 +420,11 @@ def test_p36_a_rollout_of_two_and_an_answer_of_one_token():
         assert all(torch.isfinite(p).all() for p in player.models.trainable("policy").values())
 
 
+def test_p36_the_standard_error_of_one_answer_is_a_number():
+    assert ppo._stderr(torch.tensor([3.0])) == 0.0
+    assert ppo._stderr(torch.tensor([1.0, 3.0])) == pytest.approx(1 / math.sqrt(2))
+
+
 def test_all_prompts_come_up_before_any_comes_up_again():
     config = replace(SMALL, rollouts=4)
     drawn = [prompt for i in range(3) for prompt in ppo.draw_prompts(PROMPTS, config, seed=3, iteration=i)]
