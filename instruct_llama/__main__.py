@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 import tyro
 
 from . import checkpoint, presets
 from .config import Settings, UserError, check, project_folder
-from .data.tokenizer import Tokenizer
-from .model.llama import Llama
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
 
@@ -22,29 +21,68 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
   data NAME-or-FILE          records for the stages: tinychat, or a file recognised by its content
   pretrain sft reward ppo    one stage; --resume goes on, --init starts from a checkpoint, --data from a file
   merge CHECKPOINT [TARGET]  adapters into their base, to a plain checkpoint
-  chat [CHECKPOINT]          talk to a checkpoint
+  import SOURCE              other people's weights: a Hugging Face folder or name, Meta's folder, a .gguf, or smollm2
+  export --to hf|peft|gguf CHECKPOINT TARGET
+                             a checkpoint in other people's formats
+  chat [CHECKPOINT]          talk to a checkpoint; --prompts FILE answers a file
   evaluate                   the report card of every stage under --out
 
 Settings of every stage: python -m instruct_llama COMMAND --help"""
 
+Words = tyro.conf.Positional[tuple[str, ...]]
 
-def parse(args: list[str]) -> Settings:
-    """Settings from the command line, on top of a preset's; tyro makes an option of every field."""
+
+@dataclass(frozen=True)
+class Worded(Settings):
+    """Settings of a command that also takes words: names, files, folders."""
+
+    words: Words = ()  # what the command is about
+
+
+@dataclass(frozen=True)
+class Merge(Worded):
+    """How an adapter is merged."""
+
+    into: Literal["dequantised", "original"] = "dequantised"  # which base: the one trained over, or before its 4 bits
+
+
+@dataclass(frozen=True)
+class Export(Merge):
+    """What a checkpoint becomes."""
+
+    to: Literal["hf", "peft", "gguf"] = "hf"  # a Hugging Face folder, a PEFT adapter with its base, or a GGUF file
+
+
+@dataclass(frozen=True)
+class Chat(Worded):
+    """How a checkpoint answers."""
+
+    system: str = ""  # the system message; empty: the model's own, where it has one
+    prompts: str = ""  # a file of prompts, a line each or JSON records: answered as JSON lines on the standard output
+    temperature: float = 0.7  # 0 takes the likeliest token each time
+    top_k: int = 0  # sample among the k likeliest tokens; 0 means all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
+    max_new_tokens: int = 512  # longest answer, in tokens; the context may allow less
+    batch_size: int = 32  # prompts of a file that are answered at once
+
+
+def parse(args: list[str], kind: type[Settings] = Settings) -> Settings:
+    """Settings from the command line, on top of a preset's; tyro makes an option of every field of `kind`."""
     name = None
     for i, arg in enumerate(args):
         if arg.startswith("--preset="):
             name = arg.partition("=")[2]
         elif arg == "--preset":
-            check(i + 1 < len(args), "--preset needs a name: tiny or laptop.")
+            check(i + 1 < len(args), f"--preset needs a name: {', '.join(presets.PRESETS)}.")
             name = args[i + 1]
-    options = (tyro.conf.FlagCreatePairsOff,)
-    return tyro.cli(Settings, args=args, default=presets.get(name), prog="instruct_llama", config=options)
+    default = kind(**vars(presets.get(name)))
+    return tyro.cli(kind, args=args, default=default, prog="instruct_llama", config=(tyro.conf.FlagCreatePairsOff,))
 
 
-def stage(name: str) -> Callable[[Settings, list[str]], int]:
+def stage(name: str) -> Callable[[Any], int]:
     """The command that runs one stage and prints what it reached."""
 
-    def command(settings: Settings, _: list[str]) -> int:
+    def command(settings: Settings) -> int:
         result = importlib.import_module(f"instruct_llama.stages.{name}").run(settings)
         figures = ", ".join(f"{key} {value:.4g}" for key, value in result.best.items())
         print(f"{name} finished in {result.seconds:.0f} s: {figures}. Saved in {result.folder}")
@@ -53,10 +91,11 @@ def stage(name: str) -> Callable[[Settings, list[str]], int]:
     return command
 
 
-def data(settings: Settings, words: list[str]) -> int:
+def data(settings: Worded) -> int:
     """Build records into data/, or --out."""
     from .data import sources, tinychat
 
+    words = settings.words
     check(len(words) == 1, "data needs one name or file: `data tinychat`, or `data my.jsonl.gz`.")
     name = words[0]
     folder = Path(settings.out) if settings.out else project_folder() / "data"
@@ -78,63 +117,58 @@ def data(settings: Settings, words: list[str]) -> int:
     return 0
 
 
-def merge(settings: Settings, words: list[str]) -> int:
+def merge(settings: Merge) -> int:
     """Merge a LoRA run into a plain checkpoint, and print how far each way of merging is from what was trained."""
+    words = settings.words
     check(1 <= len(words) <= 2, "merge needs the run folder of a LoRA stage, and optionally a target folder.")
     source = Path(words[0])
     target = Path(words[1]) if len(words) == 2 else settings.out_dir / f"{source.name}-merged"
-    for line in checkpoint.merge_run(source, target):
-        print(line)
+    print(*checkpoint.merge_run(source, target, settings.into), sep="\n")
     return 0
 
 
-def chat(settings: Settings, words: list[str]) -> int:
-    """Talk in the terminal; an empty line or Ctrl-D ends."""
-    from .model.generate import stream
+def import_(settings: Worded) -> int:
+    """Other people's weights into a run folder: --out, or one named after the source."""
+    from . import convert
+
+    check(len(settings.words) == 1, "import needs one source: a folder, a hub name, a .gguf file, or smollm2.")
+    source = settings.words[0]
+    given = settings.out != presets.get(settings.preset).out
+    target = settings.out_dir if given else settings.out_dir / Path(source).name.removesuffix(".gguf")
+    print(*convert.import_checkpoint(source, target), sep="\n")
+    return 0
+
+
+def export(settings: Export) -> int:
+    """A checkpoint into other people's formats."""
+    from . import convert
+
+    check(len(settings.words) == 2, "export needs a checkpoint and a target: `export --to hf FOLDER ppo-hf`.")
+    source, target = map(Path, settings.words)
+    print(*convert.export(settings.to, source, target, settings.into), sep="\n")
+    return 0
+
+
+def chat(settings: Chat) -> int:
+    """Talk in the terminal, or answer a file of prompts."""
+    from . import conversation
     from .stages.trainer import pick_device
 
-    check(len(words) <= 1, "chat takes one checkpoint folder.")
-    folder = Path(words[0]) if words else checkpoint.require("ppo", settings)
-    model, tokenizer = checkpoint.load(folder, pick_device(settings.device))
+    check(len(settings.words) <= 1, "chat takes one checkpoint folder.")
+    folder = Path(settings.words[0]) if settings.words else checkpoint.require("ppo", settings)
     check(checkpoint.read_info(folder)["kind"] == "lm", f"{folder} is a reward model and cannot talk: give another.")
-    messages: list[dict[str, str]] = []
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(settings.seed)
-    room = settings.evaluate.max_new_tokens
-    print(f"Talking to {folder}. An empty line ends.")
-    while line := _ask():
-        messages.append({"role": "user", "content": line})
-        text, ids = "", []
-        for token in stream(
-            model, _within_context(model, tokenizer, messages, room), max_new_tokens=room,
-            eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, temperature=settings.evaluate.temperature,
-            generator=generator, banned=tokenizer.banned_ids,
-        ):  # fmt: skip
-            if token != tokenizer.eos_id:
-                ids.append(token)
-            now = tokenizer.decode(ids)
-            print(now[len(text) :], end="", flush=True)
-            text = now
-        print()
-        messages.append({"role": "assistant", "content": text or "…"})
+    model, tokenizer = checkpoint.load(folder, pick_device(settings.device))
+    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    talker = conversation.Talker(model, tokenizer, settings.system, settings.max_new_tokens, settings.seed, sampling)
+    if settings.prompts:
+        conversation.answer_file(talker, Path(settings.prompts), settings.batch_size)
+    else:
+        print(f"Talking to {folder}. An empty line ends.")
+        conversation.converse(talker)
     return 0
 
 
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
-
-
-def _within_context(model: Llama, tokenizer: Tokenizer, messages: list[dict[str, str]], room: int) -> list[int]:
-    from .data.batches import fit_prompt
-
-    ids = fit_prompt(tokenizer, messages, model.config.max_seq_len - room)
-    check(ids is not None, f"That is longer than the model's context of {model.config.max_seq_len} tokens: say less.")
-    return ids
-
-
-def evaluate(settings: Settings, _: list[str]) -> int:
+def evaluate(settings: Settings) -> int:
     """Print the report card and write report.json."""
     from . import evaluate as card
 
@@ -142,23 +176,24 @@ def evaluate(settings: Settings, _: list[str]) -> int:
     return 0
 
 
-def tour(settings: Settings, _: list[str]) -> int:
+def tour(settings: Settings) -> int:
     """Execute every notebook."""
     from . import tour as notebooks
 
     return notebooks.run(settings)
 
 
-def doctor(settings: Settings, _: list[str]) -> int:
+def doctor(settings: Settings) -> int:
     """Check the machine."""
     from . import doctor as checks
 
     return checks.run(settings)
 
 
-COMMANDS: dict[str, Callable[[Settings, list[str]], int]] = {
-    **{name: stage(name) for name in ("pretrain", "sft", "reward", "ppo")},
-    "data": data, "merge": merge, "chat": chat, "evaluate": evaluate, "tour": tour, "doctor": doctor,
+COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
+    **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
+    "data": (data, Worded), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
+    "chat": (chat, Chat), "evaluate": (evaluate, Settings), "tour": (tour, Settings), "doctor": (doctor, Settings),
 }  # fmt: skip
 
 
@@ -168,13 +203,12 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     name, rest = argv[0], argv[1:]
-    words = []
-    while rest and not rest[0].startswith("-"):
-        words.append(rest.pop(0))
     try:
         check(name in COMMANDS, f"There is no command {name!r}: choose from {', '.join(COMMANDS)}.")
-        check(not words or name in ("data", "merge", "chat"), f"{name} takes no {words[:1]}: options begin with --.")
-        return COMMANDS[name](parse(rest), words)
+        command, kind = COMMANDS[name]
+        worded = issubclass(kind, Worded) or not rest or rest[0].startswith("-")
+        check(worded, f"{name} takes no {rest[:1]}: options begin with --.")
+        return command(parse(rest, kind))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

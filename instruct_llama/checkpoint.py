@@ -6,12 +6,14 @@ A run folder holds `model.safetensors` (or `adapter.safetensors` and a relative 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import importlib
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError, check, shown
 from .data.batches import atomic
@@ -27,6 +30,7 @@ from .model import lora
 from .model.llama import Llama, ScalarLlama
 
 State = dict[str, torch.Tensor]
+DENSE = QuantConfig()  # not in 4 bits
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,41 +50,53 @@ def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = 
             raise
 
 
-def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises `UserError` for a missing or truncated file."""
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, to read tensor by tensor. Raises `UserError` for a missing or truncated file."""
     if not path.is_file():
         raise UserError(f"There is no {path}: the run was not finished, or the folder is not a run folder.")
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+            yield file
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}): train that stage again.") from error
+        cure = "train that stage again, or import it again"
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {cure}.") from error
+
+
+def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises `UserError` for a missing or truncated file."""
+    with open_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+
+
+def misfits(own: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> list[str]:
+    """Every key that is missing, unexpected or misshapen, as a clause each, from the shapes by name (P18)."""
+    problems = [f"{key} is missing" for key in own if key not in given]
+    problems += [f"{key} is unexpected" for key in given if key not in own]
+    return problems + [
+        f"{key} is {tuple(given[key])} and should be {tuple(own[key])}"
+        for key in own
+        if key in given and tuple(given[key]) != tuple(own[key])
+    ]
 
 
 def load_state(model: torch.nn.Module, state: State, source: str) -> None:
     """Copy tensors into a model, strictly: every missing, unexpected or misshapen key is named (P18)."""
-    own = model.state_dict()
-    if isinstance(model, Llama) and not isinstance(model, ScalarLlama) and model.config.tie_embeddings:
-        own.pop("output.weight", None)  # the same tensor as tok_embeddings.weight, saved once
+    own = model_state(model)
+    if "output.weight" not in own:  # tied, the same tensor as tok_embeddings.weight: saved once
         state = {key: value for key, value in state.items() if key != "output.weight"}
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is unexpected" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    problems = misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
     if problems:
-        raise UserError(f"{source} does not fit this model: {'; '.join(problems)}. Use the settings it was saved with.")
+        raise UserError(f"{source} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])
 
 
-def model_state(model: Llama) -> State:
+def model_state(model: torch.nn.Module) -> State:
     """What a full checkpoint holds: the state dict, with tied weights once."""
     state = dict(model.state_dict())
-    if not isinstance(model, ScalarLlama) and model.config.tie_embeddings:
+    if isinstance(model, Llama) and not isinstance(model, ScalarLlama) and model.config.tie_embeddings:
         state.pop("output.weight", None)
     return state
 
@@ -140,28 +156,66 @@ def model_config(info: dict[str, Any]) -> ModelConfig:
         raise UserError(f"The model in config.json is damaged or foreign ({error}): train that stage again.") from error
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    quant: QuantConfig = DENSE,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Llama, Tokenizer]:
     """Open any run folder, adapters included.
 
-    Returns the model in eval mode (a `Llama`, or a `ScalarLlama` for a reward model) and its tokenizer.
-    Raises `UserError` naming the file for anything missing, damaged or of another shape.
+    Returns the model in eval mode (a `Llama`, or a `ScalarLlama` for a reward model) and its tokenizer. With `quant`
+    the projections of a full checkpoint are put into 4 bits as they are read. `dtype` is for weights that stay frozen
+    (P08): a model that shall train is float32. Raises `UserError` naming the file for anything missing, damaged or of
+    another shape.
     """
     folder = Path(folder)
     info = read_info(folder)
     tokenizer = Tokenizer.load(folder)
     if "adapter" in info:
-        model = _load_adapter(folder, info, device)
-    else:
-        model = (ScalarLlama if info["kind"] == "scalar" else Llama)(model_config(info))
-        load_state(model, read_tensors(folder / "model.safetensors")[0], str(folder / "model.safetensors"))
-        model.to(device)
-    return model.eval(), tokenizer
+        return _load_adapter(folder, info, device, dtype).eval(), tokenizer
+    kind = ScalarLlama if info["kind"] == "scalar" else Llama
+    return read_model(kind, info, folder / "model.safetensors", device, quant, dtype).eval(), tokenizer
+
+
+def read_model(
+    kind: type[Llama], info: dict[str, Any], path: Path, device: str | torch.device, quant: QuantConfig,
+    dtype: torch.dtype,
+) -> Llama:  # fmt: skip
+    """A model straight from a file onto the device, tensor by tensor: never all of it in main memory.
+
+    A `ScalarLlama` may be read from a language model's file: then its head starts at zero, and `output` stays behind.
+    """
+    with torch.device("meta"):  # shapes without memory
+        model = kind(model_config(info))
+    with open_tensors(path) as file:
+        given = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        own = {key: tensor.shape for key, tensor in model_state(model).items()}
+        if "output.weight" not in own:  # tied, or not wanted
+            given.pop("output.weight", None)
+        fresh = [key for key in own if key == "scalar_head.weight" and info["kind"] == "lm"]
+        problems = misfits({key: shape for key, shape in own.items() if key not in fresh}, given)
+        check(not problems, f"{path} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
+        for key in own:
+            value = torch.zeros(own[key]) if key in fresh else file.get_tensor(key)
+            layer, _, name = key.rpartition(".")
+            module = model.get_submodule(layer)
+            setattr(module, name, nn.Parameter(value.to(device, dtype, copy=True)))  # a copy: not the file's own memory
+            if layer.rpartition(".")[2] in lora.PROJECTIONS and quant.kind != "none":
+                model.set_submodule(layer, lora.QuantLinear(module, quant))
+    if "output.weight" not in own and kind is Llama:
+        model.output.weight = model.tok_embeddings.weight
+    return model
 
 
 def load_plain(
-    folder: str | Path, device: str | torch.device, kind: Literal["lm", "scalar"] = "lm"
+    folder: str | Path, device: str | torch.device, kind: Literal["lm", "scalar"] = "lm", **options: Any
 ) -> tuple[Llama, Tokenizer]:
-    """Open a full checkpoint of a kind, to train on from it. Raises `UserError` for another kind and for adapters."""
+    """Open a full checkpoint of a kind, to train on from it; options as `load`'s.
+
+    Raises `UserError` for another kind and for adapters.
+    """
     info, wanted = read_info(Path(folder)), {"lm": "a language model", "scalar": "a reward model"}
     check(info["kind"] == kind, f"{folder} is {wanted[info['kind']]}, and this needs {wanted[kind]}: give one.")
     check(
@@ -169,7 +223,7 @@ def load_plain(
         f"{folder} holds an adapter, and a stage starts from full weights: first `python -m instruct_llama merge "
         f"{folder} {folder}-merged`, then give --init {folder}-merged.",
     )
-    return load(folder, device)
+    return load(folder, device, **options)
 
 
 def read_adapter(folder: Path, info: dict[str, Any]) -> tuple[LoRAConfig, State]:
@@ -184,11 +238,12 @@ def read_adapter(folder: Path, info: dict[str, Any]) -> tuple[LoRAConfig, State]
     return config, read_tensors(folder / "adapter.safetensors")[0]
 
 
-def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device) -> Llama:
-    base, _ = load(folder / info["base"], device)
+def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device, dtype: torch.dtype) -> Llama:
+    base, kind = folder / info["base"], ScalarLlama if info["kind"] == "scalar" else Llama
+    base_info = read_info(base)
     config, state = read_adapter(folder, info)
-    model = scalar_from(base) if info["kind"] == "scalar" else base
-    lora.quantise(model, QuantConfig(**info["quant"]))
+    quant = QuantConfig(**info["quant"])
+    model = read_model(kind, base_info, base / "model.safetensors", device, quant, dtype)
     lora.add_adapter(model, info["adapter"], config, torch.Generator().manual_seed(0))
     lora.load_adapter(model, info["adapter"], state, info["beside"])
     lora.use_adapter(model, info["adapter"])
@@ -255,26 +310,34 @@ def _say_what_differs(folder: Path, settings: Settings) -> None:
         print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")
 
 
+Into = Literal["dequantised", "original"]
+
+
 @torch.no_grad()
-def merge_run(source: Path, target: Path, into: Literal["dequantised", "original"] = "dequantised") -> list[str]:
-    """Merge a LoRA run into a plain checkpoint at `target`; returns lines that say how exact it is.
+def merged(source: Path, into: Into = "dequantised") -> tuple[Llama, Tokenizer, list[str]]:
+    """A LoRA run as one plain model, its tokenizer, and lines that say how exact each way of merging is.
 
     What was trained is the dequantised base plus the adapter, so that is the default. Merging into the original
     weights of a 4-bit run makes another model; both differences are measured on a probe batch and told (P16).
+    Raises `UserError` for a full checkpoint.
     """
-    source, info = Path(source), read_info(Path(source))
-    if "adapter" not in info:
-        raise UserError(f"{source} is a full checkpoint: there is no adapter to merge.")
+    info = read_info(source)
+    check("adapter" in info, f"{source} is a full checkpoint: there is no adapter to merge.")
     model, tokenizer = load(source)
     original, _ = load(source / info["base"])
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
-    trained, lines, merged = model(probe), [], {}
+    probe = torch.randint(tokenizer.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
+    trained, lines, made = model(probe), [], {}
     for kind in ("dequantised", "original"):
-        merged[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
-        error = (merged[kind](probe) - trained).norm() / trained.norm()
+        made[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
+        error = (made[kind](probe) - trained).norm() / trained.norm()
         lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
+    return made[into], tokenizer, lines
+
+
+def merge_run(source: Path, target: Path, into: Into = "dequantised") -> list[str]:
+    """Merge a LoRA run into a plain checkpoint at `target`; returns lines that say how exact it is. See `merged`."""
+    model, tokenizer, lines = merged(source, into)
     parts = ("base", "fingerprint", "adapter", "beside", "lora", "quant", "model", "kind")
-    kept = {key: value for key, value in info.items() if key not in parts}
-    save_full(target, merged[into], tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
+    kept = {key: value for key, value in read_info(source).items() if key not in parts}
+    save_full(target, model, tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
     return [*lines, f"saved in {shown(target)} ({into})"]

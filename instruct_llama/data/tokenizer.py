@@ -1,81 +1,72 @@
-"""Text to token ids and back, and the chat template.
+"""Text to token ids and back, and the chat frame around it.
 
-The vocabulary is SentencePiece byte-pair encoding with byte fallback, as LLaMA 1 and 2 use: any text can be
-written, and `decode(encode(text)) == text` for every text. The special tokens are control symbols: encoding text
-never makes one, so nobody can forge a turn by typing `<|assistant|>`.
+`Tokenizer` is SentencePiece byte-pair encoding with byte fallback, as LLaMA 1 and 2 use: any text can be written, and
+`decode(encode(text)) == text` for every text. `JsonTokenizer` reads the `tokenizer.json` of later models. Encoding
+text never makes a special token, so nobody can forge a turn by typing `<|assistant|>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+import tokenizers
 
 from ..config import UserError, check
 from .batches import atomic
+from .chat import FORMATS, MARKERS, ChatFormat, Message, dialog_problem, format_for, framed
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+__all__ = ["BOS", "EOS", "MARKERS", "PAD", "UNK", "JsonTokenizer", "Message", "Tokenizer", "dialog_problem"]
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-MARKERS = ("<|system|>", "<|user|>", "<|assistant|>")
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece: ▁
-FILE_NAME = "tokenizer.model"
-
-
-def dialog_problem(messages: Sequence[Message]) -> str | None:
-    """What is wrong with a dialog's turns, the particulars in brackets, or None.
-
-    A dialog is an optional system message, then user and assistant in turn, the user first.
-    """
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            return f'a turn is not {{"role": …, "content": …}} (turn {number})'
-        if message["role"] not in ("system", "user", "assistant"):
-            return f"a role is not system, user or assistant (turn {number}: {message['role']!r})"
-    first = 1 if messages and messages[0]["role"] == "system" else 0
-    if len(messages) == first:
-        return "there is no user turn"
-    for index in range(first, len(messages)):
-        role, due = messages[index]["role"], ("user", "assistant")[(index - first) % 2]
-        if role != due:
-            return f"the turns do not alternate (turn {index + 1} is {role}, where {due} is due)"
-    return None
 
 
 class Tokenizer:
-    """A SentencePiece model with PAD, BOS, EOS and the three chat markers.
+    """A SentencePiece model with its chat format: ours, or where it lacks our markers, LLaMA 2's.
 
-    `vocab_size` counts everything. What a foreign model lacks (Llama 2's has no padding and no chat markers)
-    is appended above its pieces.
+    `vocab_size` counts all ids. `eos_id` is the end that an answer is trained to say; `end_ids` are all that end one.
     """
 
+    file_name = "tokenizer.model"
+
     def __init__(self, model_bytes: bytes) -> None:
-        self._bytes = model_bytes
+        self.model_bytes = model_bytes
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        n_pieces = self._pieces.vocab_size()
-        self._added: list[str] = []
-        ids = []
-        for name in (PAD, *MARKERS):
-            known = self._pieces.piece_to_id(name)
-            if self._pieces.is_control(known):  # an ordinary piece of that name could be typed, so it does not count
-                ids.append(known)
-            else:
-                ids.append(n_pieces + len(self._added))
-                self._added.append(name)
-        self.pad_id, self.system_id, self.user_id, self.assistant_id = ids
-        self.bos_id, self.eos_id = self._pieces.bos_id(), self._pieces.eos_id()
-        self.unk_id = self._pieces.unk_id()
+        self.bos_id, self.eos_id, self.unk_id = self._pieces.bos_id(), self._pieces.eos_id(), self._pieces.unk_id()
+        known = {name: self._pieces.piece_to_id(name) for name in (PAD, *MARKERS)}
+        # An ordinary piece of that name could be typed, so it does not count.
+        specials = {name: i for name, i in known.items() if self._pieces.is_control(i)}
         check(min(self.bos_id, self.eos_id) >= 0, "The tokenizer file has no <s> or no </s>: use a LLaMA vocabulary.")
-        self.vocab_size = n_pieces + len(self._added)
-        self.special_ids = (self.pad_id, self.bos_id, self.eos_id, self.unk_id, *ids[1:])
-        self.banned_ids = tuple(i for i in self.special_ids if i != self.eos_id)  # an answer may hold none but its end
-        self._specials = frozenset(self.special_ids)
+        specials |= {self._pieces.id_to_piece(i): i for i in (self.bos_id, self.eos_id, self.unk_id)}
+        self.vocab_size = self._pieces.vocab_size()
+        self.pad_id = specials.get(PAD, self.unk_id)  # LLaMA 2 has no padding, and never writes its <unk>
+        self.system_id, self.user_id, self.assistant_id = (specials.get(name) for name in MARKERS)
         self._first_byte = self._pieces.piece_to_id("<0x00>")
         self._space_id = self._pieces.piece_to_id(_SPACE)
+        self._set_chat(format_for(list(specials)), specials)
+
+    def _set_chat(self, chat: ChatFormat, specials: dict[str, int], system: str = "") -> None:
+        """Fix the chat format, and what follows from it: how its frames are tokenised, and what an answer may hold."""
+        self.chat, self.system, self.specials = chat, system, specials
+        self._specials = frozenset(specials.values())
+        self.special_ids = tuple(sorted(self._specials))
+        self.banned_ids = tuple(i for i in self.special_ids if i != self.eos_id)  # an answer may hold none but its end
+        self.end_ids = (self.eos_id, *(specials[name] for name in chat.other_ends if name in specials))
+        names = "|".join(re.escape(name) for name in sorted(specials, key=len, reverse=True))
+        self._split_specials = re.compile(f"({names})")
+        self._frames: dict[str, list[int]] = {}
+
+    @property
+    def chat_template(self) -> str:
+        """The chat format as Jinja, for other people's tools."""
+        return self.chat.template.replace("{system}", self.system)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_chars: int = 2_000_000) -> Tokenizer:
@@ -124,17 +115,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer that was saved in a run folder."""
-        return cls.from_file(Path(folder) / FILE_NAME)
+        """The tokenizer that was saved in a run folder, of either kind."""
+        if (Path(folder) / JsonTokenizer.file_name).is_file():
+            return JsonTokenizer.from_file(Path(folder) / JsonTokenizer.file_name)
+        return cls.from_file(Path(folder) / cls.file_name)
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.model` into a run folder."""
-        with atomic(Path(folder) / FILE_NAME) as temporary:
-            temporary.write_bytes(self._bytes)
+        with atomic(Path(folder) / self.file_name) as temporary:
+            temporary.write_bytes(self.model_bytes)
 
     def fingerprint(self) -> str:
         """SHA-256 of the model: equal for equal vocabularies."""
-        return hashlib.sha256(self._bytes).hexdigest()
+        return hashlib.sha256(self.model_bytes).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -156,18 +149,18 @@ class Tokenizer:
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Each id as a readable piece, for plots: special tokens by name, a leading space as ▁."""
-        n_pieces = self.vocab_size - len(self._added)
-        return [self._pieces.id_to_piece(int(i)) if i < n_pieces else self._added[int(i) - n_pieces] for i in ids]
+        return [self._pieces.id_to_piece(int(i)) for i in ids]
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """A prompt with the marker that invites the answer. A str is one user turn.
+        """A prompt with the frame that invites the answer. A str is one user turn. In our own format:
 
         `<s> [<|system|> text] <|user|> text <|assistant|> text </s> <|user|> text <|assistant|>`
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         ids, _ = self.encode_dialog(messages)
         check(messages[-1]["role"] == "user", "A prompt must end with a user turn: leave the last answer out.")
-        return ids + [self.assistant_id]
+        invitation = "" if "assistant" in self.chat.silent else self.chat.before.format(role="assistant")
+        return ids + self._frame(invitation)
 
     def encode_dialog(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """A dialog's token ids, and its loss mask: True on each answer's tokens and its end token, else False.
@@ -179,15 +172,105 @@ class Tokenizer:
             problem is None,
             f"This dialog cannot be used: {problem}. Give user and assistant turns in turn, the user first.",
         )
-        marker = {"system": self.system_id, "user": self.user_id, "assistant": self.assistant_id}
-        ids, mask = [self.bos_id], [False]
-        for message in messages:
-            text = self.encode(message["content"])
-            answer = message["role"] == "assistant"
-            end = [self.eos_id] if answer else []
-            ids += [marker[message["role"]], *text, *end]
-            mask += [False] + [answer] * (len(text) + len(end))
+        ids: list[int] = []
+        mask: list[bool] = []
+        for before, content, after, answer in framed(self.chat, messages, self.system):
+            opening, text, closing = self._frame(before), self.encode(content), self._frame(after)
+            counted = len(text) + 1 if answer else 0  # the answer and its end token
+            ids += [*opening, *text, *closing]
+            mask += [False] * len(opening) + [True] * counted + [False] * (len(text) + len(closing) - counted)
+        if messages[-1]["role"] == "assistant":  # what follows the last end belongs to a turn that is not there
+            spare = len(self._frame(self.chat.after_end))
+            ids, mask = ids[: len(ids) - spare], mask[: len(mask) - spare]
         return ids, mask
+
+    def _frame(self, text: str) -> list[int]:
+        """Ids of a frame: the names of special tokens in it become those tokens."""
+        if text not in self._frames:
+            parts = self._split_specials.split(text)
+            self._frames[text] = [
+                i for part in parts for i in ([self.specials[part]] if part in self.specials else self.encode(part))
+            ]
+        return self._frames[text]
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`, as LLaMA 3, SmolLM2 and others have, with its `tokenizer_config.json`."""
+
+    file_name = "tokenizer.json"
+    config_name = "tokenizer_config.json"
+
+    def __init__(self, text: str, config: dict[str, Any]) -> None:
+        self.text, self.config = text, config
+        self._inner = tokenizers.Tokenizer.from_str(text)
+        self._inner.encode_special_tokens = True  # a typed marker is plain text
+        added = self._inner.get_added_tokens_decoder()
+        specials = {token.content: i for i, token in added.items() if token.special}
+        chat = FORMATS.get(config.get("chat_format", ""), format_for(list(specials)))
+        check(chat.end in specials, f"The tokenizer has no {chat.end}: use the tokenizer.json of a LLaMA-like model.")
+        self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.eos_id = specials[chat.end]
+        self.bos_id = specials.get(_token(config.get("bos_token")), self.eos_id)
+        self.unk_id = specials.get(_token(config.get("unk_token")), self.eos_id)
+        spare = (_token(config.get("pad_token")), "<|finetune_right_pad_id|>", PAD, UNK, *chat.other_ends)
+        free = [specials[name] for name in spare if name in specials and specials[name] != self.eos_id]
+        check(bool(free), "The tokenizer has no special token to pad with beside its end: add <pad> to its file.")
+        self.pad_id = free[0]  # never the end token, as some models declare: an end is trained, padding is not (P37)
+        self._set_chat(chat, specials, config.get("default_system", _default_system(config.get("chat_template"))))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> JsonTokenizer:
+        """Read a `tokenizer.json` and the `tokenizer_config.json` beside it. Raises UserError naming the file."""
+        path = Path(path)
+        beside = path.with_name(cls.config_name)
+        try:
+            config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+            return cls(path.read_text(encoding="utf-8"), config)
+        except UserError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare exceptions
+            raise UserError(f"{path} is not a file of the `tokenizers` library ({error}): fetch it again.") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write both files into a run folder."""
+        written = {"chat_format": self.chat.name, "default_system": self.system, **self.config}
+        texts = {self.file_name: self.text, self.config_name: json.dumps(written, indent=2, ensure_ascii=False)}
+        for name, text in texts.items():
+            with atomic(Path(folder) / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file: equal for equal vocabularies."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def pieces_as_stored(self) -> list[str]:
+        """Every token as the file spells it, in the order of ids; ids without a token get a name of their own."""
+        return [self._inner.id_to_token(i) or f"[UNUSED_{i}]" for i in range(self.vocab_size)]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self._inner.encode(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens leave no trace."""
+        return self._inner.decode([int(i) for i in ids if int(i) not in self._specials], skip_special_tokens=False)
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each id as a readable piece, for plots: special tokens by name, a leading space as ▁."""
+        tokens = (self._inner.id_to_token(int(i)) or f"<{int(i)}>" for i in ids)
+        return [token.replace("Ġ", _SPACE).replace("Ċ", "\n") for token in tokens]
+
+
+def _token(value: Any) -> str:
+    """A special token of tokenizer_config.json, which is a text or an object with its `content`."""
+    return str(value["content"] if isinstance(value, dict) else value)
+
+
+def _default_system(template: Any) -> str:
+    """What a ChatML template says where a dialog has no system message of its own, as SmolLM2's does."""
+    text = str(template).replace("\\n", "\n")  # templates write a line break either way
+    found = re.search(r"!= 'system' %\}\{\{ '<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.S)
+    return found[1] if found else ""
 
 
 def _at_most(texts: Iterable[str], max_chars: int) -> Iterator[str]:

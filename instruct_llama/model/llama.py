@@ -27,7 +27,8 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1 or B,
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without bias, as everywhere in LLaMA; `Llama.reset` fills the weights."""
-    return skip_init(nn.Linear, inputs, outputs, bias=False)  # nn.Linear's own filling would draw from global state
+    # nn.Linear's own filling would draw from global state. Under `torch.device("meta")` it stays without memory.
+    return skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,122 @@
+"""Our checkpoints out: a Hugging Face folder, a PEFT adapter with its base, a GGUF file.
+
+The numbers are not changed: another library that loads them computes the same logits. Adapters are merged first where
+the format has none.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .. import checkpoint
+from ..config import QuantConfig, check, shown
+from ..data.tokenizer import JsonTokenizer, Tokenizer
+from ..model import lora
+from ..model.llama import Llama
+from . import gguf_files, huggingface, vocabulary
+from .names import foreign, foreign_key
+
+Target = Literal["hf", "peft", "gguf"]
+Into = Literal["dequantised", "original"]
+
+
+def export(to: Target, source: Path, target: Path, into: Into = "dequantised") -> list[str]:
+    """Write a checkpoint in another project's format; returns lines that say what was written, and what to do with it.
+
+    `into` chooses the base that an adapter is merged into (P16). Raises `UserError` for a reward model, and where the
+    format does not fit the checkpoint.
+    """
+    info = checkpoint.read_info(source)
+    check(info["kind"] == "lm", f"{source} is a reward model, and other projects keep those in other ways: give an LM.")
+    if to == "peft":
+        return export_peft(source, info, target)
+    lines: list[str] = []
+    if "adapter" in info:
+        model, tokenizer, lines = checkpoint.merged(source, into)
+    else:
+        model, tokenizer = checkpoint.load(source)
+    if to == "gguf":
+        gguf_files.write(model, tokenizer, target)
+        return [*lines, f"saved in {shown(target)}: run it with llama.cpp, `llama-cli -m {shown(target)}`"]
+    write_folder(model, tokenizer, target)
+    loads = f'`AutoModelForCausalLM.from_pretrained("{shown(target)}")`'
+    return [*lines, f"saved in {shown(target)}: load it with {loads}, or serve it with `vllm serve {shown(target)}`"]
+
+
+def write_folder(model: Llama, tokenizer: Tokenizer, target: Path) -> None:
+    """A folder as `transformers` writes it: weights, settings, tokenizer and chat template."""
+    state = checkpoint.model_state(model)
+    renamed = {foreign_key(key, "hf"): value for key, value in state.items()}
+    checkpoint.write_tensors(target / "model.safetensors", renamed, {"format": "pt"})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    _write_json(target / "config.json", huggingface.config_json(model.config, tokenizer, dtype))
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids), "pad_token_id": tokenizer.pad_id}
+    _write_json(target / "generation_config.json", ends)
+    tokenizer.save(target)  # tokenizer.model, or tokenizer.json
+    if not isinstance(tokenizer, JsonTokenizer):
+        checkpoint.write_text(target / JsonTokenizer.file_name, vocabulary.to_json(tokenizer))
+    names = {i: name for name, i in tokenizer.specials.items()}
+    config = {
+        **getattr(tokenizer, "config", {}),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": tokenizer.chat_template,
+        "chat_format": tokenizer.chat.name,
+        "model_max_length": model.config.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        **{f"{n}_token": names[getattr(tokenizer, f"{n}_id")] for n in ("bos", "eos", "pad", "unk")},
+    }
+    _write_json(target / JsonTokenizer.config_name, config)
+
+
+def export_peft(source: Path, info: dict[str, Any], target: Path) -> list[str]:
+    """A PEFT adapter folder, and beside it, in `base`, the weights that it was trained over.
+
+    For QLoRA those are the dequantised ones: over the original weights the same adapter is another model (P16).
+    """
+    check("adapter" in info, f"{source} has no adapter: export it with --to hf.")
+    config, state = checkpoint.read_adapter(source, info)
+    layers = {path.rpartition(".")[0] for path in state if path not in info["beside"]}
+    renamed = {}
+    for path in sorted(layers):
+        for side in "AB":
+            name = f"base_model.model.{foreign(path, 'hf')}.lora_{side}.weight"
+            renamed[name] = state[f"{path}.{side}"]
+    base = target / "base"
+    original, tokenizer = checkpoint.load(source / info["base"])
+    beside = {key: state[key] for key in info["beside"]}
+    if original.config.tie_embeddings and "tok_embeddings.weight" in beside:  # PEFT unties what it trains
+        beside["output.weight"] = beside["tok_embeddings.weight"].clone()
+    renamed |= {f"base_model.model.{foreign_key(key, 'hf')}": tensor for key, tensor in beside.items()}
+    quant = QuantConfig(**info["quant"])
+    for _, layer in lora.projections(original) if quant.kind != "none" else ():
+        layer.weight = torch.nn.Parameter(lora.QuantLinear(layer, quant).dequantise())
+    write_folder(original, tokenizer, base)
+    checkpoint.write_tensors(target / "adapter_model.safetensors", renamed, {"format": "pt"})
+    _write_json(target / "adapter_config.json", _peft_config(config, list(beside), base))
+    return [
+        f"saved in {shown(target)}, over the base in {shown(base)}: "
+        f'`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{shown(base)}"), "{shown(target)}")`'
+    ]
+
+
+def _peft_config(config: Any, beside: list[str], base: Path) -> dict[str, Any]:
+    saved = [foreign(key.rpartition(".")[0], "hf").rpartition(".")[2] for key in beside]
+    targets = [foreign(f"layers.0.{path}", "hf").rpartition(".")[2] for path in _paths(config.targets)]
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": config.rank,
+        "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(targets),
+        "modules_to_save": saved or None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    }  # fmt: skip
+
+
+def _paths(targets: tuple[str, ...]) -> list[str]:
+    """Where in a layer the projections are: "wq" -> "attention.wq"."""
+    return [f"{'feed_forward' if name.startswith('w_') else 'attention'}.{name}" for name in targets]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    checkpoint.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

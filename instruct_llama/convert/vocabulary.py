@@ -1,0 +1,163 @@
+"""Vocabularies between formats: SentencePiece, `tokenizer.json` and the lists in a GGUF file.
+
+`sentencepiece_model_pb2` needs the package protobuf, which TensorBoard brings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from ..config import check
+from ..data.tokenizer import JsonTokenizer, Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the kinds of pieces, in both formats
+# How llama.cpp's names of byte-pair vocabularies split text before merging: the maker's `tokenizer.json`.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+_SPLITS: dict[str, Callable[[], list[Any]]] = {
+    "smollm": lambda: [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ],
+    "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
+    "llama-bpe": lambda: [
+        pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+
+def from_gguf(fields: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file; a `tokenizer.json` beside the file goes first."""
+    beside = path.with_name(JsonTokenizer.file_name)
+    if beside.is_file():
+        return JsonTokenizer.from_file(beside)
+    field = {key.removeprefix("tokenizer."): value for key, value in fields.items() if key.startswith("tokenizer.")}
+    kind = field.get("ggml.model")
+    if kind == "llama":
+        return Tokenizer(_sentencepiece(field))
+    known = kind == "gpt2" and field.get("ggml.pre") in _SPLITS
+    check(
+        known,
+        f"{path} has a vocabulary of the kind {kind!r}, {field.get('ggml.pre')!r}: put the model's tokenizer.json "
+        "beside the file.",
+    )
+    tokens = field["ggml.tokens"]
+    special = {
+        f"{name}_token": tokens[field[f"ggml.{long}_token_id"]]
+        for name, long in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"ggml.{long}_token_id" in field
+    }
+    config = {**special, "chat_template": field.get("chat_template")}
+    return JsonTokenizer(_byte_level(field), {key: value for key, value in config.items() if value is not None})
+
+
+def _byte_level(field: dict[str, Any]) -> str:
+    """A `tokenizer.json` from a GGUF file's tokens and merges."""
+    tokens, merges = field["ggml.tokens"], [tuple(merge.split(" ")) for merge in field["ggml.merges"]]
+    ignore = field["ggml.pre"] == "llama-bpe"  # its whole words need no path of merges
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=ignore)
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[field["ggml.pre"]]())
+    inner.decoder = decoders.ByteLevel()
+    kinds = field["ggml.token_type"]
+    inner.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])
+    inner.add_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED])
+    return inner.to_str()
+
+
+def _sentencepiece(field: dict[str, Any]) -> bytes:
+    """A SentencePiece model from a GGUF file's pieces, scores and kinds."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    pieces = zip(field["ggml.tokens"], field["ggml.scores"], field["ggml.token_type"], strict=True)
+    for piece, score, kind in pieces:
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    spec = proto.trainer_spec
+    spec.model_type, spec.byte_fallback, spec.vocab_size = 2, True, len(proto.pieces)  # 2: byte pairs
+    for name in ("bos", "eos", "unknown", "padding"):
+        if (index := field.get(f"ggml.{name}_token_id")) is not None:
+            short = {"unknown": "unk", "padding": "pad"}.get(name, name)
+            setattr(spec, f"{short}_id", index)
+            setattr(spec, f"{short}_piece", proto.pieces[index].piece)
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = bool(field.get("ggml.add_space_prefix", True))
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return proto.SerializeToString()
+
+
+def _pieces(tokenizer: Tokenizer) -> Any:
+    """A SentencePiece model as its parsed file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model_bytes)
+
+
+def to_gguf(tokenizer: Tokenizer, writer: Any) -> None:
+    """Give a GGUF writer the vocabulary. Raises `UserError` for a `tokenizer.json` that llama.cpp has no name for."""
+    if isinstance(tokenizer, JsonTokenizer):
+        parsed = json.loads(tokenizer.text)
+        split = json.dumps(parsed["pre_tokenizer"], sort_keys=True)
+        known = {_as_json(pre_tokenizers.Sequence(make())): name for name, make in _SPLITS.items()}
+        known |= {_as_json(make()[0]): name for name, make in _SPLITS.items() if len(make()) == 1}
+        check(split in known, "llama.cpp knows no name for the way this tokenizer.json splits text: export to hf.")
+        tokens = tokenizer.pieces_as_stored()
+        added = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in parsed["added_tokens"]}
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"]]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(known[split])
+        writer.add_token_list(tokens)
+        writer.add_token_types([added.get(i, NORMAL) for i in range(len(tokens))])
+        writer.add_token_merges(merges)
+    else:
+        pieces = _pieces(tokenizer).pieces
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([piece.piece for piece in pieces])
+        writer.add_token_scores([piece.score for piece in pieces])
+        writer.add_token_types([piece.type for piece in pieces])
+        writer.add_unk_token_id(tokenizer.unk_id)
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_add_bos_token(False)  # the chat format writes its own
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def _as_json(part: Any) -> str:
+    return json.dumps(json.loads(part.__getstate__()), sort_keys=True)
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """A SentencePiece model as `tokenizer.json`, which encodes each text between special tokens alike."""
+    pieces = _pieces(tokenizer).pieces
+    vocab = {piece.piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocab, _merges(pieces, vocab), unk_token=pieces[tokenizer.unk_id].piece, byte_fallback=True)
+    inner = tokenizers.Tokenizer(model)
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in tokenizer.specials])
+    return inner.to_str()
+
+
+def _merges(pieces: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges behind byte-pair pieces: every way to make a piece of two others, the best pieces first."""
+    found = []
+    for piece in pieces:
+        if piece.type == NORMAL:
+            cuts = ((piece.piece[:i], piece.piece[i:]) for i in range(1, len(piece.piece)))
+            whole = [pair for pair in cuts if pair[0] in vocab and pair[1] in vocab]
+            found += [(-piece.score, vocab[left], vocab[right], left, right) for left, right in whole]
+    return [(left, right) for *_, left, right in sorted(found, key=lambda merge: merge[:3])]
