@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError, check, shown
+from .config import LoRAConfig, ModelConfig, QuantConfig, RewardConfig, RopeScaling, Settings, UserError, check, shown
 from .data.batches import atomic
 from .data.tokenizer import Tokenizer
 from .model import lora
@@ -209,6 +209,13 @@ def read_model(
     return model
 
 
+def check_kind(folder: Path, kind: Literal["lm", "scalar"]) -> dict[str, Any]:
+    """The config.json of a run folder. Raises `UserError` when its model is of another kind."""
+    info, wanted = read_info(folder), {"lm": "a language model", "scalar": "a reward model"}
+    check(info["kind"] == kind, f"{folder} is {wanted[info['kind']]}, and this needs {wanted[kind]}: give one.")
+    return info
+
+
 def load_plain(
     folder: str | Path, device: str | torch.device, kind: Literal["lm", "scalar"] = "lm", **options: Any
 ) -> tuple[Llama, Tokenizer]:
@@ -216,14 +223,37 @@ def load_plain(
 
     Raises `UserError` for another kind and for adapters.
     """
-    info, wanted = read_info(Path(folder)), {"lm": "a language model", "scalar": "a reward model"}
-    check(info["kind"] == kind, f"{folder} is {wanted[info['kind']]}, and this needs {wanted[kind]}: give one.")
+    info = check_kind(Path(folder), kind)
     check(
         "adapter" not in info,
         f"{folder} holds an adapter, and a stage starts from full weights: first `python -m instruct_llama merge "
         f"{folder} {folder}-merged`, then give --init {folder}-merged.",
     )
     return load(folder, device, **options)
+
+
+def load_scalar(
+    folder: Path, device: str | torch.device, quant: QuantConfig = DENSE, dtype: torch.dtype = torch.float32
+) -> ScalarLlama:
+    """A scalar model over the trunk of a full checkpoint, with a head at zero (a scalar model's head is kept)."""
+    return read_model(ScalarLlama, read_info(folder), folder / "model.safetensors", device, quant, dtype)
+
+
+def base_of(folder: Path) -> tuple[Path, tuple[LoRAConfig, State, QuantConfig] | None]:
+    """The full checkpoint under a run folder, and the adapter over it where the folder holds one.
+
+    So adapters of several stages lie over one base. Raises `UserError` for an adapter that has embeddings of its own:
+    one base cannot serve several of those.
+    """
+    info = read_info(folder)
+    if "adapter" not in info:
+        return folder, None
+    check(
+        not info["beside"] or info["kind"] == "scalar",
+        f"{folder} trained embeddings beside its adapter, which a shared base cannot hold: train it without "
+        f"--sft.train-embeddings, or merge it first: `python -m instruct_llama merge {folder}`.",
+    )
+    return folder / info["base"], (*read_adapter(folder, info), QuantConfig(**info["quant"]))
 
 
 def read_adapter(folder: Path, info: dict[str, Any]) -> tuple[LoRAConfig, State]:
@@ -270,12 +300,18 @@ def is_complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and bool(read_info(folder).get("complete"))
 
 
+def for_shared_base(settings: Settings) -> RewardConfig:
+    """The reward stage as PPO's shared base needs it: adapters, over a base kept like PPO's."""
+    lora_config = settings.reward.lora if settings.reward.lora.rank else settings.ppo.lora
+    return dataclasses.replace(settings.reward, lora=lora_config, quant=settings.ppo.quant)
+
+
 STAGES = {  # run folder -> (module of instruct_llama.stages that trains it, what it changes in the settings)
     "pretrain": ("pretrain", lambda settings: settings),
     "sft": ("sft", lambda settings: settings),
     "sft-qlora": ("sft", lambda settings: settings.replace(sft=settings.qlora)),
     "reward": ("reward", lambda settings: settings),
-    "reward-lora": ("reward", lambda settings: settings.replace(reward__lora=settings.ppo.lora)),
+    "reward-lora": ("reward", lambda settings: settings.replace(reward=for_shared_base(settings))),
     "ppo": ("ppo", lambda settings: settings),
 }
 

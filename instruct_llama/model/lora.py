@@ -151,6 +151,11 @@ def quantise(model: nn.Module, config: QuantConfig) -> None:
         model.set_submodule(path, QuantLinear(layer, config))
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether the projections are in 4 bits already."""
+    return any(isinstance(layer, QuantLinear) for _, layer in projections(model))
+
+
 def add_adapter(model: nn.Module, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
     """Give the projections in `config.targets` a new adapter, and freeze all that is not an adapter.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..config import LoRAConfig, PPOConfig, UserError
+from ..config import LoRAConfig, PPOConfig, UserError, check
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
@@ -62,10 +62,16 @@ class _ScalarView(nn.Module):
 
 
 class SharedBase:
-    """One frozen base with the adapters `policy`, `value` and `reward`; needs a reward model trained as an adapter."""
+    """One frozen base with the adapters `policy`, `value` and `reward`; needs a reward model trained as an adapter.
 
-    def __init__(self, base: Llama, config: LoRAConfig, heads: dict[str, nn.Linear], generator: torch.Generator):
-        self.base = base.eval()
+    The reference is the base alone, or with the adapter `reference` where SFT trained one. `folder` holds the base.
+    """
+
+    def __init__(
+        self, base: Llama, config: LoRAConfig, heads: dict[str, nn.Linear], generator: torch.Generator,
+        folder: Path = Path(),
+    ):  # fmt: skip
+        self.base, self.folder = base.eval(), folder
         for name in ("policy", "value"):
             if name not in lora.adapter_names(base):
                 lora.add_adapter(base, name, config, generator)
@@ -85,8 +91,8 @@ class SharedBase:
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[nn.Module]:
-        """The base with the adapter of `role` switched on; for the reference, with none."""
-        with lora.adapter(self.base, None if role == "reference" else role):
+        """The base with the adapter of `role` switched on; for the reference, the SFT adapter or none."""
+        with lora.adapter(self.base, role if role in lora.adapter_names(self.base) else None):
             yield self.heads.get(role, self.base)
 
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
@@ -96,7 +102,7 @@ class SharedBase:
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
         rest = {key: value for key, value in info.items() if key != "sft"} | {"lora": vars(self.config)}
-        checkpoint.save_adapter(folder, self.base, "policy", Path(info["sft"]), tokenizer, rest)
+        checkpoint.save_adapter(folder, self.base, "policy", self.folder, tokenizer, rest)
 
 
 def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: int) -> FourModels:
@@ -111,17 +117,29 @@ def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: in
 
 
 def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig, seed: int) -> SharedBase:
-    """The SFT model as base; the reward run must be an adapter over it, and the value starts from the reward."""
-    info = checkpoint.read_info(reward)
-    if info.get("adapter") is None or (reward / info["base"]).resolve() != sft.resolve():
+    """One base for all four: a full SFT model, or the base that an SFT adapter lies over.
+
+    The reward run must be an adapter over the same base, kept as PPO keeps it; the value starts from the reward, and
+    the policy from the SFT adapter where there is one, which is then the reference too.
+    """
+    folder, started = checkpoint.base_of(sft)
+    base_folder, judge = checkpoint.base_of(reward)
+    if judge is None or base_folder.resolve() != folder.resolve():
         raise UserError(
-            f"ppo.layout shared_base needs a reward adapter trained over {sft}, and {reward} is not one: "
+            f"ppo.layout shared_base needs a reward adapter trained over {folder}, and {reward} is not one: "
             "train it with `reward --reward.lora.rank 8`."
         )
-    base, _ = checkpoint.load_plain(sft, device)
-    lora.quantise(base, config.quant)
+    kept = {judge[2], started[2]} if started else {judge[2]}
+    check(
+        kept == {config.quant},
+        f"ppo.quant is {config.quant.kind}, but the adapters were trained over a base of another kind "
+        f"({', '.join(sorted(quant.kind for quant in kept))}): give the same to sft.quant, reward.quant and ppo.quant.",
+    )
+    # The base is frozen: it may be as coarse as the blocks compute. Heads and adapters are fp32 (P08).
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    base, _ = checkpoint.load_plain(folder, device, quant=config.quant, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
-    reward_lora, state = checkpoint.read_adapter(reward, info)
+    reward_lora, state, _ = judge
     head_weight = state.pop("scalar_head.weight")
     heads = {}
     for name in ("reward", "value"):
@@ -130,4 +148,7 @@ def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig
         heads[name] = nn.Linear(base.config.dim, 1, bias=False).to(device)
         with torch.no_grad():
             heads[name].weight.copy_(head_weight)
-    return SharedBase(base, config.lora, heads, generator)
+    for name in ("reference", "policy") if started else ():
+        lora.add_adapter(base, name, started[0], generator)
+        lora.load_adapter(base, name, started[1])
+    return SharedBase(base, started[0] if started else config.lora, heads, generator, folder)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..config import PPOConfig, RewardConfig, Settings, UserError
+from ..config import PPOConfig, RewardConfig, Settings, UserError, check
 from ..data import tinychat
 from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
 from ..data.tokenizer import Tokenizer
@@ -26,7 +26,18 @@ from ..rlhf import rollout
 from ..rlhf.objectives import pair_differences, ranking_loss
 from ..rlhf.rollout import Episodes, answer_scores
 from . import records
-from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, freeze_first, pick_device
+from .trainer import (
+    RunLog,
+    StageResult,
+    Supervised,
+    Watch,
+    autocast,
+    fit,
+    freeze_first,
+    frozen_as,
+    pick_device,
+    recomputing,
+)
 
 Ranked = list[list[int]]  # prompt with completion as token ids, best first
 
@@ -113,15 +124,27 @@ def fit_normaliser(model: ScalarLlama, episodes: Episodes) -> dict[str, float]:
     return {"mean": float(scores.mean()), "scale": max(1e-3, float(scores.std(correction=0)))}
 
 
-def prepare(base: Llama, settings: Settings) -> ScalarLlama:
-    """A scalar model over the base's trunk; with adapters, only they and the head train."""
-    config = settings.reward
-    model = checkpoint.scalar_from(base)
-    lora.quantise(model, config.quant)
+def prepare(base: Path, settings: Settings) -> ScalarLlama:
+    """A scalar model over the base's trunk; with adapters, only they and the head train.
+
+    Where the base is itself an adapter run, the new adapter lies over the same weights and starts from that one.
+    """
+    config, device = settings.reward, pick_device(settings.device)
+    checkpoint.check_kind(base, "lm")
+    folder, started = checkpoint.base_of(base)
+    check(
+        started is None or (started[0], started[2]) == (config.lora, config.quant),
+        f"{base} holds an adapter: train the reward model with the same reward.lora and reward.quant, or first "
+        f"`python -m instruct_llama merge {base} {base}-merged`.",
+    )
+    model = checkpoint.load_scalar(folder, device, **frozen_as(config.lora, config.quant, config.loop.precision))
+    recomputing(model, settings)
     if config.lora.rank:
         lora.add_adapter(model, "reward", config.lora, torch.Generator().manual_seed(settings.seed))
         lora.use_adapter(model, "reward")
-        model.scalar_head.weight.requires_grad_(True)
+        model.scalar_head.float().weight.requires_grad_(True)
+    if started:
+        lora.load_adapter(model, "reward", started[1])
     freeze_first(model, config.freeze_layers)
     return model
 
@@ -146,9 +169,11 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
-        (start, tokenizer), (policy, _) = checkpoint.load_plain(base, device), checkpoint.load_plain(sft, device)
+        how = frozen_as(config.lora, config.quant, config.loop.precision)
+        checkpoint.check_kind(sft, "lm")
+        policy, tokenizer = checkpoint.load(sft, device, **({} if "adapter" in checkpoint.read_info(sft) else how))
         train, valid = gather(settings, policy, tokenizer)
-        model = prepare(start, settings)
+        model = prepare(base, settings)
         size = config.loop.batch_size
         valid = valid[: config.loop.eval_batches * size]
         valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]
@@ -171,7 +196,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm}
             if config.lora.rank:
                 lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
-                checkpoint.save_adapter(folder, model, "reward", base, tokenizer, {**info, **lora_info})
+                under, _ = checkpoint.base_of(base)
+                checkpoint.save_adapter(folder, model, "reward", under, tokenizer, {**info, **lora_info})
             else:
                 checkpoint.save_full(folder, model, tokenizer, info)
 

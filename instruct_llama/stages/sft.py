@@ -22,7 +22,7 @@ from ..model.generate import generate
 from ..model.llama import Llama
 from . import records
 from .pretrain import language_model_loss, language_model_metrics
-from .trainer import RunLog, StageResult, Supervised, Watch, fit, freeze_first, pick_device
+from .trainer import RunLog, StageResult, Supervised, Watch, fit, freeze_first, frozen_as, pick_device, recomputing
 
 Dialog = tuple[list[int], list[bool]]  # token ids and loss mask
 
@@ -41,12 +41,13 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Any], seq_len: int) -> list[D
 def prepare(model: Llama, settings: Settings) -> Llama:
     """Choose what trains: everything, all but the first layers, or adapters (over a 4-bit base)."""
     config = settings.sft
-    lora.quantise(model, config.quant)
+    if not lora.is_quantised(model):  # else its weights were put into 4 bits as they were read
+        lora.quantise(model, config.quant)
     if config.lora.rank:
         lora.add_adapter(model, "sft", config.lora, torch.Generator().manual_seed(settings.seed))
         lora.use_adapter(model, "sft")
-        for module in (model.tok_embeddings, model.output):
-            module.requires_grad_(config.train_embeddings)
+        for module in (model.tok_embeddings, model.output) if config.train_embeddings else ():
+            module.float().requires_grad_(True)
     freeze_first(model, config.freeze_layers)
     return model
 
@@ -66,8 +67,9 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     base = Path(settings.init) if settings.init else checkpoint.require("pretrain", settings)
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
-        model, tokenizer = checkpoint.load_plain(base, pick_device(settings.device))
-        model = prepare(model, settings)
+        how = frozen_as(config.lora, config.quant, config.loop.precision)
+        model, tokenizer = checkpoint.load_plain(base, pick_device(settings.device), **how)
+        model = prepare(recomputing(model, settings), settings)
         train, valid = (encode(tokenizer, dialogs, config.seq_len) for dialogs in records.demonstrations(settings))
         size, pack_len = config.loop.batch_size, config.seq_len if config.pack else None
         valid = valid[: config.loop.eval_batches * size]

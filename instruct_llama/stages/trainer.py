@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..config import LoopConfig, OptimConfig, Settings, UserError, shown
+from ..config import LoopConfig, LoRAConfig, OptimConfig, QuantConfig, Settings, UserError, shown
 from ..data.batches import epoch_order
+from ..model.llama import Llama
 
 Watch = Callable[[dict[str, float]], None]
 
@@ -106,6 +107,18 @@ def freeze_first(model: nn.Module, n_layers: int) -> None:
     if n_layers > 0:
         for module in (model.tok_embeddings, *model.layers[:n_layers]):
             module.requires_grad_(False)
+
+
+def frozen_as(lora: LoRAConfig, quant: QuantConfig, precision: str) -> dict[str, Any]:
+    """How weights are read: those under adapters stay frozen, so 4 or 16 bits will do; what trains is fp32 (P08)."""
+    frozen = lora.rank > 0 and precision == "bf16"
+    return {"quant": quant, "dtype": torch.bfloat16 if frozen else torch.float32}
+
+
+def recomputing(model: Llama, settings: Settings) -> Llama:
+    """The model with --model.gradient-checkpointing as these settings have it, whatever it was saved with."""
+    model.config = replace(model.config, gradient_checkpointing=settings.model.gradient_checkpointing)
+    return model
 
 
 def make_optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], optim: OptimConfig) -> torch.optim.Optimizer:
