@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
 
   tour                       all notebooks in order, from nothing; then the report card
   doctor                     what this machine has, and what to do about what is missing
-  data NAME-or-FILE          records for the stages: tinychat, or a file recognised by its content
+  data NAME-or-FILE          records for the stages: tinychat, a public set (data/README.md), or a file recognised by
+                             its content; of a public set --limit N records, or from --files fetched by hand
   pretrain sft reward ppo    one stage; --resume goes on, --init starts from a checkpoint, --data from a file
   merge CHECKPOINT [TARGET]  adapters into their base, to a plain checkpoint
   chat [CHECKPOINT]          talk to a checkpoint
@@ -28,8 +30,16 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
 Settings of every stage: python -m instruct_llama COMMAND --help"""
 
 
-def parse(args: list[str]) -> Settings:
-    """Settings from the command line, on top of a preset's; tyro makes an option of every field."""
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Settings of the command `data`."""
+
+    files: tuple[str, ...] = ()  # read a public set from these files, fetched by hand, instead of from the hub
+    limit: int = 0  # records of a public set to build; 0 means all
+
+
+def parse(args: list[str], kind: type[Settings] = Settings) -> Settings:
+    """Settings from the command line, on top of a preset's; tyro makes an option of every field of `kind`."""
     name = None
     for i, arg in enumerate(args):
         if arg.startswith("--preset="):
@@ -38,7 +48,8 @@ def parse(args: list[str]) -> Settings:
             check(i + 1 < len(args), "--preset needs a name: tiny or laptop.")
             name = args[i + 1]
     options = (tyro.conf.FlagCreatePairsOff,)
-    return tyro.cli(Settings, args=args, default=presets.get(name), prog="instruct_llama", config=options)
+    default = kind(**vars(presets.get(name)))
+    return tyro.cli(kind, args=args, default=default, prog="instruct_llama", config=options)
 
 
 def stage(name: str) -> Callable[[Settings, list[str]], int]:
@@ -53,13 +64,21 @@ def stage(name: str) -> Callable[[Settings, list[str]], int]:
     return command
 
 
-def data(settings: Settings, words: list[str]) -> int:
+def data(settings: DataSettings, words: list[str]) -> int:
     """Build records into data/, or --out."""
-    from .data import sources, tinychat
+    from .data import public, sources, tinychat
 
-    check(len(words) == 1, "data needs one name or file: `data tinychat`, or `data my.jsonl.gz`.")
+    check(len(words) == 1, "data needs one name or file: `data tinychat`, `data dolly`, or `data my.jsonl.gz`.")
     name = words[0]
     folder = Path(settings.out) if settings.out else project_folder() / "data"
+    if name in public.SETS:
+        built = public.build(name, folder, limit=settings.limit, files=settings.files, seed=settings.seed)
+        print(built.describe())
+        return 0
+    check(
+        not settings.files and not settings.limit,
+        f"--files and --limit are for a public set, and {name} is none: choose from {', '.join(public.SETS)}.",
+    )
     if name == "tinychat":
         world, seed = settings.world, settings.seed
         made = {
@@ -161,6 +180,8 @@ COMMANDS: dict[str, Callable[[Settings, list[str]], int]] = {
     "data": data, "merge": merge, "chat": chat, "evaluate": evaluate, "tour": tour, "doctor": doctor,
 }  # fmt: skip
 
+KINDS: dict[str, type[Settings]] = {"data": DataSettings}  # commands with options of their own
+
 
 def main(argv: list[str]) -> int:
     """Run a command; returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly, 130 on Ctrl-C."""
@@ -174,7 +195,7 @@ def main(argv: list[str]) -> int:
     try:
         check(name in COMMANDS, f"There is no command {name!r}: choose from {', '.join(COMMANDS)}.")
         check(not words or name in ("data", "merge", "chat"), f"{name} takes no {words[:1]}: options begin with --.")
-        return COMMANDS[name](parse(rest), words)
+        return COMMANDS[name](parse(rest, KINDS.get(name, Settings)), words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
