@@ -79,6 +79,8 @@ def data(settings: DataSettings, words: list[str]) -> int:
         not settings.files and not settings.limit,
         f"--files and --limit are for a public set, and {name} is none: choose from {', '.join(public.SETS)}.",
     )
+    known = name == "tinychat" or Path(name).exists()
+    check(known, f"There is no file {name}, and no set of that name: choose from tinychat, {', '.join(public.SETS)}.")
     if name == "tinychat":
         world, seed = settings.world, settings.seed
         made = {
