@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,7 +114,8 @@ SITUATIONS = {
 SITUATION_DIALOGS = [
     [{"role": "system", "content": "You are talking with Lee, a friend. Lee lost his keys."},
      user("I lost my keys."), assistant("Oh no!"), user("Yes."), assistant("Look.")],
-    [{"role": "system", "content": "You are talking with Lee, a friend. Lee won."}, user("I won!"), assistant("Great!")],
+    [{"role": "system", "content": "You are talking with Lee, a friend. Lee won."},
+     user("I won!"), assistant("Great!")],
 ]  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def answer(score: int, text: str) -> dict[str, Any]:
 
 
 VOTES = [
-    {"qid": 7, "question": "<p>How do I  use\n<code>a &lt; b</code>?</p>\n", "date": "2020/01/01", "metadata": ["https"],
+    {"qid": 7, "question": "<p>How do I  use\n<code>a &lt; b</code>?</p>\n", "date": "2020/01/01", "metadata": ["h"],
      "answers": [answer(1, "<p>Like so:</p>\n\n<pre><code>if a &lt; b:\n    go()\n</code></pre>"),
                  answer(-1, "<p>You&#39;d <b>not</b>.</p>"), answer(4, "<ul>\n<li>Read.</li>\n<li>Think.</li>\n</ul>"),
                  answer(1, "<p>The same score, later.</p>")]},
@@ -135,8 +137,8 @@ RANKED = {
     "completions": ["- Read.\n- Think.", "Like so:\n\nif a < b:\n    go()", "You'd not."],
 }
 FINEWEB = [
-    {"text": " A page.\n\nMore of it. ", "id": "<urn:uuid:1>", "dump": "CC-MAIN-2013-20", "url": "http://a", "file_path":
-     "s3://x", "language": "en", "language_score": 0.95, "token_count": 6, "score": 3.1, "int_score": 3},
+    {"text": " A page.\n\nMore of it. ", "id": "<urn:uuid:1>", "dump": "CC-MAIN-2013-20", "url": "http://a",
+     "file_path": "s3://x", "language": "en", "language_score": 0.95, "token_count": 6, "score": 3.1, "int_score": 3},
     {"text": "Another.", "id": "<urn:uuid:2>", "dump": "CC-MAIN-2013-20", "url": "http://b", "file_path": "s3://x",
      "language": "en", "language_score": 0.9, "token_count": 2, "score": 3.0, "int_score": 3},
 ]  # fmt: skip
@@ -221,7 +223,8 @@ def test_stack_exchange_ranks_two_to_eight_answers(tmp_path: Path) -> None:
 def test_html_becomes_text() -> None:
     assert shapes.plain("plain") == "plain"
     assert shapes.plain("<p>a<br>b</p>\n<p>c <em>d</em> e&amp;f</p>") == "a\nb\n\nc d e&f"
-    assert shapes.plain("<p>see</p><pre><code>  x = 1\n\n  y = 2  \n</code></pre>now") == "see\n\n  x = 1\n\n  y = 2\n\nnow"
+    code = shapes.plain("<p>see</p><pre><code>  x = 1\n\n  y = 2  \n</code></pre>now")
+    assert code == "see\n\n  x = 1\n\n  y = 2\n\nnow"
     assert shapes.plain("<blockquote>\n<p>said</p>\n</blockquote>\n<ol><li>one</li></ol>") == "said\n\n- one"
     assert shapes.plain("a < b").startswith("a < b")
 
@@ -245,7 +248,8 @@ def test_p03_a_story_that_the_file_cuts_off_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", ["lines", "parquet"])
 def test_fineweb_edu_keeps_the_text_alone(tmp_path: Path, shape: str) -> None:
     file = jsonl(tmp_path / "a.jsonl", *FINEWEB) if shape == "lines" else parquet(tmp_path / "a.parquet", FINEWEB)
-    assert made(build("fineweb-edu", tmp_path, files=[file])) == [{"text": "A page.\n\nMore of it."}, {"text": "Another."}]
+    built = build("fineweb-edu", tmp_path, files=[file])
+    assert made(built) == [{"text": "A page.\n\nMore of it."}, {"text": "Another."}]
 
 
 @pytest.mark.parametrize("name", ["hh-rlhf", "hh-rlhf-harmless", "hh-rlhf-online", "hh-rlhf-rejection-sampled"])
@@ -273,7 +277,7 @@ def test_sums_are_right_and_asked_once(tmp_path: Path) -> None:
     assert len(numbers) == 200
     seen = set()
     for question, reply in dialogs:
-        asked = re.fullmatch(r"What is (\S+|one hundred and \S+) (\+|-|×|plus|minus|times) (\S+)\?", question["content"])
+        asked = re.fullmatch(r"What is (\S+) (\+|-|×|plus|minus|times) (\S+)\?", question["content"])
         a, sign, b = asked.groups()
         words = a in numbers
         x, y = (numbers[a], numbers[b]) if words else (int(a), int(b))
@@ -339,7 +343,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 HUB_ROWS = {
     "tinystories": ([{"text": "Once."}], {}), "fineweb-edu": (FINEWEB, {"name": "sample-10BT"}), "dolly": (DOLLY, {}),
     "alpaca-cleaned": (ALPACA, {}), "squad": (SQUAD_FLAT, {}), "hh-rlhf": (PAIRS, {"data_dir": "helpful-base"}),
-    "hh-rlhf-harmless": (PAIRS, {"data_dir": "harmless-base"}), "hh-rlhf-online": (PAIRS, {"data_dir": "helpful-online"}),
+    "hh-rlhf-harmless": (PAIRS, {"data_dir": "harmless-base"}),
+    "hh-rlhf-online": (PAIRS, {"data_dir": "helpful-online"}),
     "hh-rlhf-rejection-sampled": (PAIRS, {"data_dir": "helpful-rejection-sampled"}), "stackexchange": (VOTES, {}),
 }  # fmt: skip
 KEPT = {"fineweb-edu": 2, "dolly": 2, "alpaca-cleaned": 2, "squad": 2}
@@ -368,41 +373,40 @@ def test_every_set_of_the_table_is_tested_here() -> None:
 
 
 def hub_errors() -> list[tuple[Exception, str]]:
+    """What the libraries raise, and what of it must be said; the last two want a login."""
     import datasets.exceptions as ours
-    import httpx
     import huggingface_hub.errors as hubs
 
-    def reply(code: int) -> httpx.Response:
-        return httpx.Response(code, request=httpx.Request("GET", "https://huggingface.co/x"))
-
+    reply = SimpleNamespace(headers={}, request=None)
+    gated = "accept its terms at https://.*log in"
     return [
         (ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"), "Couldn't reach"),
         (hubs.OfflineModeIsEnabled("Offline mode is enabled."), "Offline mode is enabled"),
         (hubs.LocalEntryNotFoundError("No file in the cache."), "No file in the cache"),
         (ours.DatasetNotFoundError("Dataset 'x' doesn't exist on the Hub or cannot be accessed."), "doesn't exist"),
-        (hubs.RepositoryNotFoundError("404 Not Found", response=reply(404)), "404"),
-        (hubs.HfHubHTTPError("500 Server Error", response=reply(500)), "500"),
+        (hubs.RepositoryNotFoundError("404 Not Found", response=reply), "404"),
+        (hubs.HfHubHTTPError("500 Server Error", response=reply), "500"),
         (ours.DatasetGenerationError("An error occurred"), "An error occurred"),
         (ours.DataFilesNotFoundError("No data files found"), "No data files"),
         (ValueError("BuilderConfig 'x' not found."), "BuilderConfig"),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts"),
-        (httpx.ConnectTimeout("timed out"), "timed out"),
         (TimeoutError(), "TimeoutError"),
-        (ours.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."), "accept its terms at https://.*log in"),
-        (hubs.GatedRepoError("403 Client Error", response=reply(403)), "accept its terms at https://.*log in"),
+        (ours.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."), gated),
+        (hubs.GatedRepoError("403 Client Error", response=reply), gated),
     ]
 
 
-@pytest.mark.parametrize("number", range(len(hub_errors())))
-def test_a_failure_of_the_hub_names_the_local_route(tmp_path: Path, hub: list[Any], number: int) -> None:
-    error, said = hub_errors()[number]
-    for before in ([], DOLLY[:1]):  # at once, and in the middle of the stream
-        hub[:] = [*before, error]
-        route = r"databricks-dolly-15k\.jsonl.*`python -m instruct_llama data dolly --files PATH`"
-        with pytest.raises(UserError, match=rf"dolly cannot be read from https://.*{said}.*{route}") as raised:
-            build("dolly", tmp_path)
-        assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
-        assert ("accept its terms" in str(raised.value)) is (number >= 12)
+def test_a_failure_of_the_hub_names_the_local_route(tmp_path: Path, hub: list[Any]) -> None:
+    route = r"databricks-dolly-15k\.jsonl.*`python -m instruct_llama data dolly --files PATH`"
+    wants_login = []
+    for error, said in hub_errors():
+        for before in ([], DOLLY[:1]):  # at once, and in the middle of the stream
+            hub[:] = [*before, error]
+            with pytest.raises(UserError, match=rf"dolly cannot be read from https://.*{said}.*{route}") as raised:
+                build("dolly", tmp_path)
+            assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
+        wants_login.append("accept its terms" in str(raised.value))
+    assert wants_login == [False] * (len(wants_login) - 2) + [True] * 2
 
 
 def test_without_a_network_every_set_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,8 +435,8 @@ def test_p05_files_that_are_cut_off_are_named(tmp_path: Path) -> None:
     cases = {
         str(tmp_path / "cut.jsonl.gz"): r"cut\.jsonl\.gz is a truncated or damaged gzip file: fetch",
         str(table): r"cut\.parquet is a truncated or damaged parquet file: fetch it again",
-        write(tmp_path / "cut.jsonl", json.dumps(DOLLY[0]) + '\n{"instr'): r"cut\.jsonl line 2 is not valid JSON .*fetch",
-        write(tmp_path / "list.json", json.dumps(DOLLY, indent=1)[:80]): r"list\.json line \d is not valid JSON .*cut off",
+        write(tmp_path / "cut.jsonl", json.dumps(DOLLY[0]) + '\n{"in'): r"cut\.jsonl line 2 is not valid JSON .*fetch",
+        write(tmp_path / "list.json", json.dumps(DOLLY, indent=1)[:80]): r"list\.json line 4 is not valid JSON .*cut",
         write(tmp_path / "squad.json", '{"version": "v2.0", "data": [{"ti'): r"squad\.json line 1 is not valid JSON",
         write(tmp_path / "open.json", '{\n"1": {'): r"open\.json line 2 is not valid JSON .*cut off",
         write(tmp_path / "empty.jsonl", "\n\n"): r"empty\.jsonl is empty: fetch it again",
@@ -597,7 +601,8 @@ def test_a_stage_builds_a_part_of_a_huge_set(
     asked = []
     monkeypatch.setattr(public, "build", lambda *args, **options: asked.append((args, options)) or built)
     built = public.Built(Path("x"), {"kept": 1, "kind": "text", "dropped": {}, "licence": "y"})
-    assert records.data_path(presets.get("tiny").replace(data="fineweb-edu", seed=3)) == project / "data/fineweb-edu.jsonl"
+    settings = presets.get("tiny").replace(data="fineweb-edu", seed=3)
+    assert records.data_path(settings) == project / "data" / "fineweb-edu.jsonl"
     assert asked == [(("fineweb-edu", project / "data"), {"limit": 100_000, "seed": 3})]
     assert "its first 100,000 records are built first" in capsys.readouterr().out
     assert records.data_path(presets.get("tiny")) is None
