@@ -18,7 +18,8 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
 
   tour                       all notebooks in order, from nothing; then the report card
   doctor                     what this machine has, and what to do about what is missing
-  data NAME-or-FILE          records for the stages: tinychat, or a file recognised by its content
+  data NAME-or-FILE          records for the stages: tinychat, a public set (data/README.md), or a file recognised by
+                             its content; of a public set --limit N records, or from --files fetched by hand
   pretrain sft reward ppo    one stage; --resume goes on, --init starts from a checkpoint, --data from a file
   merge CHECKPOINT [TARGET]  adapters into their base, to a plain checkpoint
   import SOURCE              other people's weights: a Hugging Face folder or name, Meta's folder, a .gguf, or smollm2
@@ -66,6 +67,14 @@ class Chat(Worded):
     batch_size: int = 32  # prompts of a file that are answered at once
 
 
+@dataclass(frozen=True)
+class Data(Worded):
+    """What is built."""
+
+    files: tuple[str, ...] = ()  # read a public set from these files, fetched by hand, instead of from the hub
+    limit: int = 0  # records of a public set to build; 0 means all
+
+
 def parse(args: list[str], kind: type[Settings] = Settings) -> Settings:
     """Settings from the command line, on top of a preset's; tyro makes an option of every field of `kind`."""
     name = None
@@ -91,14 +100,24 @@ def stage(name: str) -> Callable[[Any], int]:
     return command
 
 
-def data(settings: Worded) -> int:
+def data(settings: Data) -> int:
     """Build records into data/, or --out."""
-    from .data import sources, tinychat
+    from .data import public, sources, tinychat
 
     words = settings.words
-    check(len(words) == 1, "data needs one name or file: `data tinychat`, or `data my.jsonl.gz`.")
+    check(len(words) == 1, "data needs one name or file: `data tinychat`, `data dolly`, or `data my.jsonl.gz`.")
     name = words[0]
     folder = Path(settings.out) if settings.out else project_folder() / "data"
+    if name in public.SETS:
+        built = public.build(name, folder, limit=settings.limit, files=settings.files, seed=settings.seed)
+        print(built.describe())
+        return 0
+    check(
+        not settings.files and not settings.limit,
+        f"--files and --limit are for a public set, and {name} is none: choose from {', '.join(public.SETS)}.",
+    )
+    known = name == "tinychat" or Path(name).exists()
+    check(known, f"There is no file {name}, and no set of that name: choose from tinychat, {', '.join(public.SETS)}.")
     if name == "tinychat":
         world, seed = settings.world, settings.seed
         made = {
@@ -192,7 +211,7 @@ def doctor(settings: Settings) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
     **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
-    "data": (data, Worded), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
+    "data": (data, Data), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
     "chat": (chat, Chat), "evaluate": (evaluate, Settings), "tour": (tour, Settings), "doctor": (doctor, Settings),
 }  # fmt: skip
 

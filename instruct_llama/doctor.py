@@ -177,9 +177,12 @@ def tinychat_sample(seed: int) -> str:
 
 
 def data_file(path: str) -> str:
-    """One sentence about a file of records. Raises UserError when it cannot be read."""
-    from .data import sources
+    """One sentence about a file of records, or a public set. Raises UserError when it cannot be read."""
+    from .data import public, sources
 
+    if path in public.SETS:
+        built = (project_folder() / "data" / f"{path}.jsonl").is_file()
+        return f"{path} is in data/." if built else f"{path} will be built by the stage that wants it."
     return sources.read(path).describe()
 
 

@@ -15,25 +15,25 @@ may be a str, or of `{"prompt", "completion" or "response"}`; of public preferen
 of instructions `{"instruction", "input", "output"}` (Alpaca) or `{"instruction", "instances"}` (Self-Instruct).
 
 In our own shapes a bad record is an error with its line number: whoever wrote it can mend it. In the public shapes it
-is dropped whole, and counted with its reason. Nothing but text, JSON and gzip is read, so no file can run code.
+is dropped whole, and counted with its reason. Public sets, by name and of any size, are the business of `public`.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config import UserError, check
 from .batches import atomic
+from .files import lines, parsed
 from .tokenizer import Message, dialog_problem
 
 Kind = Literal["text", "dialogs", "comparisons", "prompts"]
@@ -61,13 +61,13 @@ class Records:
         """The report as one sentence."""
         kind = {"text": "paragraphs of text"}.get(self.kind, self.kind)
         sentence = f"{self.path}: {len(self.records):,} {kind}"
-        return f"{sentence}; dropped {_reasons(self.dropped)}." if self.dropped else f"{sentence}, none dropped."
+        return f"{sentence}; dropped {reasons(self.dropped)}." if self.dropped else f"{sentence}, none dropped."
 
 
 def read(path: str | Path) -> Records:
     """Read a local file. Raises UserError with the file, the line where there is one, and the cure."""
     path = Path(path)
-    text = _text(path)
+    text = "\n".join(line for _, line in lines(path))
     check(bool(text.strip()), f"{path} is empty: give a file with text or records.")
     rows = _json_rows(path, text)
     if rows is None:
@@ -75,35 +75,16 @@ def read(path: str | Path) -> Records:
     return _from_rows(path, rows)
 
 
-class _Bad(ValueError):
+class Bad(ValueError):
     """A record that cannot be used; the message is the reason, particulars in brackets."""
 
+    @property
+    def reason(self) -> str:
+        """The reason without the particulars, to count by."""
+        return str(self).split(" (")[0]
 
-# ---------------------------------------------------------------- bytes to rows
 
-
-def _text(path: Path) -> str:
-    """The file's text, unzipped where it is gzip."""
-    check(path.exists(), f"There is no file {path}: check the path.")
-    check(path.is_file(), f"{path} is a folder: name one file in it.")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk.") from error
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path} is a truncated or damaged gzip file: fetch or write it again.") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path} line {line} is not UTF-8 text: give plain text, JSON lines, or either gzipped, in UTF-8."
-        ) from error
-    check("\0" not in text, f"{path} is a binary file: give plain text, JSON lines, or either gzipped.")
-    return text.replace("\r\n", "\n")
+# ---------------------------------------------------------------- text to rows
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, Any]] | None:
@@ -113,18 +94,8 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Any]] | None:
             return [(f"record {number}", row) for number, row in enumerate(json.loads(text), 1)]
     if ".json" not in path.name.lower() and re.match(r'\s*\{\s*"', text) is None:
         return None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
-        if line.strip():
-            try:
-                rows.append((f"line {number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                what = getattr(error, "msg", "nested too deeply")
-                raise UserError(
-                    f"{path} line {number} is not valid JSON ({what}): mend or delete the line; "
-                    "each line holds one whole JSON object."
-                ) from error
-    return rows
+    numbered = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may hold U+2028
+    return [(f"line {number}", parsed(path, number, line)) for number, line in numbered if line.strip()]
 
 
 def _paragraphs(text: str, longest: int = 4000) -> Iterator[str]:
@@ -155,43 +126,53 @@ def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Records:
     dropped: Counter[str] = Counter()
     for place, row in rows:
         try:
-            if not isinstance(row, dict):
-                raise _Bad("it is not a JSON object")
-            if missing := sorted(needed - set(row)):
-                raise _Bad(f"it lacks {' and '.join(missing)}")
-            items += convert(row)
-        except _Bad as bad:
+            items += use(row, needed, convert)
+        except Bad as bad:
             if strict:
-                raise UserError(f"{path} {place} cannot be used, {bad}: mend or delete the record.") from bad
-            dropped[str(bad).split(" (")[0]] += 1
-    check(bool(items), f"Every record of {path} was dropped: {_reasons(dropped)}. Mend the file or give another.")
+                raise _refusal(path, place, bad) from bad
+            dropped[bad.reason] += 1
+    check(bool(items), f"Every record of {path} was dropped: {reasons(dropped)}. Mend the file or give another.")
     return Records(path, kind, items, dict(dropped.most_common()))
 
 
+def use(row: Any, needed: Set[str], convert: Callable[[Record], list[Record]]) -> list[Record]:
+    """The records of one row, which must be an object with the `needed` keys. Raises Bad: why it gives none."""
+    if not isinstance(row, dict):
+        raise Bad("it is not a JSON object")
+    if missing := sorted(needed - set(row)):
+        raise Bad(f"it lacks {' and '.join(missing)}")
+    return convert(row)
+
+
+def _refusal(path: Path, place: str, bad: Bad) -> UserError:
+    return UserError(f"{path} {place} cannot be used, {bad}: mend or delete the record.")
+
+
 def _from_text(row: Record) -> list[Record]:
-    _filled(row, "text")
+    filled(row, "text")
     return [row]
 
 
 def _from_messages(row: Record) -> list[Record]:
-    _checked(row["messages"], last="assistant")
+    checked(row["messages"], last="assistant")
     return [row]
 
 
-def _from_ranked(row: Record) -> list[Record]:
+def from_ranked(row: Record) -> list[Record]:
+    """A prompt, a str or messages, with two or more completions, best first."""
     prompt, completions = _prompt(row), row["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
-        raise _Bad("completions is not a list of two or more texts")
+        raise Bad("completions is not a list of two or more texts")
     for number, text in enumerate(completions, 1):
         if not isinstance(text, str) or not text.strip():
-            raise _Bad(f"an answer is empty (completion {number})")
+            raise Bad(f"an answer is empty (completion {number})")
         if text in completions[: number - 1]:
-            raise _Bad(f"two completions are equal (completion {number})")
+            raise Bad(f"two completions are equal (completion {number})")
     return [{**row, "prompt": prompt}]
 
 
 def _from_answered(row: Record) -> list[Record]:
-    answer = _filled(row, "completion" if "completion" in row else "response")
+    answer = filled(row, "completion" if "completion" in row else "response")
     return [{"messages": [*_prompt(row), {"role": "assistant", "content": answer}]}]
 
 
@@ -199,13 +180,13 @@ def _from_prompt(row: Record) -> list[Record]:
     return [{**row, "prompt": _prompt(row)}]
 
 
-def _from_pair(row: Record) -> list[Record]:
+def from_pair(row: Record) -> list[Record]:
     """A public preference pair: two dialogs that differ in the last answer only (arXiv:2204.05862)."""
     chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
-        raise _Bad("the prompts differ")
+        raise Bad("the prompts differ")
     if chosen == rejected:
-        raise _Bad("chosen equals rejected")
+        raise Bad("chosen equals rejected")
     return [{"prompt": chosen[:-1], "completions": [chosen[-1]["content"], rejected[-1]["content"]]}]
 
 
@@ -217,33 +198,34 @@ def _side(row: Record, key: str) -> list[Message]:
     elif isinstance(value, str):
         before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip("\n"))
         if before.strip():
-            raise _Bad("there is text before the first turn")
+            raise Bad("there is text before the first turn")
         roles = {"Human": "user", "Assistant": "assistant"}
         pairs = zip(turns[::2], turns[1::2], strict=True)
         value = [{"role": roles[who], "content": said.strip()} for who, said in pairs]
-    return _checked(value, last="assistant")
+    return checked(value, last="assistant")
 
 
-def _from_instruction(row: Record) -> list[Record]:
+def from_instruction(row: Record) -> list[Record]:
+    """Instructions as Alpaca or Self-Instruct writes them: the input, where there is one, stands below."""
     instances = row.get("instances", [row])
     if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
-        raise _Bad("instances is not a list of objects")
+        raise Bad("instances is not a list of objects")
     records = []
     for one in instances:
-        instruction, given = _filled(row, "instruction"), one.get("input") or ""
+        instruction, given = filled(row, "instruction"), one.get("input") or ""
         prompt = f"{instruction}\n\n{given}" if given else instruction
-        answer = {"role": "assistant", "content": _filled(one, "output")}
+        answer = {"role": "assistant", "content": filled(one, "output")}
         records.append({"messages": [{"role": "user", "content": prompt}, answer]})
     return records
 
 
-def _filled(row: Record, key: str) -> str:
+def filled(row: Record, key: str) -> str:
     """A text that is not empty."""
     value = row.get(key)
     if not isinstance(value, str):
-        raise _Bad(f"{key} is not a text")
+        raise Bad(f"{key} is not a text")
     if not value.strip():
-        raise _Bad("an answer is empty" if key in ("completion", "response", "output") else f"{key} is empty")
+        raise Bad("an answer is empty" if key in ("completion", "response", "output") else f"{key} is empty")
     return value
 
 
@@ -251,33 +233,33 @@ def _prompt(row: Record) -> list[Message]:
     """The prompt as checked messages; a str is one user turn."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": _filled(row, "prompt")}]
-    return _checked(prompt, last="user")
+        prompt = [{"role": "user", "content": filled(row, "prompt")}]
+    return checked(prompt, last="user")
 
 
-def _checked(messages: Any, last: str) -> list[Message]:
+def checked(messages: Any, last: str) -> list[Message]:
     """The messages, if they alternate, end with a turn of `last` and leave none empty."""
     if not isinstance(messages, list):
-        raise _Bad("the turns are not a list of messages")
+        raise Bad("the turns are not a list of messages")
     if problem := dialog_problem(messages):
-        raise _Bad(problem)
+        raise Bad(problem)
     for number, message in enumerate(messages, 1):
         if not message["content"].strip():
             what = "an answer is empty" if message["role"] == "assistant" else "a turn is empty"
-            raise _Bad(f"{what} (turn {number})")
+            raise Bad(f"{what} (turn {number})")
     if messages[-1]["role"] != last:
         what = "dialog does not end" if last == "assistant" else "prompt ends"
-        raise _Bad(f"the {what} with an answer")
+        raise Bad(f"the {what} with an answer")
     return messages
 
 
 # the keys that tell a shape, the kind it becomes, whether a bad record is an error, and how one row is read
 _SHAPES = (
-    ({"chosen", "rejected"}, "comparisons", False, _from_pair),
-    ({"instruction", "output"}, "dialogs", False, _from_instruction),
-    ({"instruction", "instances"}, "dialogs", False, _from_instruction),
+    ({"chosen", "rejected"}, "comparisons", False, from_pair),
+    ({"instruction", "output"}, "dialogs", False, from_instruction),
+    ({"instruction", "instances"}, "dialogs", False, from_instruction),
     ({"messages"}, "dialogs", True, _from_messages),
-    ({"prompt", "completions"}, "comparisons", True, _from_ranked),
+    ({"prompt", "completions"}, "comparisons", True, from_ranked),
     ({"prompt", "completion"}, "dialogs", True, _from_answered),
     ({"prompt", "response"}, "dialogs", True, _from_answered),
     ({"prompt"}, "prompts", True, _from_prompt),
@@ -285,7 +267,8 @@ _SHAPES = (
 )
 
 
-def _reasons(dropped: dict[str, int]) -> str:
+def reasons(dropped: dict[str, int]) -> str:
+    """What was dropped, in words."""
     return ", ".join(f"{count:,} because {reason}" for reason, count in dropped.items())
 
 
@@ -299,6 +282,29 @@ def as_texts(records: Records) -> list[str]:
     if records.kind == "prompts":
         return ["\n".join(turn["content"] for turn in record["prompt"]) for record in records.records]
     return ["\n".join(turn["content"] for turn in dialog["messages"]) for dialog in as_dialogs(records)]
+
+
+def stream_texts(path: str | Path) -> Iterator[str]:
+    """`as_texts(read(path))`, one text at a time: JSON lines of text are never held whole, so may be of any size."""
+    path = Path(path)
+    numbered = ((number, line) for number, line in lines(path) if line.strip())
+    number, first = next(numbered, (0, ""))
+    if not _holds_text(first):
+        yield from as_texts(read(path))
+        return
+    for at, line in chain([(number, first)], numbered):
+        try:
+            yield from (record["text"] for record in use(parsed(path, at, line), {"text"}, _from_text))
+        except Bad as bad:
+            raise _refusal(path, f"line {at}", bad) from bad
+
+
+def _holds_text(line: str) -> bool:
+    """Whether the line is a record of text and nothing else that is known."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        return isinstance(row, dict) and next((kind for keys, kind, *_ in _SHAPES if set(row) >= keys), "") == "text"
+    return False
 
 
 def as_dialogs(records: Records) -> list[Record]:
@@ -341,16 +347,20 @@ def split(records: Any, heldout_fraction: float) -> tuple[Any, Any]:
     as the start of a longer dialog; a record keeps its side when the data grows; and a file's dialogs, comparisons
     and prompts are split alike.
     """
-    check(0 <= heldout_fraction < 1, f"The held-out fraction {heldout_fraction} must lie in [0, 1).")
     if isinstance(records, Records):
         train, heldout = split(records.records, heldout_fraction)
         return replace(records, records=train), replace(records, records=heldout)
     train, heldout = [], []
     for record in records:
-        digest = hashlib.sha256(_content(record).encode("utf-8", "replace")).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
-        (heldout if place < heldout_fraction else train).append(record)
+        (heldout if is_heldout(record, heldout_fraction) else train).append(record)
     return train, heldout
+
+
+def is_heldout(record: Any, heldout_fraction: float) -> bool:
+    """The side of one record, or of one text or prompt, by its content alone."""
+    check(0 <= heldout_fraction < 1, f"The held-out fraction {heldout_fraction} must lie in [0, 1).")
+    digest = hashlib.sha256(_content(record).encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < heldout_fraction  # uniform in [0, 1)
 
 
 def _content(record: Any) -> str:

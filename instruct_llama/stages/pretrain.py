@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from .. import checkpoint
 from ..config import Settings, to_json
@@ -48,8 +50,7 @@ def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: st
 def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap, np.memmap]:
     """The vocabulary and the token files (training, held out), made once and reused when nothing has changed."""
     train, valid = records.texts(settings)
-    digest = hashlib.sha256("\0".join((*train, "", *valid)).encode()).hexdigest()
-    stamp = f"{digest} {settings.init}\n{to_json(settings.tokenizer)}"
+    stamp = f"{_digest(chain(train, [''], valid))} {settings.init}\n{to_json(settings.tokenizer)}"
     stamp_file = folder / "made_from.txt"
     if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp):
         tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
@@ -57,20 +58,28 @@ def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap
         # The texts of a file are documents, each with its end token; tinychat's are paragraphs, eight to a document.
         newline, size = tokenizer.encode("\n")[-1], 1 if settings.data else 8
         for name, texts in (("train", train), ("valid", valid)):
-            last = (tokenizer.eos_id if (i + 1) % size == 0 else newline for i in range(len(texts)))
-            ids = ([*tokenizer.encode(text), end] for text, end in zip(texts, last, strict=True))
+            bar = tqdm(texts, desc=f"{name} tokens", unit=" texts", disable=None, leave=False)
+            ends = {True: tokenizer.eos_id, False: newline}
+            ids = ([*tokenizer.encode(text), ends[number % size == 0]] for number, text in enumerate(bar, 1))
             write_tokens(folder / f"{name}.bin", ids, tokenizer.vocab_size)
         checkpoint.write_text(stamp_file, stamp)
     tokenizer = Tokenizer.load(folder)
     return tokenizer, *(open_tokens(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "valid"))
 
 
-def train_tokenizer(settings: Settings, corpus: Sequence[str]) -> Tokenizer:
+def _digest(texts: Iterable[str]) -> str:
+    """SHA-256 of texts, one at a time: they may be more than memory holds."""
+    digest = hashlib.sha256()
+    for number, text in enumerate(texts):
+        digest.update(b"\0" * (number > 0) + text.encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def train_tokenizer(settings: Settings, corpus: Iterable[str]) -> Tokenizer:
     """A SentencePiece vocabulary from the corpus, or from `--tokenizer.files` where some are given."""
-    texts = list(corpus)
-    if settings.tokenizer.files:
-        texts = [text for file in settings.tokenizer.files for text in sources.as_texts(sources.read(file))]
-    return Tokenizer.train(texts, settings.tokenizer.vocab_size, settings.tokenizer.max_chars)
+    if files := settings.tokenizer.files:
+        corpus = (text for file in files for text in sources.stream_texts(file))
+    return Tokenizer.train(corpus, settings.tokenizer.vocab_size, settings.tokenizer.max_chars)
 
 
 def run(settings: Settings, watch: Watch | None = None) -> StageResult:

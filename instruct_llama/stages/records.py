@@ -1,33 +1,64 @@
-"""Where a stage's records come from: the embedded world, or the file given with `--data`."""
+"""Where a stage's records come from: the embedded world, or the file or public set given with `--data`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..config import Settings, UserError
-from ..data import sources, tinychat
+from ..config import Settings, UserError, project_folder, shown
+from ..data import public, sources, tinychat
 
 HELDOUT_FRACTION = 0.05  # share of a file's prompts that validation keeps to itself
+HELDOUT_TEXTS = 0.02  # the same of its running text
 
 
-def texts(settings: Settings) -> tuple[list[str], list[str]]:
+def data_path(settings: Settings) -> Path | None:
+    """The file that `--data` names: a path, or a public set in data/, which is built first where it is not there."""
+    if settings.data not in public.SETS:
+        return Path(settings.data) if settings.data else None
+    name, folder = settings.data, project_folder() / "data"
+    path, sample = folder / f"{name}.jsonl", public.SETS[name].sample
+    if not path.is_file():
+        part = f"its first {sample:,} records are" if sample else "it is"
+        print(f"{name} is not in {shown(folder)}: {part} built first (python -m instruct_llama data {name}).")
+        print(public.build(name, folder, limit=sample, seed=settings.seed).describe())
+    return path
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One side of a file's texts, read anew whenever they are gone through: a file may be larger than memory."""
+
+    path: Path
+    heldout: bool
+
+    def __iter__(self) -> Iterator[str]:
+        for text in sources.stream_texts(self.path):
+            if sources.is_heldout(text, HELDOUT_TEXTS) is self.heldout:
+                yield text
+
+
+def texts(settings: Settings) -> tuple[Iterable[str], Iterable[str]]:
     """Running text for pretraining: (training, held out), split by content."""
-    if settings.data:
-        records = [{"text": text} for text in sources.as_texts(sources.read(settings.data))]
+    train: Iterable[str]
+    valid: Iterable[str]
+    if path := data_path(settings):
+        train, valid = Texts(path, False), Texts(path, True)
     else:
-        records = [{"text": text} for text in tinychat.corpus(settings.seed, settings.world.corpus_chars)]
-    train, valid = sources.split(records, 0.02)
-    if not valid:  # a text of one piece: its end is held out
-        whole = train[-1]["text"]
+        train, valid = sources.split(list(tinychat.corpus(settings.seed, settings.world.corpus_chars)), HELDOUT_TEXTS)
+    if next(iter(valid), None) is None:  # a text of one piece: its end is held out
+        *train, whole = train
         cut = len(whole) - max(1, len(whole) // 20)
-        train, valid = [*train[:-1], {"text": whole[:cut]}], [{"text": whole[cut:]}]
-    return [r["text"] for r in train], [r["text"] for r in valid]
+        train, valid = [*train, whole[:cut]], [whole[cut:]]
+    return train, valid
 
 
 def demonstrations(settings: Settings) -> tuple[list[Any], list[Any]]:
     """Dialogs to imitate: (training, held out), each a list of message lists."""
-    if settings.data:
-        train, valid = _split_file(settings, sources.as_dialogs(sources.read(settings.data)))
+    if path := data_path(settings):
+        train, valid = _split_file(settings, sources.as_dialogs(sources.read(path)))
     else:
         train = tinychat.demonstrations(settings.seed, settings.world.demonstrations)
         valid = tinychat.demonstrations(settings.seed, settings.world.heldout, split="valid")
@@ -36,8 +67,8 @@ def demonstrations(settings: Settings) -> tuple[list[Any], list[Any]]:
 
 def comparisons(settings: Settings) -> tuple[list[Any], list[Any]]:
     """Prompts with ranked completions, best first: (training, held out)."""
-    if settings.data:
-        return _split_file(settings, sources.as_comparisons(sources.read(settings.data)))
+    if path := data_path(settings):
+        return _split_file(settings, sources.as_comparisons(sources.read(path)))
     world = settings.world
     train = tinychat.comparisons(settings.seed, world.comparisons, world.temperature)
     return train, tinychat.comparisons(settings.seed, world.heldout, world.temperature, split="valid")
@@ -45,8 +76,8 @@ def comparisons(settings: Settings) -> tuple[list[Any], list[Any]]:
 
 def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
     """Prompts to answer, as message lists: (training, held out)."""
-    if settings.data:
-        train, valid = _split_file(settings, sources.as_prompts(sources.read(settings.data)))
+    if path := data_path(settings):
+        train, valid = _split_file(settings, sources.as_prompts(sources.read(path)))
         return [r["prompt"] for r in train], [r["prompt"] for r in valid]
     train = tinychat.prompts(settings.seed, settings.world.prompts, split="train")
     return train, tinychat.prompts(settings.seed, settings.world.heldout, split="valid")
