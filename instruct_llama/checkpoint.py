@@ -156,6 +156,17 @@ def model_config(info: dict[str, Any]) -> ModelConfig:
         raise UserError(f"The model in config.json is damaged or foreign ({error}): train that stage again.") from error
 
 
+def origin(folder: Path) -> dict[str, str]:
+    """Whose weights a run began with, for config.json; nothing where they were pretrained here."""
+    info = read_info(folder)
+    return {"imported_from": info["imported_from"]} if "imported_from" in info else {}
+
+
+def shape_of(folder: Path) -> ModelConfig:
+    """The shape of the model in a run folder, without reading its weights."""
+    return model_config(read_info(folder))
+
+
 def load(
     folder: str | Path,
     device: str | torch.device = "cpu",
@@ -331,6 +342,8 @@ def require(stage: str, settings: Settings) -> Path:
         return folder
     with stage_lock(folder):
         if not is_complete(folder):
+            if stage == "pretrain" and settings.weights:
+                return _imported(settings.weights, folder)
             print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
             # Imported here because stages import this module: the one arrow against the current.
             run = importlib.import_module(f"instruct_llama.stages.{module}").run
@@ -338,9 +351,18 @@ def require(stage: str, settings: Settings) -> Path:
     return folder
 
 
+def _imported(weights: str, folder: Path) -> Path:
+    """Other people's weights where pretraining would have written its own."""
+    print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
+    print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
+    return folder
+
+
 def _say_what_differs(folder: Path, settings: Settings) -> None:
     info, asked = read_info(folder), {"seed": settings.seed, **dataclasses.asdict(settings.model)}
     made = {"seed": info.get("seed", settings.seed), **info["model"]}
+    if "imported_from" in info:  # its shape is that of the weights, whatever the preset would train
+        asked = {"seed": settings.seed}
     other = [f"{k} {made[k]} (asked for: {v})" for k, v in asked.items() if k != "vocab_size" and made.get(k, v) != v]
     if other:
         print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")

@@ -44,8 +44,7 @@ class FourModels:
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy as a full checkpoint."""
-        rest = {key: value for key, value in info.items() if key != "sft"}
-        checkpoint.save_full(folder, self.models["policy"], tokenizer, rest)
+        checkpoint.save_full(folder, self.models["policy"], tokenizer, info)
 
 
 class _ScalarView(nn.Module):
@@ -101,8 +100,8 @@ class SharedBase:
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
-        rest = {key: value for key, value in info.items() if key != "sft"} | {"lora": vars(self.config)}
-        checkpoint.save_adapter(folder, self.base, "policy", self.folder, tokenizer, rest)
+        info = {**info, "lora": vars(self.config)}
+        checkpoint.save_adapter(folder, self.base, "policy", self.folder, tokenizer, info)
 
 
 def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: int) -> FourModels:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import checkpoint
+from .. import checkpoint, memory
 from ..config import PPOConfig, Settings, UserError
 from ..data import tinychat
 from ..data.batches import dialog_batch, epoch_order, fit_prompt
@@ -258,22 +258,25 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     shared = config.layout == "shared_base"
     start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
     reward = checkpoint.require("reward-lora" if shared else "reward", settings)
+    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start))
     if shared:
         models = layouts.shared_base(start, reward, device, config, settings.seed)
     else:
         models = layouts.four_models(start, reward, device, config.freeze_layers)
     norm = checkpoint.read_info(reward)["reward"]
     tokenizer = Tokenizer.load(start)
-    ptx = sft.encode(tokenizer, records.demonstrations(settings)[0], settings.sft.seq_len) if config.ptx_coef else []
+    mixed = records.with_data(settings, settings.sft.data)
+    ptx = sft.encode(tokenizer, records.demonstrations(mixed)[0], mixed.sft.seq_len) if config.ptx_coef else []
     player = Player(models, tokenizer, config, norm["mean"], norm["scale"], device, ptx)
-    info = {"stage": "ppo", "seed": settings.seed, "sft": str(start), "quant": vars(config.quant)}
+    info = {"stage": "ppo", "seed": settings.seed, "quant": vars(config.quant), **checkpoint.origin(start)}
     return player, info
 
 
 def fit_prompts(settings: Settings, player: Player) -> tuple[list[Any], list[list[int]], list[Any], list[list[int]]]:
     """(messages, token ids) of the training and of the held-out prompts, without those too long for the context."""
     with player.models.role("policy") as policy:
-        room = policy.config.max_seq_len - player.config.max_new_tokens
+        context = policy.config.max_seq_len
+    room = min(player.config.seq_len or context, context) - player.config.max_new_tokens
     found = []
     for prompts in records.prompts(settings):
         fitted = [(prompt, fit_prompt(player.tokenizer, prompt, room)) for prompt in prompts]
@@ -294,6 +297,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """PPO from `settings.init` (an SFT run), else from the SFT and reward model of the same preset."""
     folder = settings.out_dir / settings.ppo.name
     player, info = build(settings)
+    settings = records.with_data(settings, settings.ppo.data)
     with checkpoint.stage_lock(folder):
         return _loop(settings, player, info, RunLog(folder, settings, watch))
 

@@ -14,6 +14,11 @@ HELDOUT_FRACTION = 0.05  # share of a file's prompts that validation keeps to it
 HELDOUT_TEXTS = 0.02  # the same of its running text
 
 
+def with_data(settings: Settings, usual: str) -> Settings:
+    """The settings with `data` filled in: --data where it is given, else what the stage usually trains on."""
+    return settings.replace(data=settings.data or usual or None)
+
+
 def data_path(settings: Settings) -> Path | None:
     """The file that `--data` names: a path, or a public set in data/, which is built first where it is not there."""
     if settings.data not in public.SETS:
