@@ -8,7 +8,7 @@ at the last prompt token for t = 0; `answer_outputs` is the only place that know
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class Episodes:
     def lengths(self) -> Tensor:
         """(B,) int64, tokens of each prompt with its answer."""
         return self.starts + self.mask.sum(1)
+
+    def to(self, device: torch.device | str) -> Episodes:
+        """The same episodes on another device."""
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def select(self, rows: Sequence[int]) -> Episodes:
         """Some of the episodes, without the padding that only longer ones need."""

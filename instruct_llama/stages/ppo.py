@@ -6,7 +6,8 @@ policy and value, 6 adapts the KL coefficient, 7 reports. Formulas: `rlhf.object
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,11 @@ def judge(player: Player, episodes: Episodes) -> None:
             part_logprobs = lambda part: _logprobs(model, part, player, unfiltered)[0]  # noqa: E731
             _by_parts(episodes, config, "ref_logprobs", part_logprobs)
         with player.models.role("value") as model:
-            _by_parts(episodes, config, "values", lambda part: rollout.answer_values(model, part))
+            values = lambda part: rollout.answer_values(model, part.to(_device_of(model)))  # noqa: E731
+            _by_parts(episodes, config, "values", values)
         with player.models.role("reward") as model:
-            mean, scale = player.reward_mean, player.reward_scale
-            _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part, config, mean, scale))
+            mean, scale, at = player.reward_mean, player.reward_scale, _device_of(model)
+            _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part.to(at), config, mean, scale))
 
 
 def update(
@@ -87,9 +89,10 @@ def update(
     """Phase 5: several epochs of token-weighted mini-batches of clipped policy and value steps."""
     config, stats = player.config, []
     n_minibatches = max(1, round(len(episodes) / config.minibatch))
-    for epoch in range(config.epochs):
-        order = epoch_order(len(episodes), seed, iteration * config.epochs + epoch)
-        for rows in np.array_split(order, n_minibatches):  # near-equal parts: no small tail takes a full-size step
+    orders = [epoch_order(len(episodes), seed, iteration * config.epochs + epoch) for epoch in range(config.epochs)]
+    with player.models.present("policy", "value"), _moments(player, optimizer):
+        # near-equal parts: no small tail takes a full-size step
+        for rows in (part for order in orders for part in np.array_split(order, n_minibatches)):
             where = f"iteration {iteration + 1}, episodes {rows.tolist()}"
             figures = minibatch_gradients(player, episodes.select(rows.tolist()), seed + len(stats))
             if not np.isfinite(figures["loss"]):
@@ -99,6 +102,25 @@ def update(
             stats.append(figures)
     mean = {key: float(np.mean([figures[key] for figures in stats])) for key in stats[0]}
     return {**mean, "first_ratio": stats[0]["ratio"]}
+
+
+@contextlib.contextmanager
+def _moments(player: Player, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """With ppo.swap, AdamW's moments come to their weights for the update, and wait in main memory otherwise."""
+
+    def move(place: Callable[[nn.Parameter], torch.device]) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim():  # the step count stays where the optimizer has it
+                    state[key] = value.to(place(parameter))
+
+    if player.config.swap:
+        move(lambda parameter: parameter.device)
+    try:
+        yield
+    finally:
+        if player.config.swap:
+            move(lambda _: torch.device("cpu"))
 
 
 def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[str, float]:
@@ -116,8 +138,9 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
                 entropy_loss = objectives.entropy_loss(logprobs_full, part.mask)
                 ((policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
             with player.models.role("value") as model:
-                values = rollout.answer_values(model, part)  # (B, N)
-                value_loss = objectives.value_loss(values, part.values, part.returns, part.mask, config.value_clip)
+                there = part.to(_device_of(model))
+                values = rollout.answer_values(model, there)  # (B, N)
+                value_loss = objectives.value_loss(values, there.values, there.returns, there.mask, config.value_clip)
                 (config.value_coef * value_loss / tokens).backward()
         ratio = objectives.ratio_error(logprobs.detach(), part.logprobs, part.mask)
         clipped = objectives.clip_fraction(logprobs.detach(), part.logprobs, part.mask, config.clip)
@@ -194,15 +217,20 @@ def report(player: Player, episodes: Episodes, kl_coef: float, true_prompts: Seq
 def _logprobs(
     model: nn.Module, episodes: Episodes, player: Player, config: PPOConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    episodes = episodes.to(_device_of(model))
     full = rollout.distribution(model, episodes, config or player.config, player.tokenizer.banned_ids)  # (B, N, V)
     return rollout.answer_logprobs(full, episodes), full
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _by_parts(episodes: Episodes, config: PPOConfig, field: str, compute: Any) -> None:
     """Fill a field of the episodes, (B,) or (B, N), micro-batch by micro-batch."""
     made, order = [], []
     for rows in episodes.parts(config.micro_batch):
-        part = compute(episodes.select(rows))
+        part = compute(episodes.select(rows)).to(episodes.tokens.device)
         spare = episodes.mask.shape[1] - part.shape[-1] if part.dim() == 2 else 0
         made.append(nn.functional.pad(part, (0, spare)))
         order += rows
@@ -262,7 +290,7 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     if shared:
         models = layouts.shared_base(start, reward, device, config, settings.seed)
     else:
-        models = layouts.four_models(start, reward, device, config.freeze_layers)
+        models = layouts.four_models(start, reward, device, config)
     norm = checkpoint.read_info(reward)["reward"]
     tokenizer = Tokenizer.load(start)
     mixed = records.with_data(settings, settings.sft.data)
