@@ -158,6 +158,8 @@ EXPECTED = {  # what the laptop preset should show, for any seed: figure -> (low
     "sft-qlora/true_reward": (0.35, 0.65),
     "reward/below_ceiling": (-0.03, 0.03),
     "ppo/true_reward": (0.90, 1.0),
+    "scale-up/loss_ratio": (0.2, 0.9),
+    "scale-up/ppo_first_kl": (-1e-3, 1e-3),
 }
 
 

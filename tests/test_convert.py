@@ -513,6 +513,27 @@ def test_the_real_smollm2_knows_paris():
     assert "Paris" in il.generate(model, tokenizer, [question], max_new_tokens=24, temperature=0.0)[0]
 
 
+def test_notebook_11_takes_a_stand_in_where_the_real_model_cannot_be_had(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("checkpoints", "notebooks"):
+        (tmp_path / name).mkdir()
+    settings = pipeline.replace(out=str(tmp_path / "runs"))
+    shutil.copytree(Path(pipeline.out) / "sft", tmp_path / "runs" / "sft")
+    folder = convert.real_model(settings)
+    said = capsys.readouterr().out
+    assert "No SmolLM2 here (INSTRUCT_LLAMA_OFFLINE is set.)" in said and "stand-in is the pocket model" in said
+    tokens = TOKENS % il.load(folder)[1].vocab_size
+    assert difference(folder, il.load(Path(pipeline.out) / "sft")[0], tokens) < 1e-6
+    assert convert.real_model(settings) == folder
+    monkeypatch.delenv("INSTRUCT_LLAMA_OFFLINE")
+    copied = lambda source, target: shutil.copytree(folder, target) and [source]  # noqa: E731
+    monkeypatch.setattr(convert, "import_checkpoint", copied)
+    real = convert.real_model(settings)
+    assert real == tmp_path / "checkpoints" / "smollm2" and "smollm2" in capsys.readouterr().out
+    monkeypatch.setattr(convert, "import_checkpoint", lambda *_: pytest.fail("it is there already"))
+    assert convert.real_model(settings) == real
+
+
 # ---------------------------------------------------------------- out: Hugging Face and PEFT
 
 
