@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,23 +69,12 @@ def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
 
 
-def misfits(own: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> list[str]:
-    """Every key that is missing, unexpected or misshapen, as a clause each, from the shapes by name (P18)."""
-    problems = [f"{key} is missing" for key in own if key not in given]
-    problems += [f"{key} is unexpected" for key in given if key not in own]
-    return problems + [
-        f"{key} is {tuple(given[key])} and should be {tuple(own[key])}"
-        for key in own
-        if key in given and tuple(given[key]) != tuple(own[key])
-    ]
-
-
 def load_state(model: torch.nn.Module, state: State, source: str) -> None:
     """Copy tensors into a model, strictly: every missing, unexpected or misshapen key is named (P18)."""
     own = model_state(model)
     if "output.weight" not in own:  # tied, the same tensor as tok_embeddings.weight: saved once
         state = {key: value for key, value in state.items() if key != "output.weight"}
-    problems = misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
+    problems = lora.misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
     if problems:
         raise UserError(f"{source} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
     with torch.no_grad():
@@ -206,7 +195,7 @@ def read_model(
         if "output.weight" not in own:  # tied, or not wanted
             given.pop("output.weight", None)
         fresh = [key for key in own if key == "scalar_head.weight" and info["kind"] == "lm"]
-        problems = misfits({key: shape for key, shape in own.items() if key not in fresh}, given)
+        problems = lora.misfits({key: shape for key, shape in own.items() if key not in fresh}, given)
         check(not problems, f"{path} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
         for key in own:
             value = torch.zeros(own[key]) if key in fresh else file.get_tensor(key)
