@@ -145,6 +145,12 @@ def model_config(info: dict[str, Any]) -> ModelConfig:
         raise UserError(f"The model in config.json is damaged or foreign ({error}): train that stage again.") from error
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """In which a full checkpoint keeps its weights."""
+    with open_tensors(folder / "model.safetensors") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
+
+
 def origin(folder: Path) -> dict[str, str]:
     """Whose weights a run began with, for config.json; nothing where they were pretrained here."""
     info = read_info(folder)
@@ -370,15 +376,18 @@ def merged(source: Path, into: Into = "dequantised") -> tuple[Llama, Tokenizer, 
     """
     info = read_info(source)
     check("adapter" in info, f"{source} is a full checkpoint: there is no adapter to merge.")
-    model, tokenizer = load(source)
-    original, _ = load(source / info["base"])
+    dtype = stored_dtype(source / info["base"])  # 16 bits stay 16: of 7 B, two dense copies are 27 GB at most
+    model, tokenizer = load(source, dtype=dtype)
     probe = torch.randint(tokenizer.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
-    trained, lines, made = model(probe), [], {}
+    trained, lines, chosen = model(probe), [], None
     for kind in ("dequantised", "original"):
-        made[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
-        error = (made[kind](probe) - trained).norm() / trained.norm()
+        original = load(source / info["base"], dtype=dtype)[0] if kind == "original" else None
+        made = lora.merge(model, info["adapter"], into=kind, original=original, dtype=dtype)
+        error = (made(probe) - trained).norm() / trained.norm()
         lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
-    return made[into], tokenizer, lines
+        chosen = made if kind == into else chosen
+        del made, original
+    return chosen, tokenizer, lines
 
 
 def merge_run(source: Path, target: Path, into: Into = "dequantised") -> list[str]:

@@ -602,6 +602,32 @@ def test_p16_the_base_an_adapter_is_merged_into_can_be_chosen(pipeline, tmp_path
     assert errors["dequantised"] < 1e-3 < 0.01 < errors["original"]
 
 
+def test_16_bits_stay_16_through_training_merging_and_export(pipeline, tmp_path):
+    """A base in bf16, as LLaMA 2's: adapters are fp32 (P08), what is written is as large as what was read."""
+    path = tmp_path / "hf"
+    convert.export("hf", Path(pipeline.out) / "pretrain", path)
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        shutil.copy(path / name, tmp_path / "half" / name)
+    convert.import_checkpoint(str(tmp_path / "half"), tmp_path / "base")
+    settings = pipeline.replace(
+        out=str(tmp_path / "runs"), init=str(tmp_path / "base"), sft__lora__rank=4, sft__quant__kind="nf4",
+        sft__optim__lr=0.02, sft__loop__precision="bf16",
+    )  # fmt: skip
+    source = il.stages.sft.run(settings).folder
+    trained, tokenizer = il.load(source)
+    adapters = [p for name, p in trained.named_parameters() if ".A." in name or ".B." in name]
+    assert adapters and all(p.dtype == torch.float32 for p in adapters)
+    lines = checkpoint.merge_run(source, tmp_path / "merged")
+    assert float(lines[0].split(": ")[1].split(" %")[0]) < 1.5  # bf16 rounds; the original base is another model
+    assert float(lines[1].split(": ")[1].split(" %")[0]) > 2
+    convert.export("hf", source, tmp_path / "out")
+    for folder in (tmp_path / "merged", tmp_path / "out"):
+        assert checkpoint.stored_dtype(folder) == torch.bfloat16
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert difference(tmp_path / "merged", theirs, TOKENS % tokenizer.vocab_size) < 1e-4
+
+
 def test_what_cannot_be_exported_is_said(pipeline, tmp_path, capsys):
     out = Path(pipeline.out)
     for words, sentence in (

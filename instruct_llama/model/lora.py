@@ -275,8 +275,9 @@ def merge(
     *,
     into: Literal["dequantised", "original"] = "dequantised",
     original: Llama | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Llama:
-    """A new dense fp32 model of the same class with the adapter's weights added; the given one stays as it is.
+    """A new dense model of the same class, in `dtype`, with the adapter's weights added; the given one stays as it is.
 
     "dequantised" adds them to the weights that the adapter was trained over, and changes no logit but by rounding.
     "original" adds them to the `original` dense weights: another model than the trained one where the base is in
@@ -294,6 +295,6 @@ def merge(
             config = layer.configs[name]
             weight += lora_delta(layer.A[name], layer.B[name], config.alpha, config.rank)
         dense = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False)
-        dense.weight = nn.Parameter(weight)
+        dense.weight = nn.Parameter(weight.to(dtype))
         merged.set_submodule(path, dense)
-    return merged.float().requires_grad_(True).train(model.training)
+    return merged.to(dtype).requires_grad_(True).train(model.training)
