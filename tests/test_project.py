@@ -160,9 +160,10 @@ BELOW = {
     "presets": {"config"},
     "data": {"config"},
     "model": {"data", "config"},
-    "checkpoint": {"model", "data", "config"},
-    "rlhf": {"checkpoint", "model", "data", "config"},
-    "stages": {"rlhf", "checkpoint", "model", "data", "config", "evaluate"},
+    "parallel": {"config"},
+    "checkpoint": {"parallel", "model", "data", "config"},
+    "rlhf": {"checkpoint", "parallel", "model", "data", "config"},
+    "stages": {"rlhf", "checkpoint", "parallel", "model", "data", "config", "evaluate"},
 }
 MAY_IMPORT_STAGES = {
     "__main__": "the command line runs them",
