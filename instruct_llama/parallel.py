@@ -107,7 +107,8 @@ def merged(mine: dict[int, T]) -> dict[int, T]:
         return mine
     everyone: list[Any] = [None] * world()
     dist.all_gather_object(everyone, mine)
-    return dict(sorted(item for found in everyone for item in found.items()))
+    found = {number: thing for theirs in everyone for number, thing in theirs.items()}
+    return {number: found[number] for number in sorted(found)}
 
 
 @contextlib.contextmanager

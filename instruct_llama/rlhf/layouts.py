@@ -38,6 +38,10 @@ class FourModels:
         """The network that plays `role`."""
         yield self.models[role]
 
+    def parts(self, *roles: Role) -> list[nn.Module]:
+        """The modules that hold the weights of some roles, each once; of all roles when none is named."""
+        return [self.models[role] for role in roles or self.models]
+
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters that train for a role."""
         return {name: p for name, p in self.models[role].named_parameters() if p.requires_grad}
@@ -77,17 +81,12 @@ class SharedBase:
                 lora.add_adapter(base, name, config, generator)
         self.heads = {name: _ScalarView(base, head) for name, head in heads.items()}
         self.config = config
-        self._trainable = {"policy": self._named("policy"), "value": self._named("value")}
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         self.heads["reward"].requires_grad_(False)
-        for group in self._trainable.values():
-            for parameter in group.values():
+        for role in ("policy", "value"):
+            for parameter in self.trainable(role).values():
                 parameter.requires_grad_(True)
-
-    def _named(self, role: str) -> dict[str, nn.Parameter]:
-        named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
-        return named | ({"scalar_head.weight": self.heads["value"].scalar_head.weight} if role == "value" else {})
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[nn.Module]:
@@ -95,9 +94,14 @@ class SharedBase:
         with lora.adapter(self.base, role if role in lora.adapter_names(self.base) else None):
             yield self.heads.get(role, self.base)
 
+    def parts(self, *roles: Role) -> list[nn.Module]:
+        """The modules that hold the weights of some roles, each once; of all roles when none is named."""
+        return [self.base, *(head.scalar_head for name, head in self.heads.items() if not roles or name in roles)]
+
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters that train for a role."""
-        return self._trainable[role]
+        named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
+        return named | ({"scalar_head.weight": self.heads["value"].scalar_head.weight} if role == "value" else {})
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
