@@ -217,7 +217,8 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 def whole(*models: nn.Module) -> Iterator[None]:
     """Inside, each process holds all the weights: it may compute without the others, as often as it likes.
 
-    For sampling and validation, without gradients. Every process enters and leaves it together with the others.
+    For sampling and validation, without gradients, under the autocast of training. Every process enters and leaves it
+    together with the others.
     """
     if world() == 1:
         yield
@@ -226,11 +227,8 @@ def whole(*models: nn.Module) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    half = any(model.divided[1].gather_bf16 for model in models)  # then the gathered weights are bf16, here too
-    kind = next(models[0].parameters()).device.type
     try:
-        with torch.autocast(kind, torch.bfloat16) if half else contextlib.nullcontext():
-            yield
+        yield
     finally:
         for model in models:
             root, config = model.divided

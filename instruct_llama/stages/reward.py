@@ -193,7 +193,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             ]
 
         def save(best: dict[str, float]) -> None:
-            with parallel.whole(model):
+            with parallel.whole(model), autocast(config.loop.precision, device):
                 norm = fit_normaliser(model, yardstick)
             info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm}
             if config.lora.rank:

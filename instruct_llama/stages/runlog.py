@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -262,5 +263,7 @@ def read_divided(folder: Path, weights: checkpoint.State, optimizer: torch.optim
             tensors[name] = torch.empty_like(owner, requires_grad=False)
         else:  # the optimizer's count of steps
             tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
-    dcp.load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, where one process goes on alone
+        dcp.load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
     return tensors

@@ -198,7 +198,7 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     def look_up() -> dict[str, float]:
         nonlocal best
         stage.model.eval()
-        with torch.no_grad(), parallel.whole(stage.model):
+        with torch.no_grad(), parallel.whole(stage.model), autocast(stage.loop.precision, device):
             metrics = parallel.from_main(stage.validate())
             if step % stage.loop.sample_every == 0 or step == total:
                 log.sample(step, stage.sample())
