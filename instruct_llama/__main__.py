@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from . import checkpoint, presets
+from . import checkpoint, parallel, presets
 from .config import Settings, UserError, check, project_folder
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
@@ -232,7 +232,9 @@ def main(argv: list[str]) -> int:
         command, kind = COMMANDS[name]
         worded = issubclass(kind, Worded) or not rest or rest[0].startswith("-")
         check(worded, f"{name} takes no {rest[:1]}: options begin with --.")
-        return command(parse(rest, kind))
+        settings = parse(rest, kind)
+        with parallel.session(settings):
+            return command(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

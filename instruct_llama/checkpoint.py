@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from . import parallel
 from .config import LoRAConfig, ModelConfig, QuantConfig, RewardConfig, RopeScaling, Settings, UserError, check, shown
 from .data.batches import atomic
 from .data.tokenizer import Tokenizer
@@ -34,16 +35,28 @@ DENSE = QuantConfig()  # not in 4 bits
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; of several processes, the main one does."""
+    if not parallel.is_main():
+        return
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically. Tensors are moved to the CPU and made contiguous."""
+    """Write tensors as safetensors, atomically. Tensors are moved to the CPU and made contiguous.
+
+    Several processes all call it, so that the main one can gather what they hold of each tensor, and write.
+    """
+    mine = {}
+    for key, value in tensors.items():
+        value = parallel.full(value.detach())
+        if parallel.is_main():
+            mine[key] = value.cpu().contiguous()
+    if not parallel.is_main():
+        return
     with atomic(path) as temporary:
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+            save_file(mine, temporary, metadata)
         except SafetensorError as error:  # safetensors reports the operating system's error as text
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, str(error)) from error
@@ -113,7 +126,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    tokenizer.save(folder)
+    if parallel.is_main():
+        tokenizer.save(folder)
     kind = "scalar" if isinstance(model, ScalarLlama) else "lm"
     write_info(folder, {"format": 1, "kind": kind, "model": dataclasses.asdict(model.config), **info})
 
@@ -295,10 +309,11 @@ def scalar_from(model: Llama) -> ScalarLlama:
     return scalar
 
 
-def stage_lock(folder: Path) -> FileLock:
-    """One process at a time trains into a run folder; the operating system frees the lock of a killed one."""
+def stage_lock(folder: Path) -> contextlib.AbstractContextManager:
+    """One process at a time, or one group of them, trains into a run folder; a killed one's lock is freed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)  # singleton: re-entrant
+    lock = FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)  # singleton: re-entrant
+    return parallel.held_by_main(lock)
 
 
 def is_complete(folder: Path) -> bool:
@@ -325,18 +340,19 @@ STAGES = {  # run folder -> (module of instruct_llama.stages that trains it, wha
 def require(stage: str, settings: Settings) -> Path:
     """The finished run folder of a stage, trained now at the same preset when it is not there yet.
 
-    Safe to call from several processes: one trains under a lock, the others wait and use the result.
+    Safe to call from several processes: one trains under a lock, the others wait and use the result; those that
+    torchrun started train it together.
     An interrupted run is resumed. A finished one is taken as it is; where it was made otherwise, that is said.
     """
     if stage not in STAGES:
         raise UserError(f"There is no stage {stage!r}: choose from {', '.join(STAGES)}.")
     module, change = STAGES[stage]
     folder = settings.out_dir / stage
-    if is_complete(folder):
+    if parallel.from_main(is_complete(folder)):
         _say_what_differs(folder, settings)
         return folder
     with stage_lock(folder):
-        if not is_complete(folder):
+        if not parallel.from_main(is_complete(folder)):
             if stage == "pretrain" and settings.weights:
                 return _imported(settings.weights, folder)
             print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
@@ -348,8 +364,10 @@ def require(stage: str, settings: Settings) -> Path:
 
 def _imported(weights: str, folder: Path) -> Path:
     """Other people's weights where pretraining would have written its own."""
-    print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
-    print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
+    if parallel.is_main():
+        print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
+        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
+    parallel.barrier()
     return folder
 
 

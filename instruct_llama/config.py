@@ -116,7 +116,7 @@ class LoopConfig:
 
     steps: int = 0  # optimizer steps; 0 means: as many as `epochs` needs
     epochs: float = 1.0  # passes over the training records, used when steps is 0
-    batch_size: int = 32  # sequences in one forward pass
+    batch_size: int = 32  # sequences in one forward pass, of all processes together
     accumulate: int = 1  # forward passes per optimizer step
     eval_every: int = 50  # optimizer steps between validations; the best one is kept
     eval_batches: int = 8  # batches of held-out records per validation
@@ -221,7 +221,7 @@ class PPOConfig:
     iterations: int = 40  # rollout and update rounds
     exact_iterations: int = 40  # rounds on the enumerable language that opens notebook 07
     rollouts: int = 128  # episodes (answers) per iteration
-    rollout_batch: int = 128  # episodes generated at once
+    rollout_batch: int = 128  # episodes generated at once; processes share an iteration's batches
     max_new_tokens: int = 48  # longest answer, in tokens
     seq_len: int = 0  # longest prompt with its answer, in tokens; 0 means all of the model's context
     temperature: float = 1.0  # of the behaviour policy
@@ -229,7 +229,7 @@ class PPOConfig:
     top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
     epochs: int = 4  # passes over the episodes of an iteration
     minibatch: int = 32  # episodes per optimizer step
-    micro_batch: int = 32  # episodes per forward pass
+    micro_batch: int = 32  # episodes per forward pass, of all processes together
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda
     clip: float = 0.2  # the policy ratio is clipped to 1 +- this
@@ -275,6 +275,19 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes under torchrun divide a model among them; alone, a process takes no notice of it."""
+
+    reshard: bool = True  # let go of a block's weights between its forward and its backward: less memory, more traffic
+    gather_bf16: bool = False  # with precision bf16, gather the blocks' weights as bf16: half the traffic
+    cpu_offload: bool = False  # weights, gradients and optimizer state wait in main memory
+    timeout_minutes: int = 60  # how long processes wait for one that does not come; building data counts too
+
+    def __post_init__(self) -> None:
+        check(self.timeout_minutes >= 1, "parallel.timeout_minutes must be at least 1.")
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run depends on. `presets.get(name)` makes one."""
 
@@ -295,6 +308,7 @@ class Settings:
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, f"--seed is {self.seed}; it must not be negative.")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .config import EvaluateConfig, Settings, UserError, check
 from .data import tinychat
 from .data.batches import dialog_batch, fit_comparison, fit_dialog, fit_prompt, ranked_batch
@@ -105,15 +105,18 @@ def stage_folders(out: Path) -> list[Path]:
 
 
 def report_card(settings: Settings) -> dict[str, Any]:
-    """Judge every finished stage under `settings.out_dir`, write report.json, return its content."""
+    """Judge every finished stage under `settings.out_dir`, write report.json, return its content.
+
+    Several processes take a stage each in turn, so each stage is judged as by one process alone.
+    """
     folders = stage_folders(settings.out_dir)
     if not folders:
         raise UserError(f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
     config, temperature = settings.evaluate, settings.world.temperature
     prompts = tinychat.prompts(settings.seed, config.prompts, split="heldout")
     comparisons = tinychat.comparisons(settings.seed, config.comparisons, temperature, split="heldout")
-    stages: dict[str, Any] = {}
-    for folder in folders:
+    stages: dict[int, tuple[str, Any]] = {}
+    for number, folder in parallel.dealt(folders):
         info = checkpoint.read_info(folder)
         model, tokenizer = checkpoint.load(folder)
         entry: dict[str, Any] = {"best": info.get("best", {})}
@@ -127,8 +130,8 @@ def report_card(settings: Settings) -> dict[str, Any]:
             entry["answers"] = [
                 {"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, samples, strict=True)
             ]
-        stages[folder.name] = entry
-    report = {"stages": stages, "preset": settings.preset, "seed": settings.seed}
+        stages[number] = folder.name, entry
+    report = {"stages": dict(parallel.merged(stages).values()), "preset": settings.preset, "seed": settings.seed}
     checkpoint.write_text(settings.out_dir / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 

@@ -119,10 +119,18 @@ def logit_bytes(model: ModelConfig, tokens: int, copies: int) -> float:
 # ---------------------------------------------------------------- stages
 
 
-def estimate(settings: Settings, stage: Stage) -> Estimate:
-    """What a stage needs on its device, in bytes by part."""
-    if stage == "ppo":
-        return _ppo(settings)
+def estimate(settings: Settings, stage: Stage, processes: int = 1) -> Estimate:
+    """What a stage needs on its device, in bytes by part.
+
+    Several `processes` divide everything (FSDP2) but a 4-bit base, which each holds whole, and the space to work in.
+    """
+    found = _ppo(settings) if stage == "ppo" else _supervised(settings, stage)
+    config = settings.qlora if stage == "qlora" else getattr(settings, stage)
+    whole = {"working space"} | ({"weights"} if getattr(config, "quant", QuantConfig()).kind != "none" else set())
+    return Estimate({part: size if part in whole else size / processes for part, size in found.parts.items()})
+
+
+def _supervised(settings: Settings, stage: Stage) -> Estimate:
     config = settings.qlora if stage == "qlora" else getattr(settings, stage)
     none, dense = LoRAConfig(rank=0), QuantConfig()
     lora, quant = getattr(config, "lora", none), getattr(config, "quant", dense)
@@ -244,7 +252,9 @@ def smaller(settings: Settings, stage: Stage) -> Iterator[tuple[Settings, str]]:
             yield change(f"--{name}.seq-len {length}", **{f"{field}__seq_len": length})
 
 
-def check_room(settings: Settings, stage: Stage, device: str, model: ModelConfig | None = None) -> None:
+def check_room(
+    settings: Settings, stage: Stage, device: str, model: ModelConfig | None = None, processes: int = 1
+) -> None:
     """Say what a stage needs, and refuse before anything is loaded where a GPU has less, with what would fit.
 
     `model` is the shape of the checkpoint that it starts from. On a CPU it says so and goes on: it may swap.
@@ -252,15 +262,15 @@ def check_room(settings: Settings, stage: Stage, device: str, model: ModelConfig
     if model is not None:
         recompute = settings.model.gradient_checkpointing
         settings = settings.replace(model=replace(model, gradient_checkpointing=recompute))
-    needed, free = estimate(settings, stage), memory_available(device)
+    needed, free = estimate(settings, stage, processes), memory_available(device)
     context = CUDA_CONTEXT if device.startswith("cuda") else 0.0
     if needed.total > GB:  # smaller ones fit everywhere, and need no line
         there = f"; {free / GB:.1f} GB are free on {device}" if free else ""
         print(f"{stage} needs about {needed}{there}.")
     if free is None or needed.total + context <= free:
         return
-    fitting = (options for other, options in smaller(settings, stage) if estimate(other, stage).total + context <= free)
-    cure = next(fitting, "")
+    milder = ((estimate(other, stage, processes).total, options) for other, options in smaller(settings, stage))
+    cure = next((options for total, options in milder if total + context <= free), "")
     advice = f"these settings would fit: {cure}" if cure else "no setting makes it fit; choose a smaller model"
     message = f"{stage} needs {needed.total / GB:.1f} GB and {device} has {free / GB:.1f} GB free: {advice}."
     if device.startswith("cuda"):

@@ -138,6 +138,15 @@ def test_llama2_7b_fits_the_cards_it_is_for():
     assert memory.estimate(four, "ppo").total > 150 * GB
 
 
+def test_processes_share_what_can_be_shared():
+    settings = presets.get("llama2_7b")
+    alone, eight = (memory.estimate(settings, "pretrain", n).total for n in (1, 8))
+    assert eight == pytest.approx(alone / 8)
+    parts, shared = (memory.estimate(settings, "sft", n).parts for n in (1, 8))
+    assert shared["weights"] == parts["weights"] and shared["working space"] == parts["working space"]
+    assert shared["gradients and optimizer"] == parts["gradients and optimizer"] / 8
+
+
 def test_less_memory_for_each_thing_that_saves_it():
     settings = presets.get("gpu")
     for stage, changes in (

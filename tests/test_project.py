@@ -160,10 +160,11 @@ BELOW = {
     "presets": {"config"},
     "data": {"config"},
     "model": {"data", "config"},
-    "checkpoint": {"model", "data", "config"},
-    "rlhf": {"checkpoint", "model", "data", "config"},
+    "parallel": {"config"},
+    "checkpoint": {"parallel", "model", "data", "config"},
+    "rlhf": {"checkpoint", "parallel", "model", "data", "config"},
     "memory": {"config"},
-    "stages": {"rlhf", "checkpoint", "model", "data", "config", "evaluate", "memory"},
+    "stages": {"rlhf", "checkpoint", "parallel", "model", "data", "config", "evaluate", "memory"},
 }
 MAY_IMPORT_STAGES = {
     "__main__": "the command line runs them",

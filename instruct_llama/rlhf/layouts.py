@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, parallel
 from ..config import LoRAConfig, PPOConfig, UserError, check
 from ..data.tokenizer import Tokenizer
 from ..model import lora
@@ -62,6 +62,10 @@ class FourModels:
                 self.models[role].to(place)
                 self.here.discard(role)
 
+    def parts(self, *roles: Role) -> list[nn.Module]:
+        """The modules that hold the weights of some roles, each once; of all roles when none is named."""
+        return [self.models[role] for role in roles or self.models]
+
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters that train for a role."""
         return {name: p for name, p in self.models[role].named_parameters() if p.requires_grad}
@@ -100,17 +104,12 @@ class SharedBase:
                 lora.add_adapter(base, name, config, generator)
         self.heads = {name: _ScalarView(base, head) for name, head in heads.items()}
         self.config = config
-        self._trainable = {"policy": self._named("policy"), "value": self._named("value")}
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         self.heads["reward"].requires_grad_(False)
-        for group in self._trainable.values():
-            for parameter in group.values():
+        for role in ("policy", "value"):
+            for parameter in self.trainable(role).values():
                 parameter.requires_grad_(True)
-
-    def _named(self, role: str) -> dict[str, nn.Parameter]:
-        named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
-        return named | ({"scalar_head.weight": self.heads["value"].scalar_head.weight} if role == "value" else {})
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[nn.Module]:
@@ -122,9 +121,14 @@ class SharedBase:
         """All four are always there: they are one."""
         return contextlib.nullcontext()
 
+    def parts(self, *roles: Role) -> list[nn.Module]:
+        """The modules that hold the weights of some roles, each once; of all roles when none is named."""
+        return [self.base, *(head.scalar_head for name, head in self.heads.items() if not roles or name in roles)]
+
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters that train for a role."""
-        return self._trainable[role]
+        named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
+        return named | ({"scalar_head.weight": self.heads["value"].scalar_head.weight} if role == "value" else {})
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
@@ -136,6 +140,10 @@ def four_models(sft: Path, reward: Path, device: torch.device, config: PPOConfig
     """Policy and reference start from the SFT model, the value from the reward model (InstructGPT, appendix C.4)."""
     check(len(config.devices) in (0, 4), "ppo.devices names four devices: of policy, reference, value and reward.")
     check(not (config.swap and config.devices), "ppo.swap and ppo.devices exclude each other: give one of them.")
+    check(
+        parallel.world() == 1 or not (config.swap or config.devices),
+        "Under torchrun each process has one device, and FSDP2 divides the models: leave ppo.swap and ppo.devices out.",
+    )
     places = config.devices or 4 * (("cpu" if config.swap else device),)
     folders = ((sft, "lm"), (sft, "lm"), (reward, "scalar"), (reward, "scalar"))
     loaded = (checkpoint.load_plain(path, at, kind)[0] for (path, kind), at in zip(folders, places, strict=True))

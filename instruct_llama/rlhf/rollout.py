@@ -43,14 +43,15 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def to(self, device: torch.device | str) -> Episodes:
+        """The same episodes with their tensors on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
     @property
     def lengths(self) -> Tensor:
         """(B,) int64, tokens of each prompt with its answer."""
         return self.starts + self.mask.sum(1)
-
-    def to(self, device: torch.device | str) -> Episodes:
-        """The same episodes on another device."""
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def select(self, rows: Sequence[int]) -> Episodes:
         """Some of the episodes, without the padding that only longer ones need."""
@@ -101,6 +102,19 @@ def play(
         tokens[row, len(prompt) : len(prompt) + n] = answers[row, :n]
     ended = torch.cat([part.ended for part in parts])
     return Episodes(prompts, tokens, starts, answers, mask, ended, join("logprobs", 0.0))
+
+
+def join(parts: Sequence[Episodes], pad_id: int) -> Episodes:
+    """Episodes one after another, padded alike."""
+    prompts, joined = [prompt for part in parts for prompt in part.prompts], {}
+    for name, value in vars(parts[0]).items():
+        if isinstance(value, Tensor):
+            rows = [getattr(part, name) for part in parts]
+            if value.dim() == 2:
+                width, pad = max(row.shape[1] for row in rows), pad_id if name in ("tokens", "answers") else 0
+                rows = [nn.functional.pad(row, (0, width - row.shape[1]), value=pad) for row in rows]
+            joined[name] = torch.cat(rows)
+    return Episodes(prompts, **joined)
 
 
 def answer_outputs(x: Tensor, starts: Tensor, n: int) -> Tensor:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from .. import checkpoint, memory
+from .. import checkpoint, memory, parallel
 from ..config import PPOConfig, Settings, UserError
 from ..data import tinychat
 from ..data.batches import dialog_batch, epoch_order, fit_prompt
@@ -60,7 +59,7 @@ def draw_prompts(prompts: Sequence[list[int]], config: PPOConfig, seed: int, ite
 def answer(player: Player, prompts: list[list[int]], generator: torch.Generator) -> Episodes:
     """Phase 2: the policy answers; its log-probs are then computed as training will compute them."""
     config = player.config
-    with player.models.role("policy") as policy, autocast(config.precision, player.device):
+    with _computing(player, "policy") as policy:
         episodes = rollout.play(policy, prompts, player.tokenizer, config, generator)
         _by_parts(episodes, config, "logprobs", lambda part: _logprobs(policy, part, player)[0])
     return episodes
@@ -71,16 +70,26 @@ def judge(player: Player, episodes: Episodes) -> None:
     """Phase 3: reference log-probs, values and scores, each from its own network."""
     config = player.config
     unfiltered = replace(config, top_k=0, top_p=1.0)  # what the policy may not say, the reference still may
-    with autocast(config.precision, player.device):
-        with player.models.role("reference") as model:
-            part_logprobs = lambda part: _logprobs(model, part, player, unfiltered)[0]  # noqa: E731
-            _by_parts(episodes, config, "ref_logprobs", part_logprobs)
-        with player.models.role("value") as model:
-            values = lambda part: rollout.answer_values(model, part.to(_device_of(model)))  # noqa: E731
-            _by_parts(episodes, config, "values", values)
-        with player.models.role("reward") as model:
-            mean, scale, at = player.reward_mean, player.reward_scale, _device_of(model)
-            _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part.to(at), config, mean, scale))
+    with _computing(player, "reference") as model:
+        part_logprobs = lambda part: _logprobs(model, part, player, unfiltered)[0]  # noqa: E731
+        _by_parts(episodes, config, "ref_logprobs", part_logprobs)
+    with _computing(player, "value") as model:
+        values = lambda part: rollout.answer_values(model, part.to(_device_of(model)))  # noqa: E731
+        _by_parts(episodes, config, "values", values)
+    with _computing(player, "reward") as model:
+        mean, scale, at = player.reward_mean, player.reward_scale, _device_of(model)
+        _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part.to(at), config, mean, scale))
+
+
+def collect(player: Player, prompts: list[list[int]], seed: int) -> Episodes:
+    """Phases 2 and 3, batch by batch, each from its own generator: it does not matter which process takes which."""
+    size, made = player.config.rollout_batch, {}
+    for number in parallel.turns(-(-len(prompts) // size)):
+        generator = torch.Generator(player.device).manual_seed(seed + (number << 40))
+        episodes = answer(player, prompts[number * size : (number + 1) * size], generator)
+        judge(player, episodes)
+        made[number] = episodes.to("cpu") if parallel.world() > 1 else episodes
+    return rollout.join(list(parallel.merged(made).values()), player.tokenizer.pad_id).to(player.device)
 
 
 def update(
@@ -129,26 +138,28 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
     tokens = int(episodes.mask.sum())
     sums = dict.fromkeys(("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "ratio"), 0.0)
     for rows in episodes.parts(config.micro_batch):
-        part = episodes.select(rows)
-        share = int(part.mask.sum()) / tokens
+        mine, counts = parallel.deal(rows)
+        part = episodes.select(mine)
+        share = counts * int(part.mask.sum()) / tokens
         with autocast(config.precision, player.device):
             with player.models.role("policy") as policy:
                 logprobs, logprobs_full = _logprobs(policy, part, player)  # (B, N), (B, N, V)
                 policy_loss = objectives.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
                 entropy_loss = objectives.entropy_loss(logprobs_full, part.mask)
-                ((policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
+                (counts * (policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
             with player.models.role("value") as model:
                 there = part.to(_device_of(model))
                 values = rollout.answer_values(model, there)  # (B, N)
                 value_loss = objectives.value_loss(values, there.values, there.returns, there.mask, config.value_clip)
-                (config.value_coef * value_loss / tokens).backward()
+                (counts * config.value_coef * value_loss / tokens).backward()
         ratio = objectives.ratio_error(logprobs.detach(), part.logprobs, part.mask)
         clipped = objectives.clip_fraction(logprobs.detach(), part.logprobs, part.mask, config.clip)
-        sums["policy_loss"] += float(policy_loss.detach()) / tokens
-        sums["value_loss"] += float(value_loss.detach()) / tokens
-        sums["entropy"] += -float(entropy_loss.detach()) / tokens
+        sums["policy_loss"] += counts * float(policy_loss.detach()) / tokens
+        sums["value_loss"] += counts * float(value_loss.detach()) / tokens
+        sums["entropy"] += counts * -float(entropy_loss.detach()) / tokens
         sums["ratio"] += float(ratio) * share
         sums["clip_fraction"] += float(clipped) * share
+    sums = parallel.summed(sums)
     if config.ptx_coef > 0:
         sums["ptx_loss"] = _ptx_gradients(player, seed)
     sums["loss"] = sums["policy_loss"] + config.value_coef * sums["value_loss"] - config.entropy_coef * sums["entropy"]
@@ -158,11 +169,13 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
 def _ptx_gradients(player: Player, seed: int) -> float:
     """The pretraining mix (InstructGPT, equation 2): a language-model loss on demonstrations beside PPO's."""
     rows = np.random.default_rng(seed).choice(len(player.ptx), min(player.config.minibatch, len(player.ptx)), False)
-    batch = dialog_batch([player.ptx[i] for i in rows], player.tokenizer.pad_id).to(player.device)
+    mine, counts = parallel.deal(rows.tolist())
+    batch = dialog_batch([player.ptx[i] for i in mine], player.tokenizer.pad_id).to(player.device)
+    weight = parallel.summed({"weight": counts * batch.weight})["weight"]
     with player.models.role("policy") as policy, autocast(player.config.precision, player.device):
         loss, _ = language_model_loss(policy, batch)
-        (player.config.ptx_coef * loss / batch.weight).backward()
-    return float(loss.detach()) / batch.weight
+        (counts * player.config.ptx_coef * loss / weight).backward()
+    return parallel.summed({"loss": counts * float(loss.detach()) / weight})["loss"]
 
 
 def iterate(
@@ -174,10 +187,8 @@ def iterate(
     iteration: int,
 ) -> tuple[Episodes, dict[str, float]]:
     """Phases 2 to 5 of one iteration: the episodes, and the update's figures."""
-    generator = torch.Generator(player.device).manual_seed(seed * 1_000_003 + iteration)
     with seeded(seed, iteration, player.device):
-        episodes = answer(player, prompts, generator)
-        judge(player, episodes)
+        episodes = collect(player, prompts, seed * 1_000_003 + iteration)
         rollout.credit(episodes, player.config, kl_coef)  # phase 4
         return episodes, update(player, episodes, optimizer, seed, iteration)
 
@@ -212,6 +223,14 @@ def report(player: Player, episodes: Episodes, kl_coef: float, true_prompts: Seq
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+@contextlib.contextmanager
+def _computing(player: Player, role: layouts.Role) -> Iterator[nn.Module]:
+    """The network that plays a role, all of it in this process, in the precision of training."""
+    with player.models.role(role) as model, parallel.whole(*player.models.parts(role)):
+        with autocast(player.config.precision, player.device):
+            yield model
 
 
 def _logprobs(
@@ -277,7 +296,7 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
     figures["objective_stderr"] = _stderr(each["objective"])
     if true_prompts is not None:
         figures["true_reward"] = float(np.mean(true_rewards(player.tokenizer, episodes, true_prompts)))
-    return figures
+    return parallel.from_main(figures)
 
 
 def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
@@ -286,7 +305,7 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     shared = config.layout == "shared_base"
     start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
     reward = checkpoint.require("reward-lora" if shared else "reward", settings)
-    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start))
+    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), parallel.world())
     if shared:
         models = layouts.shared_base(start, reward, device, config, settings.seed)
     else:
@@ -333,16 +352,14 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
 def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog) -> StageResult:
     config, seed = settings.ppo, settings.seed
     train, train_ids, valid, valid_ids = fit_prompts(settings, player)
+    for part in player.models.parts():
+        parallel.shard(part, settings.parallel, config.precision, player.device)
     world = settings.data is None
     message_of = {tuple(ids): prompt for prompt, ids in zip(train, train_ids, strict=True)}
     trainable = {f"{role}/{n}": p for role in ("policy", "value") for n, p in player.models.trainable(role).items()}
     optimizer, kl_coef, best, iteration = make_player_optimizer(player), config.kl_coef, {}, log.start
     if log.saved:
-        tensors, state = log.saved
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(tensors[f"model/{name}"])
-        trainer.restore_optimizer(optimizer, tensors, state["optimizer"])
+        state = log.restore(trainable, optimizer)
         kl_coef, best = state["kl_coef"], state["best"]
 
     def save_state() -> None:
@@ -350,13 +367,14 @@ def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog)
         tensors |= {f"model/{name}": p for name, p in trainable.items()}
         log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best})
 
-    bar = tqdm(total=config.iterations, initial=iteration, desc="ppo", disable=None, leave=False)
+    bar = trainer.progress("ppo", config.iterations, iteration)
     with log.interruptible(save_state, "ppo"), bar:
         while iteration < config.iterations:
             drawn = draw_prompts(train_ids, config, seed, iteration)
             messages = [message_of[tuple(ids)] for ids in drawn] if world else None
             episodes, stats = iterate(player, drawn, optimizer, kl_coef, seed, iteration)
-            metrics = report(player, episodes, kl_coef, messages) | {f"ppo/{k}": v for k, v in stats.items()}
+            metrics = parallel.from_main(report(player, episodes, kl_coef, messages))
+            metrics |= {f"ppo/{k}": v for k, v in stats.items()}
             kl_coef = objectives.adaptive_kl(kl_coef, metrics["ppo/kl"], config.kl_target, config.kl_horizon)
             iteration += 1
             for alarm in objectives.ppo_alarm(

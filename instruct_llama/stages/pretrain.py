@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, memory
+from .. import checkpoint, memory, parallel
 from ..config import Settings, to_json
 from ..data import sources
 from ..data.batches import Batch, open_tokens, window_batch, window_order, windows, write_tokens
@@ -39,10 +39,13 @@ def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: st
     """Token-weighted loss (nats), accuracy and perplexity over batches."""
     device = next(model.parameters()).device
     loss = accuracy = weight = 0.0
-    for batch in batches:
+    found = {}
+    for number, batch in parallel.dealt(batches):
         with torch.no_grad(), autocast(precision, device):
             total, parts = language_model_loss(model, batch.to(device))
-        loss, accuracy, weight = loss + float(total), accuracy + parts["accuracy"], weight + batch.weight
+        found[number] = float(total), parts["accuracy"], batch.weight
+    for total, right, targets in parallel.merged(found).values():
+        loss, accuracy, weight = loss + total, accuracy + right, weight + targets
     mean = loss / max(1.0, weight)
     return {"loss": mean, "accuracy": accuracy / max(1.0, weight), "perplexity": math.exp(min(mean, 50.0))}
 
@@ -87,11 +90,12 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     config, folder = settings.pretrain, settings.out_dir / settings.pretrain.name
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     shape = checkpoint.shape_of(Path(settings.init)) if settings.init else None
-    memory.check_room(settings, "pretrain", str(device), shape)
+    memory.check_room(settings, "pretrain", str(device), shape, parallel.world())
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
         model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
-        tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
+        with parallel.main_first():
+            tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
         if model is None:
             shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
             model = Llama(shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)

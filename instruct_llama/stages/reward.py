@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, memory
+from .. import checkpoint, memory, parallel
 from ..config import PPOConfig, RewardConfig, Settings, UserError, check
 from ..data import tinychat
 from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
@@ -157,6 +157,7 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
         n_sampled = round(len(train) * config.sample_share)
         prompts = tinychat.prompts(settings.seed + 1, n_sampled, split="train")
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed)
+        own = parallel.from_main(own)  # the same records for all, whatever their GPUs round
         train = [*train[: len(train) - n_sampled], *own]
     return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
 
@@ -168,7 +169,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     base = Path(settings.init) if settings.init else checkpoint.require(config.init_from, settings)
     sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
     settings = records.with_data(settings, config.data)
-    memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base))
+    memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), parallel.world())
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
@@ -195,7 +196,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             ]
 
         def save(best: dict[str, float]) -> None:
-            norm = fit_normaliser(model, yardstick)
+            with parallel.whole(model), autocast(config.loop.precision, device):
+                norm = fit_normaliser(model, yardstick)
             info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
             if config.lora.rank:
                 lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}

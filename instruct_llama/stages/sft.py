@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, memory
+from .. import checkpoint, memory, parallel
 from ..config import Settings, UserError
 from ..data import tinychat
 from ..data.batches import Batch, dialog_batch, fit_dialog
@@ -66,7 +66,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     folder = settings.out_dir / config.run_name
     base = Path(settings.init) if settings.init else checkpoint.require("pretrain", settings)
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
-    memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base))
+    memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), parallel.world())
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)

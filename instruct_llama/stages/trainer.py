@@ -7,65 +7,33 @@ run needs no saved generators to equal the unbroken one, and `--seed` alone chan
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .. import checkpoint
-from ..config import LoopConfig, LoRAConfig, OptimConfig, QuantConfig, Settings, UserError, shown
+from .. import parallel
+from ..config import LoopConfig, LoRAConfig, OptimConfig, QuantConfig, Settings, UserError, check
 from ..data.batches import epoch_order
 from ..model.llama import Llama
-
-Watch = Callable[[dict[str, float]], None]
+from .runlog import (  # noqa: F401 - the stages and the notebooks find all of training here
+    Interrupted,
+    RunLog,
+    StageResult,
+    Watch,
+    optimizer_tensors,
+    read_jsonl,
+    restore_optimizer,
+)
 
 
 class NonFinite(UserError):
     """A loss or gradient that is not a number; the optimizer has not stepped on it."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or the notebook's stop button, after the state was saved."""
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage leaves behind."""
-
-    folder: Path  # the run folder
-    best: dict[str, float]  # the metrics of the validation whose weights were kept
-    steps: int  # optimizer steps (PPO: iterations) done in all
-    seconds: float  # wall-clock time of this call
-
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """metrics.jsonl as a list of records."""
-        return read_jsonl(self.folder / "metrics.jsonl")
-
-    @property
-    def samples(self) -> list[dict[str, Any]]:
-        """samples.jsonl as a list of records."""
-        return read_jsonl(self.folder / "samples.jsonl")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a log; a last line cut by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
 
 
 def pick_device(name: str) -> torch.device:
@@ -80,9 +48,9 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's global generator is a function of (seed, step); outside, it is as it was."""
+    """Inside, torch's global generator is a function of (seed, step) and the process; outside, it is as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 1_000_003 + step)
+        torch.manual_seed(seed * 1_000_003 + step + (parallel.rank() << 40))
         yield
 
 
@@ -123,6 +91,10 @@ def recomputing(model: Llama, settings: Settings) -> Llama:
 
 def make_optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over (parameters, peak learning rate) groups; weight decay on matrices only (LLaMA, section 2.3)."""
+    check(
+        optim.kind == "adamw" or parallel.world() == 1,
+        f"optim.kind {optim.kind} cannot divide its state among processes: under torchrun, take adamw.",
+    )
     split = []
     for parameters, peak in groups:
         trainable = [p for p in parameters if p.requires_grad]
@@ -147,7 +119,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, optim: OptimConfig, step: i
     Raises `NonFinite` without touching a weight when the gradient is not finite (P34); `where` says what was read.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = parallel.full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise NonFinite(f"The gradient is not finite at {where}: lower the learning rate or look at those records.")
@@ -158,123 +130,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer, optim: OptimConfig, step: i
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
-
-
-class RunLog:
-    """The logs and the resumable state of one run folder."""
-
-    def __init__(self, folder: Path, settings: Settings, watch: Watch | None = None):
-        self.folder, self.watch, self.started = folder, watch, time.perf_counter()
-        self.state_path = folder / "state" / "resume.safetensors"
-        self.identity = json.dumps({**asdict(settings), "resume": None, "out": None, "device": None}, sort_keys=True)
-        self.saved: tuple[checkpoint.State, dict[str, Any]] | None = None
-        if settings.resume and self.state_path.is_file():
-            self.saved = self._read_state()
-        self.start = self.saved[1]["step"] if self.saved else 0
-        self.stops = 0  # how often Ctrl-C was pressed
-
-    def _begin(self) -> None:
-        """Open the logs. Not before training starts, so that bad input leaves an earlier run in the folder whole."""
-        start = self.start
-        for name in ("metrics.jsonl", "samples.jsonl"):  # drop what a killed run logged after its last save
-            kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= start] if start else []
-            checkpoint.write_text(self.folder / name, "".join(json.dumps(r) + "\n" for r in kept))
-        if not start:
-            for stale in (*self.folder.glob("events.out.*"), self.folder / "config.json", self.state_path):
-                stale.unlink(missing_ok=True)
-        self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
-
-    def _read_state(self) -> tuple[checkpoint.State, dict[str, Any]]:
-        tensors, metadata = checkpoint.read_tensors(self.state_path)
-        if metadata["identity"] != self.identity:
-            raise UserError(
-                f"--resume: {self.folder} was started with other settings; use the same ones, or start anew without it."
-            )
-        return tensors, json.loads(metadata["state"])
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same scalars to TensorBoard, and to whoever watches; the end of a step."""
-        record = {"step": step, **metrics}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        for key, value in metrics.items():
-            self.board.add_scalar(key, value, step)
-        if self.watch:
-            self.watch(record)
-        if self.stops:
-            raise KeyboardInterrupt
-
-    def sample(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Text samples with their scores, to samples.jsonl and TensorBoard."""
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
-        text = "\n\n".join(f"**{r.get('prompt', '')}**\n\n{r.get('response', r.get('text', ''))}" for r in records[:4])
-        self.board.add_text("samples", text, step)
-
-    def save_state(self, step: int, tensors: checkpoint.State, state: dict[str, Any]) -> None:
-        """Everything resume needs, in one file, in one rename (P32, P33)."""
-        metadata = {"identity": self.identity, "state": json.dumps({"step": step, **state})}
-        checkpoint.write_tensors(self.state_path, tensors, metadata)
-
-    def finish(self, best: dict[str, float], steps: int) -> StageResult:
-        """Mark the run folder complete."""
-        self.board.close()
-        info = checkpoint.read_info(self.folder)
-        checkpoint.write_info(self.folder, {**info, "complete": True, "best": best})
-        return StageResult(self.folder, best, steps, time.perf_counter() - self.started)
-
-    @contextlib.contextmanager
-    def interruptible(self, save: Callable[[], None], command: str) -> Iterator[None]:
-        """On Ctrl-C or the stop button: finish the step, save, say how to go on, and leave the kernel usable.
-
-        Only the state between two steps can be gone on from (P32). Pressed again, it stops at once, without saving.
-        """
-        self._begin()
-        here = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, self._stop) if here else None
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.stops < 2:
-                save()
-            self.board.close()
-            raise Interrupted(
-                f"Stopped; the state is in {shown(self.state_path)}. Go on with: python -m instruct_llama {command} "
-                "--resume (same options), or settings.replace(resume=True) in a notebook."
-            ) from None
-        finally:
-            if here:
-                signal.signal(signal.SIGINT, before)
-
-    def _stop(self, *_: object) -> None:
-        self.stops += 1
-        if self.stops > 1:
-            raise KeyboardInterrupt
-        print("\nStopping after this step; once more stops at once, back to the last save.", file=sys.stderr)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[checkpoint.State, dict[str, Any]]:
-    """An optimizer's state as flat tensors and the JSON-able rest."""
-    tensors, rest = {}, {}
-    for index, state in optimizer.state_dict()["state"].items():
-        wrapped = [value for value in state.values() if isinstance(value, dict)]  # bitsandbytes' maps and scales
-        shared = {key: value.clone() for group in wrapped for key, value in group.items()}  # one map for all weights
-        for key, value in ({k: v for k, v in state.items() if not isinstance(v, dict)} | shared).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                rest[f"{index}/{key}"] = value
-    return tensors, rest
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: checkpoint.State, rest: dict[str, Any]) -> None:
-    """Inverse of `optimizer_tensors`, into an optimizer over the same parameters."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in (*tensors.items(), *((f"optimizer/{key}", value) for key, value in rest.items())):
-        if name.startswith("optimizer/"):
-            _, index, key = name.split("/", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @dataclass
@@ -292,6 +147,11 @@ class Supervised:
     validate: Callable[[], dict[str, float]]  # metrics of the held-out records, "loss" among them
     sample: Callable[[], list[dict[str, Any]]]  # text samples
     save: Callable[[dict[str, float]], None]  # writes the run folder's weights, given the best metrics
+
+
+def progress(name: str, total: int, start: int) -> tqdm:
+    """A progress bar in the main process's terminal, nowhere else."""
+    return tqdm(total=total, initial=start, desc=name, disable=None if parallel.is_main() else True, leave=False)
 
 
 def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int]]]:
@@ -320,16 +180,13 @@ def total_steps(stage: Supervised) -> int:
 def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     """Train, validate, keep the best, log, save, resume."""
     device = next(stage.model.parameters()).device
+    parallel.shard(stage.model, settings.parallel, stage.loop.precision, device)
     trainable = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer([(list(trainable.values()), stage.optim.lr)], stage.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=stage.loop.precision == "fp16" and device.type == "cuda")
     total, best, step = total_steps(stage), {}, log.start
     if log.saved:
-        tensors, state = log.saved
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(tensors[f"model/{name}"])
-        restore_optimizer(optimizer, tensors, state["optimizer"])
+        state = log.restore(trainable, optimizer)
         scaler.load_state_dict(state["scaler"])
         best = state["best"]
 
@@ -341,8 +198,8 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     def look_up() -> dict[str, float]:
         nonlocal best
         stage.model.eval()
-        with torch.no_grad():
-            metrics = stage.validate()
+        with torch.no_grad(), parallel.whole(stage.model), autocast(stage.loop.precision, device):
+            metrics = parallel.from_main(stage.validate())
             if step % stage.loop.sample_every == 0 or step == total:
                 log.sample(step, stage.sample())
         stage.model.train()
@@ -352,7 +209,7 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
             stage.save(best)
         return {f"val/{key}": value for key, value in metrics.items()}
 
-    bar = tqdm(total=total, initial=step, desc=stage.name, disable=None, leave=False)
+    bar = progress(stage.name, total, step)
     stage.model.train()
     with log.interruptible(save_state, stage.name), bar:
         for epoch, group in _steps_from(stage, settings.seed, step, total):
@@ -385,18 +242,28 @@ def _train_group(
     group: list[list[int]], step: int, total: int, device: torch.device,
 ) -> tuple[dict[str, float], int]:  # fmt: skip
     """One optimizer step over a group of micro-batches, normalised by the group's real targets (P07, P09)."""
-    batches = [stage.batch(epoch, indices).to(device) for indices in group]
-    weight = max(1, sum(batch.weight for batch in batches))
-    sums: dict[str, float] = {}
+    batches = []  # this process's share of each micro-batch, and whether it has one
+    for indices in group:
+        mine, counts = parallel.deal(indices)
+        batches.append((stage.batch(epoch, mine).to(device), counts))
+    whole = parallel.summed(
+        {
+            "weight": sum(counts * batch.weight for batch, counts in batches),
+            "tokens": sum(counts * batch.tokens.numel() for batch, counts in batches),
+        }
+    )
+    weight, sums = max(1, whole["weight"]), {}
     with seeded(seed, step, device):
-        for batch, indices in zip(batches, group, strict=True):
+        for (batch, counts), indices in zip(batches, group, strict=True):
             with autocast(stage.loop.precision, device):
                 loss, parts = stage.loss(stage.model, batch)
-            if not torch.isfinite(loss):
+            figures = {"loss": float(loss.detach()), **parts}
+            figures = parallel.summed({key: counts * value for key, value in figures.items()})
+            if not math.isfinite(figures["loss"]):
                 optimizer.zero_grad(set_to_none=True)
-                raise NonFinite(f"The loss is {loss.item()} at step {step + 1}, records {indices}: look at them.")
-            scaler.scale(loss / weight).backward()
-            for key, value in {"loss": float(loss.detach()), **parts}.items():
+                raise NonFinite(f"The loss is {figures['loss']} at step {step + 1}, records {indices}: look at them.")
+            scaler.scale(counts * loss / weight).backward()
+            for key, value in figures.items():
                 sums[key] = sums.get(key, 0.0) + value
     scaler.unscale_(optimizer)
     where = f"step {step + 1}, records {[i for indices in group for i in indices]}"
@@ -404,4 +271,4 @@ def _train_group(
     scaler.update()
     metrics = {f"train/{key}": value / weight for key, value in sums.items()}
     metrics |= {"train/lr": learning_rate(step, total, stage.optim), "train/grad_norm": norm}
-    return metrics, sum(batch.tokens.numel() for batch in batches)
+    return metrics, whole["tokens"]

@@ -1,0 +1,269 @@
+"""A run folder while it is being written: the logs, what resume needs, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from .. import checkpoint, parallel
+from ..config import Settings, check, shown
+
+Watch = Callable[[dict[str, float]], None]
+NOTE = "state.json"  # in a folder of divided tensors: what is no tensor; written last
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or the notebook's stop button, after the state was saved."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves behind."""
+
+    folder: Path  # the run folder
+    best: dict[str, float]  # the metrics of the validation whose weights were kept
+    steps: int  # optimizer steps (PPO: iterations) done in all
+    seconds: float  # wall-clock time of this call
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """metrics.jsonl as a list of records."""
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """samples.jsonl as a list of records."""
+        return read_jsonl(self.folder / "samples.jsonl")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Records of a log; a last line cut by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+class RunLog:
+    """The logs and the resumable state of one run folder."""
+
+    def __init__(self, folder: Path, settings: Settings, watch: Watch | None = None):
+        self.folder, self.watch, self.started = folder, watch, time.perf_counter()
+        self.state_path = folder / "state" / "resume.safetensors"
+        same = {**asdict(settings), "resume": None, "out": None, "device": None}
+        del same["parallel"]  # a run goes on with another number of processes, and in other places
+        self.identity = json.dumps(same, sort_keys=True)
+        self.saved = self._newest_state() if settings.resume else None  # where it is, and what is no tensor
+        self.start = self.saved[1]["step"] if self.saved else 0
+        self.stops = 0  # how often Ctrl-C was pressed
+
+    def _begin(self) -> None:
+        """Open the logs. Not before training starts, so that bad input leaves an earlier run in the folder whole."""
+        if not parallel.is_main():
+            return
+        start = self.start
+        for name in ("metrics.jsonl", "samples.jsonl"):  # drop what a killed run logged after its last save
+            kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= start] if start else []
+            checkpoint.write_text(self.folder / name, "".join(json.dumps(r) + "\n" for r in kept))
+        if not start:
+            for stale in (*self.folder.glob("events.out.*"), self.folder / "config.json"):
+                stale.unlink(missing_ok=True)
+            self._forget_states()
+        self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
+
+    def _newest_state(self) -> tuple[Path, dict[str, Any]] | None:
+        found = []
+        for path in self._states():
+            if path.is_dir():
+                note = json.loads((path / NOTE).read_text(encoding="utf-8"))
+            else:
+                with checkpoint.open_tensors(path) as file:
+                    note = file.metadata()
+            found.append((path, note["identity"], json.loads(note["state"])))
+        if not found:
+            return None
+        path, identity, state = max(found, key=lambda item: item[2]["step"])
+        check(
+            identity == self.identity,
+            f"--resume: {self.folder} was started with other settings; use the same ones, or start anew without it.",
+        )
+        return path, state
+
+    def _states(self) -> list[Path]:
+        """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
+        folders = [note.parent for note in self.state_path.parent.glob(f"step-*/{NOTE}")]
+        return folders + [self.state_path] * self.state_path.is_file()
+
+    def _forget_states(self, but: Path | None = None) -> None:
+        for stale in {*self._states(), *self.state_path.parent.glob(".step-*")} - {but}:
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl, the same scalars to TensorBoard, and to whoever watches; the end of a step."""
+        if parallel.is_main():
+            record = {"step": step, **metrics}
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            for key, value in metrics.items():
+                self.board.add_scalar(key, value, step)
+            if self.watch:
+                self.watch(record)
+        if parallel.summed({"stops": self.stops})["stops"]:  # Ctrl-C may reach processes in different steps
+            raise KeyboardInterrupt
+
+    def sample(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Text samples with their scores, to samples.jsonl and TensorBoard."""
+        if not parallel.is_main():
+            return
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
+        text = "\n\n".join(f"**{r.get('prompt', '')}**\n\n{r.get('response', r.get('text', ''))}" for r in records[:4])
+        self.board.add_text("samples", text, step)
+
+    def save_state(self, step: int, tensors: checkpoint.State, state: dict[str, Any]) -> None:
+        """Everything resume needs, in one file or folder, in one rename (P32, P33)."""
+        note = {"identity": self.identity, "state": json.dumps({"step": step, **state})}
+        path = self.state_path
+        if parallel.world() == 1:
+            checkpoint.write_tensors(path, tensors, note)
+        else:
+            path = path.with_name(f"step-{step}")
+            write_divided(path, tensors, note)
+        if parallel.is_main():
+            self._forget_states(but=path)
+
+    def restore(self, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Copy the saved tensors into the weights and the optimizer; returns the rest of the state."""
+        path, state = self.saved
+        if parallel.world() == 1 and path.is_file():
+            tensors, _ = checkpoint.read_tensors(path)
+        else:
+            tensors = read_divided(path if path.is_dir() else path.parent, weights, optimizer)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(tensors[f"model/{name}"])
+        restore_optimizer(optimizer, tensors, state["optimizer"])
+        return state
+
+    def finish(self, best: dict[str, float], steps: int) -> StageResult:
+        """Mark the run folder complete."""
+        if parallel.is_main():
+            self.board.close()
+            info = checkpoint.read_info(self.folder)
+            checkpoint.write_info(self.folder, {**info, "complete": True, "best": best})
+        parallel.barrier()  # whoever reads the folder next finds it complete
+        return StageResult(self.folder, best, steps, time.perf_counter() - self.started)
+
+    @contextlib.contextmanager
+    def interruptible(self, save: Callable[[], None], command: str) -> Iterator[None]:
+        """On Ctrl-C or the stop button: finish the step, save, say how to go on, and leave the kernel usable.
+
+        Only the state between two steps can be gone on from (P32). Pressed again, it stops at once, without saving.
+        """
+        self._begin()
+        here = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, self._stop) if here else None
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.stops < 2:
+                save()
+            if parallel.is_main():
+                self.board.close()
+            state = self.state_path if parallel.world() == 1 else self.state_path.parent
+            raise Interrupted(
+                f"Stopped; the state is in {shown(state)}. Go on with: python -m instruct_llama {command} "
+                "--resume (same options), or settings.replace(resume=True) in a notebook."
+            ) from None
+        finally:
+            if here:
+                signal.signal(signal.SIGINT, before)
+
+    def _stop(self, *_: object) -> None:
+        self.stops += 1
+        if self.stops > 1:
+            raise KeyboardInterrupt
+        if parallel.is_main():
+            print("\nStopping after this step; once more stops at once, back to the last save.", file=sys.stderr)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[checkpoint.State, dict[str, Any]]:
+    """An optimizer's state as flat tensors and the JSON-able rest."""
+    tensors, rest = {}, {}
+    for index, state in optimizer.state_dict()["state"].items():
+        wrapped = [value for value in state.values() if isinstance(value, dict)]  # bitsandbytes' maps and scales
+        shared = {key: value.clone() for group in wrapped for key, value in group.items()}  # one map for all weights
+        for key, value in ({k: v for k, v in state.items() if not isinstance(v, dict)} | shared).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                rest[f"{index}/{key}"] = value
+    return tensors, rest
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: checkpoint.State, rest: dict[str, Any]) -> None:
+    """Inverse of `optimizer_tensors`, into an optimizer over the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (*tensors.items(), *((f"optimizer/{key}", value) for key, value in rest.items())):
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+
+
+def write_divided(folder: Path, tensors: checkpoint.State, note: dict[str, str]) -> None:
+    """Each process writes its parts of the tensors into one safetensors file, all of them into one folder.
+
+    torch.distributed.checkpoint's own format ends in a pickle; its safetensors writer needs none (P05).
+    """
+    import torch.distributed.checkpoint as dcp
+
+    if parallel.from_main(folder.exists()):  # this step has been saved
+        return
+    new = folder.with_name(f".{folder.name}")
+    if parallel.is_main():
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    parallel.barrier()
+    writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
+    dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+    checkpoint.write_text(new / NOTE, json.dumps(note))
+    if parallel.is_main():
+        new.rename(folder)
+    parallel.barrier()
+
+
+def read_divided(folder: Path, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> checkpoint.State:
+    """The tensors of a state, divided as the weights are now; how many processes wrote them does not matter."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    owners = {f"model/{name}": weight for name, weight in weights.items()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {}
+    for name, saved in reader.read_metadata().state_dict_metadata.items():
+        owner = owners[name] if name in owners else trained[int(name.split("/")[1])]
+        if owner.shape == saved.size:
+            tensors[name] = torch.empty_like(owner, requires_grad=False)
+        else:  # the optimizer's count of steps
+            tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, where one process goes on alone
+        dcp.load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
+    return tensors
