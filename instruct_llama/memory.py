@@ -122,11 +122,11 @@ def logit_bytes(model: ModelConfig, tokens: int, copies: int) -> float:
 def estimate(settings: Settings, stage: Stage, processes: int = 1) -> Estimate:
     """What a stage needs on its device, in bytes by part.
 
-    Several `processes` divide everything (FSDP2) but a 4-bit base, which each holds whole, and the space to work in.
+    Several `processes` divide everything (FSDP2) but the weights, which come together for sampling and validation,
+    and the space to work in.
     """
     found = _ppo(settings) if stage == "ppo" else _supervised(settings, stage)
-    config = settings.qlora if stage == "qlora" else getattr(settings, stage)
-    whole = {"working space"} | ({"weights"} if getattr(config, "quant", QuantConfig()).kind != "none" else set())
+    whole = ("weights", "working space")
     return Estimate({part: size if part in whole else size / processes for part, size in found.parts.items()})
 
 

@@ -140,11 +140,10 @@ def test_llama2_7b_fits_the_cards_it_is_for():
 
 def test_processes_share_what_can_be_shared():
     settings = presets.get("llama2_7b")
-    alone, eight = (memory.estimate(settings, "pretrain", n).total for n in (1, 8))
-    assert eight == pytest.approx(alone / 8)
-    parts, shared = (memory.estimate(settings, "sft", n).parts for n in (1, 8))
+    parts, shared = (memory.estimate(settings, "pretrain", n).parts for n in (1, 8))
     assert shared["weights"] == parts["weights"] and shared["working space"] == parts["working space"]
-    assert shared["gradients and optimizer"] == parts["gradients and optimizer"] / 8
+    for name in ("gradients and optimizer", "activations", "logits"):
+        assert shared[name] == parts[name] / 8 > 0
 
 
 def test_less_memory_for_each_thing_that_saves_it():
