@@ -190,8 +190,13 @@ def chat(settings: Chat) -> int:
 def evaluate(settings: Settings) -> int:
     """Print the report card and write report.json."""
     from . import evaluate as card
+    from .stages import records
+    from .stages.trainer import pick_device
 
-    print(card.describe(card.report_card(settings)))
+    if settings.data or settings.sft.data:
+        print(card.describe(card.data_card(settings, records.heldout(settings), pick_device(settings.device))))
+    else:
+        print(card.describe(card.report_card(settings)))
     return 0
 
 

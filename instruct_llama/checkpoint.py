@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,23 +82,12 @@ def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
 
 
-def misfits(own: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> list[str]:
-    """Every key that is missing, unexpected or misshapen, as a clause each, from the shapes by name (P18)."""
-    problems = [f"{key} is missing" for key in own if key not in given]
-    problems += [f"{key} is unexpected" for key in given if key not in own]
-    return problems + [
-        f"{key} is {tuple(given[key])} and should be {tuple(own[key])}"
-        for key in own
-        if key in given and tuple(given[key]) != tuple(own[key])
-    ]
-
-
 def load_state(model: torch.nn.Module, state: State, source: str) -> None:
     """Copy tensors into a model, strictly: every missing, unexpected or misshapen key is named (P18)."""
     own = model_state(model)
     if "output.weight" not in own:  # tied, the same tensor as tok_embeddings.weight: saved once
         state = {key: value for key, value in state.items() if key != "output.weight"}
-    problems = misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
+    problems = lora.misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
     if problems:
         raise UserError(f"{source} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
     with torch.no_grad():
@@ -170,6 +159,23 @@ def model_config(info: dict[str, Any]) -> ModelConfig:
         raise UserError(f"The model in config.json is damaged or foreign ({error}): train that stage again.") from error
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """In which a full checkpoint keeps its weights."""
+    with open_tensors(folder / "model.safetensors") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
+
+
+def origin(folder: Path) -> dict[str, str]:
+    """Whose weights a run began with, for config.json; nothing where they were pretrained here."""
+    info = read_info(folder)
+    return {"imported_from": info["imported_from"]} if "imported_from" in info else {}
+
+
+def shape_of(folder: Path) -> ModelConfig:
+    """The shape of the model in a run folder, without reading its weights."""
+    return model_config(read_info(folder))
+
+
 def load(
     folder: str | Path,
     device: str | torch.device = "cpu",
@@ -209,7 +215,7 @@ def read_model(
         if "output.weight" not in own:  # tied, or not wanted
             given.pop("output.weight", None)
         fresh = [key for key in own if key == "scalar_head.weight" and info["kind"] == "lm"]
-        problems = misfits({key: shape for key, shape in own.items() if key not in fresh}, given)
+        problems = lora.misfits({key: shape for key, shape in own.items() if key not in fresh}, given)
         check(not problems, f"{path} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
         for key in own:
             value = torch.zeros(own[key]) if key in fresh else file.get_tensor(key)
@@ -347,6 +353,9 @@ def require(stage: str, settings: Settings) -> Path:
         return folder
     with stage_lock(folder):
         if not parallel.from_main(is_complete(folder)):
+            if stage == "pretrain" and settings.weights:
+                with parallel.main_first():
+                    return folder if is_complete(folder) else _imported(settings.weights, folder)
             print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
             # Imported here because stages import this module: the one arrow against the current.
             run = importlib.import_module(f"instruct_llama.stages.{module}").run
@@ -354,9 +363,18 @@ def require(stage: str, settings: Settings) -> Path:
     return folder
 
 
+def _imported(weights: str, folder: Path) -> Path:
+    """Other people's weights where pretraining would have written its own."""
+    print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
+    print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
+    return folder
+
+
 def _say_what_differs(folder: Path, settings: Settings) -> None:
     info, asked = read_info(folder), {"seed": settings.seed, **dataclasses.asdict(settings.model)}
     made = {"seed": info.get("seed", settings.seed), **info["model"]}
+    if "imported_from" in info:  # its shape is that of the weights, whatever the preset would train
+        asked = {"seed": settings.seed}
     other = [f"{k} {made[k]} (asked for: {v})" for k, v in asked.items() if k != "vocab_size" and made.get(k, v) != v]
     if other:
         print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")
@@ -375,15 +393,18 @@ def merged(source: Path, into: Into = "dequantised") -> tuple[Llama, Tokenizer, 
     """
     info = read_info(source)
     check("adapter" in info, f"{source} is a full checkpoint: there is no adapter to merge.")
-    model, tokenizer = load(source)
-    original, _ = load(source / info["base"])
+    dtype = stored_dtype(source / info["base"])  # 16 bits stay 16: of 7 B, two dense copies are 27 GB at most
+    model, tokenizer = load(source, dtype=dtype)
     probe = torch.randint(tokenizer.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
-    trained, lines, made = model(probe), [], {}
+    trained, lines, chosen = model(probe), [], None
     for kind in ("dequantised", "original"):
-        made[kind] = lora.merge(model, info["adapter"], into=kind, original=original if kind == "original" else None)
-        error = (made[kind](probe) - trained).norm() / trained.norm()
+        original = load(source / info["base"], dtype=dtype)[0] if kind == "original" else None
+        made = lora.merge(model, info["adapter"], into=kind, original=original, dtype=dtype)
+        error = (made(probe) - trained).norm() / trained.norm()
         lines.append(f"merged into the {kind} base: {100 * float(error):.3f} % relative difference on a probe batch")
-    return made[into], tokenizer, lines
+        chosen = made if kind == into else chosen
+        del made, original
+    return chosen, tokenizer, lines
 
 
 def merge_run(source: Path, target: Path, into: Into = "dequantised") -> list[str]:

@@ -156,6 +156,7 @@ class PretrainConfig:
     """Next-token prediction on running text."""
 
     name: str = "pretrain"  # folder of the run, under out
+    data: str = ""  # public set or file of texts, where --data gives none; empty: tinychat
     seq_len: int = 128  # T, the most tokens of one window
     optim: OptimConfig = OptimConfig(lr=3e-3)
     loop: LoopConfig = LoopConfig(steps=600, batch_size=32, eval_every=100)
@@ -166,6 +167,7 @@ class SFTConfig:
     """Supervised fine-tuning on demonstrations; with `lora`, of adapters only; with `quant`, over a 4-bit base."""
 
     name: str = ""  # folder of the run; empty: sft, sft-lora or sft-qlora, by what is trained
+    data: str = ""  # public set or file of dialogs, where --data gives none; empty: tinychat
     seq_len: int = 128  # longest dialog, in tokens
     pack: bool = False  # several dialogs to a row, attention kept inside each
     freeze_layers: int = 0  # the first N blocks and the embeddings stay as they were
@@ -192,6 +194,7 @@ class RewardConfig:
     """Reward model: a scalar head trained on ranked answers."""
 
     name: str = ""  # folder of the run; empty: reward, or reward-lora with adapters
+    data: str = ""  # public set or file of comparisons, where --data gives none; empty: tinychat
     init_from: Literal["sft", "pretrain"] = "sft"  # which stage's weights it starts from
     seq_len: int = 160  # longest prompt with answer, in tokens
     freeze_layers: int = 0  # the first N blocks and the embeddings stay as they were
@@ -213,12 +216,14 @@ class PPOConfig:
     """PPO from human preferences (InstructGPT, arXiv:2203.02155; PPO, arXiv:1707.06347)."""
 
     name: str = "ppo"  # folder of the run, under out
+    data: str = ""  # public set or file of prompts, where --data gives none; empty: tinychat
     layout: Literal["four_models", "shared_base"] = "four_models"  # four networks, or one base with adapters
     iterations: int = 40  # rollout and update rounds
     exact_iterations: int = 40  # rounds on the enumerable language that opens notebook 07
     rollouts: int = 128  # episodes (answers) per iteration
     rollout_batch: int = 128  # episodes generated at once; processes share an iteration's batches
     max_new_tokens: int = 48  # longest answer, in tokens
+    seq_len: int = 0  # longest prompt with its answer, in tokens; 0 means all of the model's context
     temperature: float = 1.0  # of the behaviour policy
     top_k: int = 0  # sample among the k likeliest tokens; 0 means all
     top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
@@ -239,6 +244,8 @@ class PPOConfig:
     score_clip: float = 5.0  # normalised scores are clipped to +- this; 0 turns it off
     no_end_score: float = -3.0  # score of an answer that never ends, in place of the reward model's
     freeze_layers: int = 0  # the first N blocks and the embeddings of the policy stay as they were
+    swap: bool = False  # four_models: those that a phase does not need wait in main memory
+    devices: tuple[str, ...] = ()  # four_models: of policy, reference, value and reward, each its own; empty: one
     lora: LoRAConfig = LoRAConfig()  # shared_base: the adapters of policy and value
     quant: QuantConfig = QuantConfig()  # shared_base: 4-bit storage of the base
     optim: OptimConfig = OptimConfig(lr=3e-4, min_lr_ratio=1.0, warmup_steps=5, weight_decay=0.0)
@@ -288,8 +295,9 @@ class Settings:
     out: str = ""  # folder of the runs; empty: checkpoints/<preset>
     seed: int = 1  # the only source of randomness
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the best there is
+    weights: str = ""  # what stands in for pretraining: smollm2, a hub name, a folder or a .gguf; empty: pretraining
     init: str | None = None  # start the stage from this checkpoint instead of the previous stage's
-    data: str | None = None  # train on this file instead of tinychat
+    data: str | None = None  # train on this file or public set instead of the stage's own
     resume: bool = False  # go on where an interrupted run of this stage stopped
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -7,7 +7,6 @@ so a package that is missing is a line of the report and not a traceback.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -19,12 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import ModelConfig, Settings, UserError, project_folder
+from . import memory
+from .config import Settings, UserError, project_folder
+from .memory import GB, memory_available, parameter_count
 
 PYTHON = ((3, 10), (3, 14))  # first release that works, first that does not; pyproject.toml says the same
 TORCH = ((2, 6), (2, 14))
+PLANNED = (10,)  # notebooks that are not written yet
 INSTALL = "run `python -m pip install -e .` in the project folder"
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def run(settings: Settings) -> int:
     """Print every finding; returns the exit status, 1 when something failed."""
     findings = examine(settings)
     print(*findings, sep="\n")
+    print(f"\nMemory of each stage at preset {settings.preset}, on its device:", *memory.table(settings), sep="\n  ")
     failed = [finding.name for finding in findings if not finding.ok]
     if failed:
         print(f"\n{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}.")
@@ -142,24 +144,6 @@ def adam_8bit_step(device: str) -> float:
     return float(weight.detach().abs().mean())
 
 
-def memory_available(device: str = "cpu") -> int | None:
-    """Bytes free on a CUDA device, else bytes of main memory that a new process can have; None where nobody says.
-
-    Linux and Windows tell what is free, macOS how much is built in.
-    """
-    if device.startswith("cuda"):
-        return importlib.import_module("torch").cuda.mem_get_info(device)[0]
-    if Path("/proc/meminfo").is_file():
-        return int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) * 1024
-    if sys.platform == "win32":
-        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its length in bytes first, ullAvailPhys third
-        return int(status[2]) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-
-
 def free_disk(folder: Path) -> tuple[int, bool]:
     """Bytes free where `folder` is or would be made, and whether that place can be written."""
     while not folder.exists():
@@ -189,26 +173,6 @@ def data_file(path: str) -> str:
 def notebook_numbers() -> list[int]:
     """Numbers of the notebooks of this checkout."""
     return sorted(int(path.name[:2]) for path in (project_folder() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-
-
-# ---------------------------------------------------------------- what the settings want
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Weights of the language model."""
-    kv_dim = model.dim * model.n_kv_heads // model.n_heads
-    attention = 2 * model.dim * model.dim + 2 * model.dim * kv_dim  # wq and wo, wk and wv
-    block = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim  # SwiGLU's three, two norms
-    tables = model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
-    return tables + model.n_layers * block + model.dim
-
-
-def training_memory(settings: Settings) -> int:
-    """Bytes of training, roughly: PPO's four models and the activations of one batch of pretraining."""
-    model, loop = settings.model, settings.pretrain.loop
-    states = 40 * parameter_count(model)  # policy and value: weight, gradient, two moments; two frozen models; fp32
-    per_token = 4 * (3 * model.vocab_size + model.n_layers * (16 * model.dim + 4 * model.ffn_dim))
-    return states + loop.batch_size * settings.pretrain.seq_len * per_token
 
 
 # ---------------------------------------------------------------- checks: (ok, value, cure)
@@ -278,12 +242,13 @@ def _check_8bit(settings: Settings) -> Verdict:
 
 def _check_memory(settings: Settings) -> Verdict:
     device, *_ = device_facts(settings.device)
-    base = 1_500_000_000  # Python, torch, Jupyter and a notebook's kernel
-    needed = training_memory(settings) + (0 if device.startswith("cuda") else base)
+    base = memory.CUDA_CONTEXT if device.startswith("cuda") else 1.5 * GB  # CUDA; Python, torch and a notebook's kernel
+    largest = max(memory.STAGES, key=lambda stage: memory.estimate(settings, stage).total)
+    needed = memory.estimate(settings, largest).total + base
     available = memory_available(device)
     if available is None:
         return True, "unknown", f"see to it that {needed / GB:.1f} GB are free"
-    value = f"{available / GB:.1f} GB available, about {needed / GB:.1f} GB wanted by preset {settings.preset}"
+    value = f"{available / GB:.1f} GB available, about {needed / GB:.1f} GB wanted by {largest} at {settings.preset}"
     return _verdict(available >= needed, value, "close other programs, or choose a smaller preset: --preset tiny")
 
 
@@ -304,7 +269,7 @@ def _check_data(settings: Settings) -> Verdict:
 
 def _check_notebooks(settings: Settings) -> Verdict:
     numbers = notebook_numbers()
-    gaps = [f"{number:02}" for number in range(max(numbers, default=0)) if number not in numbers]
+    gaps = [f"{number:02}" for number in range(max(numbers, default=0)) if number not in (*numbers, *PLANNED)]
     if gaps:
         return False, f"{', '.join(gaps)} missing", "bring them back with `git checkout -- notebooks`"
     return _verdict(bool(numbers), f"{len(numbers)} found", "run this inside the folder of the clone, where they are")

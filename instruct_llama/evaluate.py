@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +13,13 @@ import numpy as np
 import torch
 
 from . import checkpoint, parallel
-from .config import EvaluateConfig, Settings, UserError
+from .config import EvaluateConfig, Settings, UserError, check
 from .data import tinychat
-from .data.batches import fit_comparison, ranked_batch
+from .data.batches import dialog_batch, fit_comparison, fit_dialog, fit_prompt, ranked_batch
 from .data.tokenizer import Tokenizer
 from .model.generate import generate
 from .model.llama import Llama, ScalarLlama
-from .rlhf.objectives import pair_differences
+from .rlhf.objectives import cross_entropy_sum, pair_differences
 from .rlhf.rollout import answer_scores
 
 
@@ -135,6 +136,83 @@ def report_card(settings: Settings) -> dict[str, Any]:
     return report
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Records of real data that no stage has trained on; a part that the data do not have is empty."""
+
+    dialogs: Sequence[Any] = ()  # message lists, an answer last
+    comparisons: Sequence[Any] = ()  # prompts with ranked completions, best first
+    prompts: Sequence[Any] = ()  # message lists, a user turn last
+
+
+@torch.no_grad()
+def perplexity(model: Llama, tokenizer: Tokenizer, dialogs: Sequence[Any], max_len: int) -> tuple[float, int]:
+    """e to the mean loss of the dialogs' answers, and their number of tokens; dialogs that do not fit are left out."""
+    fitted = [fit_dialog(tokenizer, dialog, max_len) for dialog in dialogs]
+    fitted, loss, tokens = [dialog for dialog in fitted if dialog is not None], 0.0, 0
+    check(bool(fitted), f"None of the {len(dialogs)} held-out dialogs fits {max_len} tokens: allow more.")
+    device = next(model.parameters()).device
+    for start in range(0, len(fitted), 8):
+        batch = dialog_batch(fitted[start : start + 8], tokenizer.pad_id).to(device)
+        loss += float(cross_entropy_sum(model(batch.tokens), batch.targets, batch.loss_mask)[0])
+        tokens += batch.weight
+    return math.exp(min(loss / tokens, 50.0)), tokens
+
+
+@torch.no_grad()
+def judged(
+    judge: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Any], answered: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """The judge's raw score of each answer: answers of several models, in the prompts' order, to as many lists."""
+    scores: list[list[float]] = [[] for _ in answered]
+    for prompt, *texts in zip(prompts, *answered, strict=True):
+        ids = fit_comparison(tokenizer, prompt, texts, judge.config.max_seq_len)
+        check(ids is not None, "A prompt with its answers is longer than the judge's context: ask shorter ones.")
+        batch = ranked_batch([ids], tokenizer.pad_id).to(next(judge.parameters()).device)
+        for mine, score in zip(scores, answer_scores(judge, batch).tolist(), strict=True):
+            mine.append(score)
+    return scores
+
+
+def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Judge every finished stage on real data, which have no true reward; write report.json, return its content.
+
+    Language models: perplexity of held-out answers, and how often the run's own reward model prefers their answers to
+    the first stage's. Reward models: the share of held-out pairs that they order as people did.
+    """
+    folders, config, stages = stage_folders(settings.out_dir), settings.evaluate, {}
+    check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
+    longest, prompts = settings.sft.seq_len, list(heldout.prompts)[: config.prompts]
+    said: dict[str, list[str]] = {}
+    judge = None
+    for folder in folders:
+        info, (model, tokenizer) = checkpoint.read_info(folder), checkpoint.load(folder, device)
+        entry: dict[str, Any] = {"best": info.get("best", {})}
+        if info["kind"] == "scalar":
+            judge = (model, tokenizer)
+            if heldout.comparisons:
+                some = heldout.comparisons[: config.comparisons]
+                entry["accuracy"] = asdict(reward_accuracy(model, tokenizer, some, 1.0, settings.reward.seq_len)[0])
+        else:
+            if heldout.dialogs:
+                value, tokens = perplexity(model, tokenizer, heldout.dialogs[: config.prompts], longest)
+                entry["perplexity"] = {"value": value, "tokens": tokens}
+            prompts = [p for p in prompts if fit_prompt(tokenizer, p, longest)]
+            said[folder.name] = answers(model, tokenizer, prompts, config, settings.seed) if prompts else []
+            shown = zip(prompts[:3], said[folder.name][:3], strict=True)
+            entry["answers"] = [{"prompt": p, "response": a} for p, a in shown]
+        stages[folder.name] = entry
+    if judge and prompts:
+        scores = dict(zip(said, judged(*judge, prompts, list(said.values())), strict=True))
+        first = next(iter(said))
+        for name, mine in scores.items():
+            wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine, scores[first], strict=True)]
+            stages[name] |= {"score": asdict(estimate(mine)), "win_rate": asdict(estimate(wins)), "against": first}
+    report = {"stages": stages, "preset": settings.preset, "seed": settings.seed}
+    checkpoint.write_text(settings.out_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
 def describe(report: dict[str, Any]) -> str:
     """The report card as text: one table, then sample answers."""
     lines = [f"Report card, preset {report['preset']}, seed {report['seed']} (held-out prompts, 95 % intervals)", ""]
@@ -146,8 +224,14 @@ def describe(report: dict[str, Any]) -> str:
     for name, entry in report["stages"].items():
         if "answers" in entry:
             lines += ["", f"{name} answers:"]
-            lines += [f"  {item['prompt']}\n    {item['response'].strip()[:160]!r}" for item in entry["answers"]]
+            lines += [f"  {_asked(item)}\n    {item['response'].strip()[:160]!r}" for item in entry["answers"]]
     return "\n".join(lines)
+
+
+def _asked(item: dict[str, Any]) -> str:
+    """A prompt in one line: of a dialog, its last turn."""
+    prompt = item["prompt"]
+    return prompt if isinstance(prompt, str) else " ".join(prompt[-1]["content"].split())[:160]
 
 
 EXPECTED = {  # what the laptop preset should show, for any seed: figure -> (lowest, highest)
@@ -161,6 +245,8 @@ EXPECTED = {  # what the laptop preset should show, for any seed: figure -> (low
     "sft-qlora/true_reward": (0.35, 0.65),
     "reward/below_ceiling": (-0.03, 0.03),
     "ppo/true_reward": (0.90, 1.0),
+    "scale-up/loss_ratio": (0.2, 0.9),
+    "scale-up/ppo_first_kl": (-1e-3, 1e-3),
 }
 
 
@@ -178,7 +264,13 @@ def check_off(settings: Settings, stage: str, figures: dict[str, float]) -> None
 def _what_else(entry: dict[str, Any]) -> str:
     best = entry["best"]
     if "accuracy" in entry:
-        return f"pair accuracy {Estimate(**entry['accuracy'])}, ceiling {entry['ceiling']:.3f}"
+        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
+        return f"pair accuracy {Estimate(**entry['accuracy'])}{ceiling}"
+    if "win_rate" in entry or "perplexity" in entry:
+        said = [f"held-out perplexity {entry['perplexity']['value']:.2f}"] if "perplexity" in entry else []
+        if "win_rate" in entry:
+            said.append(f"preferred to {entry['against']} {Estimate(**entry['win_rate'])}")
+        return ", ".join(said)
     if "kl" in best:
         return f"reward-model score {best['score']:.2f}, KL {best['kl']:.2f} nats"
     return f"held-out perplexity {best['perplexity']:.2f}" if "perplexity" in best else ""

@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 
 from . import config as c
-from .config import Settings, UserError
+from .config import ModelConfig, Settings, UserError
+
+
+def _smollm2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, theta: float) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=49_152, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, ffn_dim=ffn_dim,
+        max_seq_len=8192, rope_theta=theta,
+    )  # fmt: skip
+
+
+def _llama2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, context: int = 4096) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=32_000, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, ffn_dim=ffn_dim,
+        max_seq_len=context, tie_embeddings=False,
+    )  # fmt: skip
+
+
+def _llama3(
+    dim: int, n_layers: int, n_heads: int, ffn_dim: int, factor: float, tied: bool, context: int = 131_072
+) -> ModelConfig:
+    scaling = c.RopeScaling("llama3", factor, 1.0, 4.0, 8192) if factor else c.RopeScaling()
+    return ModelConfig(
+        vocab_size=128_256, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=8, ffn_dim=ffn_dim,
+        max_seq_len=context, rope_theta=500_000.0, rope_scaling=scaling, tie_embeddings=tied,
+    )  # fmt: skip
+
+
+# Published shapes, from the models' own config.json; tests compare their numbers of parameters with the published ones.
+SHAPES = {
+    "smollm2-135m": _smollm2(576, 30, 9, 3, 1536, 100_000.0),  # arXiv:2502.02737
+    "smollm2-360m": _smollm2(960, 32, 15, 5, 2560, 100_000.0),
+    "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, 130_000.0),
+    "tinyllama-1.1b": _llama2(2048, 22, 32, 4, 5632, context=2048),  # arXiv:2401.02385
+    "llama2-7b": _llama2(4096, 32, 32, 32, 11_008),  # arXiv:2307.09288
+    "llama2-13b": _llama2(5120, 40, 40, 40, 13_824),
+    "llama2-70b": _llama2(8192, 80, 64, 8, 28_672),
+    "llama3-8b": _llama3(4096, 32, 32, 14_336, 0.0, False, context=8192),  # arXiv:2407.21783
+    "llama3.1-8b": _llama3(4096, 32, 32, 14_336, 8.0, False),
+    "llama3.2-1b": _llama3(2048, 16, 32, 8192, 32.0, True),
+    "llama3.2-3b": _llama3(3072, 28, 24, 8192, 32.0, True),
+}
 
 LAPTOP = Settings(
     preset="laptop",
@@ -61,7 +102,69 @@ TINY = Settings(
     evaluate=c.EvaluateConfig(prompts=32, comparisons=64, max_new_tokens=24, batch_size=32),
 )  # fmt: skip
 
-PRESETS = {settings.preset: settings for settings in (TINY, LAPTOP)}
+# One GPU of 8 to 24 GB. `pretrain` trains about 120 M parameters from scratch; every other stage starts from `weights`.
+GPU = Settings(
+    preset="gpu", weights="smollm2",
+    model=dataclasses.replace(SHAPES["smollm2-135m"], vocab_size=16_384, max_seq_len=2048, rope_theta=10_000.0),
+    tokenizer=c.TokenizerConfig(vocab_size=16_384, max_chars=50_000_000),
+    pretrain=c.PretrainConfig(
+        data="tinystories", seq_len=512, optim=c.OptimConfig(lr=1e-3, warmup_steps=200, weight_decay=0.1),
+        loop=c.LoopConfig(steps=20_000, batch_size=32, accumulate=2, eval_every=500, eval_batches=16, save_every=1000,
+                          sample_every=1000, precision="bf16"),
+    ),
+    sft=c.SFTConfig(
+        data="hh-rlhf", seq_len=512, optim=c.OptimConfig(lr=2e-5, warmup_steps=50),
+        loop=c.LoopConfig(epochs=1, batch_size=8, accumulate=4, eval_every=200, eval_batches=16, precision="bf16"),
+    ),
+    qlora=c.SFTConfig(
+        data="hh-rlhf", seq_len=512, lora=c.LoRAConfig(rank=16, alpha=32.0), quant=c.QuantConfig(kind="nf4"),
+        optim=c.OptimConfig(lr=5e-4, warmup_steps=50),
+        loop=c.LoopConfig(epochs=1, batch_size=8, accumulate=4, eval_every=200, eval_batches=16, precision="bf16"),
+    ),
+    reward=c.RewardConfig(
+        data="hh-rlhf", seq_len=512, optim=c.OptimConfig(lr=2e-5, warmup_steps=50),
+        loop=c.LoopConfig(epochs=1, batch_size=8, accumulate=8, eval_every=100, eval_batches=32, precision="bf16"),
+    ),
+    ppo=c.PPOConfig(
+        data="hh-rlhf", iterations=200, rollouts=128, rollout_batch=64, max_new_tokens=128, seq_len=512, epochs=1,
+        minibatch=32, micro_batch=8, kl_coef=0.05, optim=c.OptimConfig(lr=2e-6, min_lr_ratio=0.1, weight_decay=0.0),
+        value_lr=1e-5, eval_every=20, eval_prompts=128, precision="bf16",
+    ),
+    evaluate=c.EvaluateConfig(prompts=256, max_new_tokens=128, batch_size=64),
+)  # fmt: skip
+
+# One GPU of 24 GB and up, or several under torchrun: 4-bit base, adapters for every stage over it (QLoRA's settings,
+# arXiv:2305.14314, appendix B.2), and PPO's four networks on that one base.
+_ADAPTER = c.LoRAConfig(rank=64, alpha=16.0, dropout=0.1)
+_NF4 = c.QuantConfig(kind="nf4")
+_QLORA = c.SFTConfig(
+    name="sft", data="hh-rlhf", seq_len=512, lora=_ADAPTER, quant=_NF4,
+    optim=c.OptimConfig(lr=2e-4, min_lr_ratio=1.0, warmup_steps=50, weight_decay=0.0, beta2=0.999, grad_clip=0.3),
+    loop=c.LoopConfig(epochs=1, batch_size=1, accumulate=16, eval_every=200, eval_batches=64, precision="bf16"),
+)  # fmt: skip
+LLAMA2_7B = Settings(
+    preset="llama2_7b", weights="meta-llama/Llama-2-7b-hf",
+    model=dataclasses.replace(SHAPES["llama2-7b"], gradient_checkpointing=True),
+    tokenizer=c.TokenizerConfig(vocab_size=32_000),
+    pretrain=c.PretrainConfig(
+        data="fineweb-edu", seq_len=2048, optim=c.OptimConfig(lr=1e-4, warmup_steps=100),
+        loop=c.LoopConfig(steps=10_000, batch_size=1, accumulate=64, eval_every=200, precision="bf16"),
+    ),
+    sft=_QLORA, qlora=dataclasses.replace(_QLORA, name="sft-qlora"),
+    reward=c.RewardConfig(
+        data="hh-rlhf", seq_len=512, lora=_ADAPTER, quant=_NF4, optim=c.OptimConfig(lr=1e-4, warmup_steps=50),
+        loop=c.LoopConfig(epochs=1, batch_size=2, accumulate=16, eval_every=100, eval_batches=64, precision="bf16"),
+    ),
+    ppo=c.PPOConfig(
+        layout="shared_base", data="hh-rlhf", iterations=100, rollouts=64, rollout_batch=16, max_new_tokens=128,
+        seq_len=512, epochs=1, minibatch=16, micro_batch=2, kl_coef=0.05, lora=_ADAPTER, quant=_NF4,
+        optim=c.OptimConfig(lr=1e-5, min_lr_ratio=0.1, weight_decay=0.0), value_lr=5e-5, eval_every=10,
+        eval_prompts=64, precision="bf16",
+    ),
+    evaluate=c.EvaluateConfig(prompts=256, max_new_tokens=128, batch_size=16),
+)  # fmt: skip
+
+PRESETS = {settings.preset: settings for settings in (TINY, LAPTOP, GPU, LLAMA2_7B)}
 
 
 def default_name() -> str:

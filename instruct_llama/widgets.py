@@ -314,15 +314,22 @@ def answers_page(answers: Mapping[str, Sequence[str]], prompts: Sequence[Any]) -
 
 def side_by_side(models: Mapping[str, tuple[Any, Any]], prompts: Sequence[Any] = tinychat.FIXED_PROMPTS, *,
                  max_new_tokens: int = 48, temperature: float = 1.0, seed: int = 0) -> Page:  # fmt: skip
-    """Every model's answers to the same prompts of the embedded world, each with its true reward in brackets."""
+    """Every model's answers to the same prompts; in brackets the true reward, where the embedded world has one."""
     answers = {}
     for name, (model, tokenizer) in models.items():
         texts = generate(
             model, tokenizer, list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
-        worth = [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
-        answers[name] = [f"{text}  [{reward:.2f}]" for text, reward in zip(texts, worth, strict=True)]
+        answers[name] = [f"{text}{_worth(prompt, text)}" for prompt, text in zip(prompts, texts, strict=True)]
     return answers_page(answers, prompts)
+
+
+def _worth(prompt: Any, text: str) -> str:
+    """The true reward in brackets; nothing for a prompt from outside the embedded world, which has none."""
+    try:
+        return f"  [{tinychat.true_reward(prompt, text).total:.2f}]"
+    except ValueError:
+        return ""
 
 
 def compare_chat(models: Mapping[str, tuple[Any, Any]], prompt: Any, *, max_new_tokens: int = 64,

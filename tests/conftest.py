@@ -19,6 +19,7 @@ os.environ.update(
     MPLBACKEND="Agg",
     INSTRUCT_LLAMA_PRESET="tiny",
     HF_HUB_OFFLINE="1",  # a test that needs the network is a mistake
+    INSTRUCT_LLAMA_OFFLINE="1",  # notebook 11 takes a stand-in for the real model
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("INSTRUCT_LLAMA_SEED", None)

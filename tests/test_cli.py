@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import instruct_llama as il
-from instruct_llama import presets
+from instruct_llama import convert, presets
 from instruct_llama.__main__ import COMMANDS, main, parse
 from instruct_llama.data import sources
 
@@ -221,3 +221,136 @@ def test_the_contracts_names(pipeline):
         assert callable(getattr(il.rlhf.objectives, name))
     assert list(inspect.signature(il.rlhf.objectives.ranking_loss).parameters)[0] == "scores"
     assert il.require("sft", pipeline) == Path(pipeline.out) / "sft"
+
+
+# ---------------------------------------------------------------- other people's weights, data by stage
+
+
+def test_weights_stand_in_for_pretraining(runs, tmp_path, capsys):
+    """--weights FOLDER: what pretraining would have written is imported, and every stage starts from it."""
+    out, args = runs
+    convert.export("hf", out / "pretrain", tmp_path / "theirs")
+    shutil.rmtree(out / "pretrain")
+    assert main(["sft", *args, "--weights", str(tmp_path / "theirs"), "--sft.name", "again"]) == 0
+    said = capsys.readouterr().out
+    assert f"importing {tmp_path / 'theirs'}" in said and "parameters (f32)" in said
+    info = il.checkpoint.read_info(out / "pretrain")
+    assert info["stage"] == "import" and info["imported_from"] == "theirs"
+    assert il.checkpoint.read_info(out / "again")["imported_from"] == "theirs"  # handed on
+    other = ["--model.n-layers", "3"]  # a preset's shape says nothing about imported weights
+    assert main(["sft", *args, *other, "--weights", "x", "--sft.name", "third", "--sft.loop.steps", "1"]) == 0
+    assert "asked for" not in capsys.readouterr().out
+
+
+def test_each_stage_has_data_of_its_own_and_data_goes_first(runs, tmp_path):
+    out, args = runs
+    dialogs = [{"prompt": f"What is item {i}?", "response": f"It is number {i}."} for i in range(80)]
+    pairs = [{"prompt": f"What is thing {i}?", "completions": [f"It is number {i}.", "No."]} for i in range(80)]
+    for name, rows in (("dialogs", dialogs), ("pairs", pairs)):
+        sources.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    usual = ["--sft.data", str(tmp_path / "dialogs.jsonl"), "--reward.data", str(tmp_path / "pairs.jsonl"),
+             "--ppo.data", str(tmp_path / "pairs.jsonl")]  # fmt: skip
+    for stage, word in (("sft", "item"), ("reward", "thing"), ("ppo", "thing")):
+        (out / stage / "config.json").unlink(missing_ok=True)
+        assert main([stage, *args, *usual]) == 0
+        shown = (out / stage / "samples.jsonl").read_text("utf-8")
+        assert word in shown and ("thing" if word == "item" else "item") not in shown
+    given = ["--data", str(tmp_path / "pairs.jsonl"), "--sft.name", "given"]
+    assert main(["sft", *args, *usual, *given]) == 0
+    assert "thing" in (out / "given" / "samples.jsonl").read_text("utf-8")
+
+
+def test_ppos_prompts_leave_room_for_their_answers(runs, capsys):
+    out, args = runs
+    short = [*args, "--ppo.name", "short", "--ppo.iterations", "1"]
+    assert main(["ppo", *short, "--ppo.seq-len", "40"]) == 0
+    episodes = [json.loads(line) for line in (out / "short" / "samples.jsonl").read_text("utf-8").splitlines()]
+    _, tokenizer = il.load(out / "short")
+    assert all(len(tokenizer.encode(e["prompt"])) + len(e["pieces"]) <= 40 for e in episodes)
+    assert main(["ppo", *short, "--ppo.seq-len", "10"]) == 2
+    assert "No prompt leaves room for ppo.max_new_tokens 8 in a context of 10" in capsys.readouterr().err
+
+
+def test_chat_answers_a_file_of_prompts(runs, tmp_path, capsys):
+    out, args = runs
+    (tmp_path / "asked.txt").write_text("What is two plus three?\n\nName a colour.\n", encoding="utf-8")
+    rows = [{"prompt": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
+                        {"role": "user", "content": "Who are you?"}]}]  # fmt: skip
+    sources.write_jsonl(tmp_path / "asked.jsonl", rows)
+    for name, count in (("asked.txt", 2), ("asked.jsonl", 1)):
+        words = ["chat", "--prompts", str(tmp_path / name), "--max-new-tokens", "6", "--batch-size", "1"]
+        assert main([*words, str(out / "sft"), *args]) == 0
+        made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len(made) == count and all(set(row) == {"prompt", "response"} for row in made)
+    assert made[0]["prompt"] == rows[0]["prompt"]
+    assert main(["chat", "--prompts", str(tmp_path / "none.txt"), str(out / "sft"), *args]) == 2
+
+
+def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_path, monkeypatch, capsys):
+    out, args = runs
+    seen = []
+
+    def stream(model, prompt, **options):
+        seen.append((prompt, options))
+        return iter(())
+
+    monkeypatch.setattr("instruct_llama.conversation.stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAgain\n\n"))
+    options = ["--system", "Be kind.", "--temperature", "0.3", "--top-k", "5", "--top-p", "0.9"]
+    assert main(["chat", str(out / "sft"), *options, "--max-new-tokens", "7", *args]) == 0
+    _, tokenizer = il.load(out / "sft")
+    system, user = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}
+    answer = {"role": "assistant", "content": "…"}  # it said nothing
+    assert seen[0][0] == tokenizer.encode_prompt([system, user])
+    assert seen[1][0] == tokenizer.encode_prompt([system, user, answer, {"role": "user", "content": "Again"}])
+    kept = {key: seen[0][1][key] for key in ("temperature", "top_k", "top_p", "max_new_tokens")}
+    assert kept == {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "max_new_tokens": 7}
+    assert tokenizer.eos_id in seen[0][1]["eos_id"] and tokenizer.pad_id in seen[0][1]["banned"]
+
+
+def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeypatch):
+    from instruct_llama.conversation import Talker
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    talker = Talker(model, tokenizer, "Be kind.", 8, 0, {"temperature": 0.0})
+    messages = []
+    for i in range(12):
+        messages += [{"role": "user", "content": f"Question {i} " * 4}, {"role": "assistant", "content": "Yes."}]
+    ids = talker.encode(messages[:-1])
+    assert len(ids) + 8 <= model.config.max_seq_len
+    text = tokenizer.decode(ids)
+    assert "Be kind." in text and "Question 11" in text and "Question 0 " not in text
+
+
+def test_a_character_of_several_bytes_is_shown_whole():
+    from instruct_llama.conversation import pieces_of
+
+    class Bytes:
+        """A tokenizer whose ids are bytes."""
+
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", "replace")
+
+    shown = list(pieces_of(Bytes(), iter("é日!".encode())))
+    assert shown == ["é", "日", "!", ""] and "\ufffd" not in "".join(shown)
+    cut = "é".encode()[:1]
+    assert list(pieces_of(Bytes(), iter(cut))) == ["\ufffd"]  # the end came before the rest of it
+
+
+def test_chat_stops_at_every_token_that_ends_an_answer(runs):
+    from instruct_llama.conversation import Talker
+    from instruct_llama.model.generate import stream
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    other = tokenizer.encode("the")[0]
+    tokenizer.end_ids = (tokenizer.eos_id, other)  # as <|im_end|> and <|endoftext|>
+    talker = Talker(model, tokenizer, "", 8, 0, {"temperature": 0.0})
+    with torch.no_grad():  # a model that says nothing but `other`
+        model.norm.weight.zero_()
+        model.tok_embeddings.weight.zero_()
+    ids = talker.encode([{"role": "user", "content": "Hello"}])
+    options = {**talker.options, "banned": tuple(i for i in range(tokenizer.vocab_size) if i != other)}
+    assert list(stream(model, ids, max_new_tokens=8, **options)) == []
+    assert not set(talker.options["banned"]) & set(tokenizer.end_ids)

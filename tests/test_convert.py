@@ -513,6 +513,27 @@ def test_the_real_smollm2_knows_paris():
     assert "Paris" in il.generate(model, tokenizer, [question], max_new_tokens=24, temperature=0.0)[0]
 
 
+def test_notebook_11_takes_a_stand_in_where_the_real_model_cannot_be_had(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("checkpoints", "notebooks"):
+        (tmp_path / name).mkdir()
+    settings = pipeline.replace(out=str(tmp_path / "runs"))
+    shutil.copytree(Path(pipeline.out) / "sft", tmp_path / "runs" / "sft")
+    folder = convert.real_model(settings)
+    said = capsys.readouterr().out
+    assert "No SmolLM2 here (INSTRUCT_LLAMA_OFFLINE is set.)" in said and "stand-in is the pocket model" in said
+    tokens = TOKENS % il.load(folder)[1].vocab_size
+    assert difference(folder, il.load(Path(pipeline.out) / "sft")[0], tokens) < 1e-6
+    assert convert.real_model(settings) == folder
+    monkeypatch.delenv("INSTRUCT_LLAMA_OFFLINE")
+    copied = lambda source, target: shutil.copytree(folder, target) and [source]  # noqa: E731
+    monkeypatch.setattr(convert, "import_checkpoint", copied)
+    real = convert.real_model(settings)
+    assert real == tmp_path / "checkpoints" / "smollm2" and "smollm2" in capsys.readouterr().out
+    monkeypatch.setattr(convert, "import_checkpoint", lambda *_: pytest.fail("it is there already"))
+    assert convert.real_model(settings) == real
+
+
 # ---------------------------------------------------------------- out: Hugging Face and PEFT
 
 
@@ -579,6 +600,32 @@ def test_p16_the_base_an_adapter_is_merged_into_can_be_chosen(pipeline, tmp_path
         assert float((ours - logits_of(theirs, tokens)).abs().max()) < 1e-4
         errors[into] = float((ours - logits_of(trained, tokens)).norm() / scale)
     assert errors["dequantised"] < 1e-3 < 0.01 < errors["original"]
+
+
+def test_16_bits_stay_16_through_training_merging_and_export(pipeline, tmp_path):
+    """A base in bf16, as LLaMA 2's: adapters are fp32 (P08), what is written is as large as what was read."""
+    path = tmp_path / "hf"
+    convert.export("hf", Path(pipeline.out) / "pretrain", path)
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        shutil.copy(path / name, tmp_path / "half" / name)
+    convert.import_checkpoint(str(tmp_path / "half"), tmp_path / "base")
+    settings = pipeline.replace(
+        out=str(tmp_path / "runs"), init=str(tmp_path / "base"), sft__lora__rank=4, sft__quant__kind="nf4",
+        sft__optim__lr=0.02, sft__loop__precision="bf16",
+    )  # fmt: skip
+    source = il.stages.sft.run(settings).folder
+    trained, tokenizer = il.load(source)
+    adapters = [p for name, p in trained.named_parameters() if ".A." in name or ".B." in name]
+    assert adapters and all(p.dtype == torch.float32 for p in adapters)
+    lines = checkpoint.merge_run(source, tmp_path / "merged")
+    assert float(lines[0].split(": ")[1].split(" %")[0]) < 1.5  # bf16 rounds; the original base is another model
+    assert float(lines[1].split(": ")[1].split(" %")[0]) > 2
+    convert.export("hf", source, tmp_path / "out")
+    for folder in (tmp_path / "merged", tmp_path / "out"):
+        assert checkpoint.stored_dtype(folder) == torch.bfloat16
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert difference(tmp_path / "merged", theirs, TOKENS % tokenizer.vocab_size) < 1e-4
 
 
 def test_what_cannot_be_exported_is_said(pipeline, tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from instruct_llama import doctor
+from instruct_llama import doctor, memory
 from instruct_llama.config import LoopConfig, ModelConfig, OptimConfig, Settings, UserError
 
 HEALTHY = {  # every probe, as a machine without faults answers it
@@ -60,7 +60,9 @@ def finding(name, settings=None):
 def test_a_healthy_machine_passes_every_check(probes, capsys):
     assert doctor.run(Settings()) == 0
     *lines, empty, last = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(doctor.CHECKS)
+    lines, table = lines[: len(doctor.CHECKS)], lines[len(doctor.CHECKS) + 1 :]
+    assert table[0] == "Memory of each stage at preset laptop, on its device:"
+    assert [line.split()[0] for line in table[1:]] == list(memory.STAGES) and all("GB" in line for line in table[1:])
     assert all(line.startswith("ok   ") and "—" not in line for line in lines)
     assert lines[0] == "ok   python: 3.11.7"
     assert (empty, last) == ("", "Preset laptop can run here. Start with: python -m instruct_llama tour")
@@ -70,7 +72,7 @@ def test_a_failure_gives_exit_status_1_and_the_other_checks_still_run(probes, ca
     probes(four_bit_error=0.9, python_version=(3, 9, 1))
     assert doctor.run(Settings()) == 1
     out = capsys.readouterr().out
-    assert len(out.splitlines()) == len(doctor.CHECKS) + 2
+    assert len(out.splitlines()) == len(doctor.CHECKS) + 2 + len(memory.STAGES) + 2
     assert out.splitlines()[-1] == f"2 of {len(doctor.CHECKS)} checks failed: python, bitsandbytes 4-bit."
 
 
@@ -230,16 +232,16 @@ def test_an_out_folder_that_is_a_file_cannot_be_written(tmp_path):
 
 def test_memory_falls_back_to_what_is_built_in(monkeypatch):
     pages = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(doctor, "Path", lambda path: Path("no such file"))
-    monkeypatch.setattr(doctor.os, "sysconf", pages.__getitem__, raising=False)
-    monkeypatch.setattr(doctor.sys, "platform", "darwin")
-    assert doctor.memory_available() == 4_096_000
+    monkeypatch.setattr(memory, "Path", lambda path: Path("no such file"))
+    monkeypatch.setattr(memory.os, "sysconf", pages.__getitem__, raising=False)
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert memory.memory_available() == 4_096_000
 
     def unknown(name):
         raise ValueError("unrecognized configuration name")
 
-    monkeypatch.setattr(doctor.os, "sysconf", unknown, raising=False)
-    assert doctor.memory_available() is None
+    monkeypatch.setattr(memory.os, "sysconf", unknown, raising=False)
+    assert memory.memory_available() is None
 
 
 def test_memory_of_windows_is_read_from_its_structure(monkeypatch):
@@ -250,10 +252,10 @@ def test_memory_of_windows_is_read_from_its_structure(monkeypatch):
             status[2] = 5_000_000_000  # ullAvailPhys, after dwLength with dwMemoryLoad, and ullTotalPhys
             return 1
 
-    monkeypatch.setattr(doctor, "Path", lambda path: Path("no such file"))
-    monkeypatch.setattr(doctor.sys, "platform", "win32")
-    monkeypatch.setattr(doctor.ctypes, "windll", type("Dll", (), {"kernel32": Kernel32()}), raising=False)
-    assert doctor.memory_available() == 5_000_000_000
+    monkeypatch.setattr(memory, "Path", lambda path: Path("no such file"))
+    monkeypatch.setattr(memory.sys, "platform", "win32")
+    monkeypatch.setattr(memory.ctypes, "windll", type("Dll", (), {"kernel32": Kernel32()}), raising=False)
+    assert memory.memory_available() == 5_000_000_000
 
 
 def test_notebooks_are_counted_in_the_checkout(tmp_path, monkeypatch):

@@ -167,3 +167,81 @@ def test_p06_the_report_uses_held_out_prompts_only(report, monkeypatch):
 def test_nothing_to_report_is_said(micro, tmp_path):
     with pytest.raises(UserError, match="no finished stage in .*--out"):
         evaluate.report_card(micro(tmp_path))
+
+
+# ---------------------------------------------------------------- real data, which have no true reward
+
+
+@pytest.fixture(scope="module")
+def on_data(pipeline, tmp_path_factory):
+    """A run folder's card on a file of comparisons, through the command line; the folder has no true reward in it."""
+    from test_cli import options
+
+    from instruct_llama.__main__ import main
+    from instruct_llama.data import sources
+
+    folder = tmp_path_factory.mktemp("card")
+    shutil.copytree(pipeline.out, folder / "runs")
+    rows = [{"prompt": f"What is item {i}?", "completions": [f"It is number {i}.", "No."]} for i in range(150)]
+    sources.write_jsonl(folder / "mine.jsonl", rows)
+    settings = pipeline.replace(out=str(folder / "runs"), data=str(folder / "mine.jsonl"))
+    assert main(["evaluate", "--preset", "tiny", *options(settings)]) == 0
+    return settings, json.loads((folder / "runs" / "report.json").read_text(encoding="utf-8"))
+
+
+def test_the_card_of_real_data_holds_what_can_be_known(on_data):
+    settings, report = on_data
+    assert list(report["stages"]) == ["pretrain", "sft", "sft-qlora", "reward", "ppo"]
+    for name, entry in report["stages"].items():
+        assert "true_reward" not in entry
+        if name == "reward":
+            assert entry["accuracy"]["n"] == len(evaluate_records(settings).comparisons)
+            continue
+        assert entry["perplexity"]["value"] > 1 and entry["perplexity"]["tokens"] > 0
+        assert entry["against"] == "pretrain" and 0 <= entry["win_rate"]["mean"] <= 1
+        assert len(entry["answers"]) == 3
+    same = report["stages"]["pretrain"]["win_rate"]  # against itself: a draw each time
+    assert (same["mean"], same["low"], same["high"]) == (0.5, 0.5, 0.5)
+    assert "preferred to pretrain" in describe(report) and "held-out perplexity" in describe(report)
+
+
+def evaluate_records(settings):
+    from instruct_llama.stages import records
+
+    return records.heldout(settings)
+
+
+def test_p06_the_card_is_made_of_held_out_records(on_data):
+    from instruct_llama.stages import records
+
+    settings, _ = on_data
+    held = evaluate_records(settings)
+    train, valid = records.comparisons(settings)
+    assert held.comparisons == valid and valid and not [r for r in train if r in held.comparisons]
+    assert held.prompts == [r["prompt"] for r in valid]
+
+
+def test_perplexity_is_what_pretraining_measures(pipeline):
+    from instruct_llama.data.batches import dialog_batch, fit_dialog
+    from instruct_llama.stages.pretrain import language_model_metrics
+
+    model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    dialogs = [r["messages"] for r in tinychat.demonstrations(1, 20, split="valid")]
+    value, tokens = evaluate.perplexity(model, tokenizer, dialogs, 100)
+    fitted = [fit for dialog in dialogs if (fit := fit_dialog(tokenizer, dialog, 100))]
+    wanted = language_model_metrics(model, [dialog_batch(fitted, tokenizer.pad_id)])
+    assert value == pytest.approx(wanted["perplexity"], rel=1e-5) and tokens == sum(sum(mask) for _, mask in fitted)
+    with pytest.raises(UserError, match="None of the 20 held-out dialogs fits 3 tokens"):
+        evaluate.perplexity(model, tokenizer, dialogs, 3)
+
+
+def test_the_judge_scores_each_models_answers_in_the_prompts_order(pipeline):
+    judge, tokenizer = checkpoint.load(Path(pipeline.out) / "reward")
+    torch.nn.init.normal_(judge.scalar_head.weight)
+    prompts = [[{"role": "user", "content": f"What is item {i}?"}] for i in range(3)]
+    answered = [[f"It is {i}." for i in range(3)], ["No."] * 3]
+    scores = evaluate.judged(judge, tokenizer, prompts, answered)
+    for mine, texts in zip(scores, answered, strict=True):
+        for prompt, text, score in zip(prompts, texts, mine, strict=True):
+            ids = [*tokenizer.encode_prompt(prompt), *tokenizer.encode(text), tokenizer.eos_id]
+            assert score == pytest.approx(float(judge(torch.tensor([ids]))[0, -1]), abs=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from instruct_llama import checkpoint
 from instruct_llama.config import UserError
+from instruct_llama.model.llama import Llama
 from instruct_llama.stages import ppo, reward, sft
 
 
@@ -47,3 +49,89 @@ def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):
     reward.run(settings)
     with pytest.raises(UserError, match="ppo.quant is nf4, but the adapters were trained over .* .none."):
         ppo.build(settings)
+
+
+# ---------------------------------------------------------------- four models: devices, swapping
+
+
+def moves(monkeypatch) -> list[tuple[str, str]]:
+    """Every move of a whole network, as (its class, device)."""
+    seen: list[tuple[str, str]] = []
+    real = torch.nn.Module.to
+
+    def to(self, *args, **options):
+        if isinstance(self, Llama):
+            seen.append((id(self), str(args[0])))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    return seen
+
+
+def test_swapped_models_come_for_their_phase_and_go(pipeline, tmp_path, monkeypatch):
+    """Which network is on the device when; the CPU stands for both places."""
+    settings = pipeline.replace(out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), ppo__swap=True)
+    monkeypatch.setattr(checkpoint, "require", lambda stage, _: Path(pipeline.out) / stage)
+    player, _ = ppo.build(settings)
+    models = player.models
+    named = {id(model): role for role, model in models.models.items()}
+    seen = moves(monkeypatch)
+    drawn = ppo.draw_prompts([[1, 5, 9, 6]] * 4, player.config, 0, 0)
+    optimizer = ppo.make_player_optimizer(player)
+    ppo.iterate(player, drawn, optimizer, 0.1, 0, 0)
+    assert [named[i] for i, _ in seen] == [
+        "policy", "policy",  # answers, and goes
+        "reference", "reference", "value", "value", "reward", "reward",  # each judges, and goes
+        "policy", "value", "policy", "value",  # both learn, and go
+    ]  # fmt: skip
+    assert models.here == set()
+    with models.present("policy", "value"), models.role("policy"):
+        assert models.here == {"policy", "value"}
+    with pytest.raises(RuntimeError), models.present("reward"):
+        raise RuntimeError
+    assert models.here == set()  # also after an error
+
+
+@pytest.mark.parametrize("change", [{"ppo__swap": True}, {"ppo__devices": ("cpu",) * 4}])
+def test_where_the_models_are_changes_no_number(pipeline, tmp_path, change):
+    settings = pipeline.replace(init=str(Path(pipeline.out) / "sft"))
+    runs = []
+    for name, more in (("usual", {}), ("moved", change)):
+        out = tmp_path / name
+        shutil.copytree(Path(pipeline.out) / "reward", out / "reward")
+        runs.append(ppo.run(settings.replace(out=str(out), **more)).history)
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"ppo__devices": ("cpu", "cpu")}, "names four devices"),
+        ({"ppo__devices": ("cpu",) * 4, "ppo__swap": True}, "exclude each other"),
+    ],
+)
+def test_places_that_make_no_sense_are_refused(pipeline, tmp_path, change, sentence):
+    settings = pipeline.replace(init=str(Path(pipeline.out) / "sft"), **change)
+    with pytest.raises(UserError, match=sentence):
+        ppo.build(settings)
+
+
+def test_the_moments_wait_with_their_weights(pipeline, monkeypatch):
+    """With ppo.swap they are moved in for the update and out after it; without, never."""
+    for swap, expected in ((True, ["here", "cpu"]), (False, [])):
+        weight = torch.nn.Parameter(torch.zeros(2, 2))
+        optimizer = torch.optim.AdamW([weight])
+        weight.grad = torch.ones(2, 2)
+        optimizer.step()
+        asked: list[str] = []
+
+        class Moment(torch.Tensor):
+            def to(self, place, asked=asked, weight=weight):
+                asked.append("here" if place is weight.device or len(asked) == 0 else str(place))
+                return self
+
+        optimizer.state[weight] = {"exp_avg": torch.zeros(2, 2).as_subclass(Moment), "step": torch.tensor(1.0)}
+        player = type("Player", (), {"config": pipeline.replace(ppo__swap=swap).ppo})()
+        with ppo._moments(player, optimizer):
+            pass
+        assert asked == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from test_llama import hf_name, hugging_face, ids, make, seeded
 from torch import nn
 
-from instruct_llama.config import LoRAConfig, QuantConfig, UserError
+from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, UserError
 from instruct_llama.model import lora
-from instruct_llama.model.llama import ScalarLlama
+from instruct_llama.model.generate import sample
+from instruct_llama.model.llama import Llama, ScalarLlama
 
 CONFIG = LoRAConfig(rank=3, alpha=7.0)
 ATTENTION = LoRAConfig(rank=2, alpha=4.0, targets=("wq", "wv"))
@@ -370,3 +372,22 @@ def test_adapters_come_from_their_generator_alone():
     bound = 1 / math.sqrt(32)  # kaiming_uniform_ with a = sqrt(5): 1 / sqrt(inputs)
     first = states[0]["layers.0.attention.wq.A"]
     assert 0.8 * bound < first.abs().max() <= bound and not states[0]["layers.0.attention.wq.B"].any()
+
+
+def test_sampling_makes_4_bit_weights_dense_once_and_changes_no_token(monkeypatch):
+    model = Llama(ModelConfig(vocab_size=60, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=48, max_seq_len=64))
+    lora.quantise(model, QuantConfig(kind="nf4"))
+    lora.add_adapter(model, "a", LoRAConfig(rank=2), torch.Generator().manual_seed(0))
+    layers = [layer.base for _, layer in lora.adapted(model)]
+    counted = []
+    for layer in layers:
+        layer.undo = lambda *args, undo=layer.undo: counted.append(1) or undo(*args)
+    options = {"max_new_tokens": 12, "eos_id": 59, "pad_id": 0, "temperature": 0.0}
+    drawn = sample(model, [[1, 2, 3]], **options)
+    assert len(counted) == len(layers) and all(layer.kept is None for layer in layers)
+    monkeypatch.setattr("instruct_llama.model.generate.kept_dense", lambda model: contextlib.nullcontext())
+    assert torch.equal(sample(model, [[1, 2, 3]], **options).tokens, drawn.tokens)
+    assert len(counted) > 10 * len(layers)
+    with pytest.raises(RuntimeError), lora.kept_dense(model):
+        raise RuntimeError
+    assert all(layer.kept is None for layer in layers)  # also after an error

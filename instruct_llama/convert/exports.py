@@ -38,7 +38,7 @@ def export(to: Target, source: Path, target: Path, into: Into = "dequantised") -
     if "adapter" in info:
         model, tokenizer, lines = checkpoint.merged(source, into)
     else:
-        model, tokenizer = checkpoint.load(source)
+        model, tokenizer = checkpoint.load(source, dtype=checkpoint.stored_dtype(source))
     if to == "gguf":
         gguf_files.write(model, tokenizer, target)
         return [*lines, f"saved in {shown(target)}: run it with llama.cpp, `llama-cli -m {shown(target)}`"]
@@ -86,14 +86,15 @@ def export_peft(source: Path, info: dict[str, Any], target: Path) -> list[str]:
             name = f"base_model.model.{foreign(path, 'hf')}.lora_{side}.weight"
             renamed[name] = state[f"{path}.{side}"]
     base = target / "base"
-    original, tokenizer = checkpoint.load(source / info["base"])
+    dtype = checkpoint.stored_dtype(source / info["base"])
+    original, tokenizer = checkpoint.load(source / info["base"], dtype=dtype)
     beside = {key: state[key] for key in info["beside"]}
     if original.config.tie_embeddings and "tok_embeddings.weight" in beside:  # PEFT unties what it trains
         beside["output.weight"] = beside["tok_embeddings.weight"].clone()
     renamed |= {f"base_model.model.{foreign_key(key, 'hf')}": tensor for key, tensor in beside.items()}
     quant = QuantConfig(**info["quant"])
     for _, layer in lora.projections(original) if quant.kind != "none" else ():
-        layer.weight = torch.nn.Parameter(lora.QuantLinear(layer, quant).dequantise())
+        layer.weight = torch.nn.Parameter(lora.QuantLinear(layer, quant).dequantise().to(dtype))
     write_folder(original, tokenizer, base)
     checkpoint.write_tensors(target / "adapter_model.safetensors", renamed, {"format": "pt"})
     _write_json(target / "adapter_config.json", _peft_config(config, list(beside), base))

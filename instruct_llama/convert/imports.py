@@ -26,6 +26,7 @@ from .. import checkpoint
 from ..config import ModelConfig, check, shown
 from ..data.batches import atomic
 from ..data.tokenizer import Tokenizer
+from ..model import lora
 from .names import our_shapes
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -139,7 +140,7 @@ def _check_hash(file: Path, wanted: str, kind: str) -> None:
 
 
 def _check_fit(source: str, found: Foreign) -> None:
-    problems = checkpoint.misfits(our_shapes(found.config), found.shapes)
+    problems = lora.misfits(our_shapes(found.config), found.shapes)
     more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
     check(not problems, f"{source} is not the LLaMA its settings describe: {'; '.join(problems[:20])}{more}.")
     check(

@@ -16,6 +16,7 @@ import torch
 
 from ..config import check
 from .llama import KVCache, Llama
+from .lora import kept_dense
 
 if TYPE_CHECKING:
     from ..data.tokenizer import Message, Tokenizer
@@ -141,7 +142,7 @@ def decode(
     cache = new_cache(model, len(prompts), longest + max_new_tokens - 1)  # the last token is never read
     rows = torch.arange(len(prompts), device=tokens.device)  # (R,)
     ends = torch.tensor(eos_id, device=tokens.device).reshape(-1)
-    with evaluating(model):
+    with evaluating(model), kept_dense(model):
         for _ in range(max_new_tokens):
             hidden = model.hidden(tokens, segments=segments, cache=cache)[:, -1]  # (R, D)
             logprobs = filter_logits(model.head(hidden), temperature, top_k, top_p, banned)  # (R, V)

@@ -7,9 +7,10 @@ one frozen base can serve as policy, value and reward model, and with none activ
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -62,9 +63,12 @@ class QuantLinear(nn.Module):
             compress_statistics=config.double,
             quant_type=config.kind,
         )  # (out * in / 2, 1) uint8, two weights to a byte; and what is needed to undo it
+        self.kept: torch.Tensor | None = None  # the same made dense, inside `kept_dense`
 
     def dequantise(self) -> torch.Tensor:
         """The weights this layer computes with: (out, in) float32."""
+        if self.kept is not None:
+            return self.kept
         return self.undo(self.packed, self.scales).view(self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,6 +118,34 @@ class LoRALinear(nn.Module):
     def dense(self) -> torch.Tensor:
         """The base's weights as this layer computes with them: (out, in) float32."""
         return self.base.dequantise() if isinstance(self.base, QuantLinear) else self.base.weight.detach().float()
+
+
+@contextlib.contextmanager
+def kept_dense(model: nn.Module) -> Iterator[None]:
+    """Inside, a model on the CPU makes its 4-bit weights dense once, and not again for every token that it samples.
+
+    A GPU, whose memory 4 bits are there to save, goes on as before.
+    """
+    quantised = (layer for layer in model.modules() if isinstance(layer, QuantLinear))
+    layers = [layer for layer in quantised if layer.packed.device.type == "cpu"]
+    for layer in layers:
+        layer.kept = layer.dequantise()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
+
+
+def misfits(own: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> list[str]:
+    """Every key that is missing, unexpected or misshapen, as a clause each, from the shapes by name (P18)."""
+    problems = [f"{key} is missing" for key in own if key not in given]
+    problems += [f"{key} is unexpected" for key in given if key not in own]
+    return problems + [
+        f"{key} is {tuple(given[key])} and should be {tuple(own[key])}"
+        for key in own
+        if key in given and tuple(given[key]) != tuple(own[key])
+    ]
 
 
 def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -225,13 +257,7 @@ def load_adapter(model: nn.Module, name: str, state: dict[str, torch.Tensor], be
     Raises `UserError` that lists every missing, unexpected and wrongly shaped key, and then copies nothing (P18).
     """
     own = adapter_state(model, name) | {key: p for key, p in no_adapters(model).items() if key in beside}
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is unexpected" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    problems = misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
     check(not problems, f"The adapter does not fit {name!r}: {'; '.join(problems)}. Use the settings of its run.")
     for key, tensor in own.items():
         tensor.copy_(state[key])
@@ -249,8 +275,9 @@ def merge(
     *,
     into: Literal["dequantised", "original"] = "dequantised",
     original: Llama | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Llama:
-    """A new dense fp32 model of the same class with the adapter's weights added; the given one stays as it is.
+    """A new dense model of the same class, in `dtype`, with the adapter's weights added; the given one stays as it is.
 
     "dequantised" adds them to the weights that the adapter was trained over, and changes no logit but by rounding.
     "original" adds them to the `original` dense weights: another model than the trained one where the base is in
@@ -268,6 +295,6 @@ def merge(
             config = layer.configs[name]
             weight += lora_delta(layer.A[name], layer.B[name], config.alpha, config.rank)
         dense = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False)
-        dense.weight = nn.Parameter(weight)
+        dense.weight = nn.Parameter(weight.to(dtype))
         merged.set_submodule(path, dense)
-    return merged.float().requires_grad_(True).train(model.training)
+    return merged.to(dtype).requires_grad_(True).train(model.training)

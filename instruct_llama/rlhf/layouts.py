@@ -25,10 +25,18 @@ Role = Literal["policy", "reference", "value", "reward"]
 
 
 class FourModels:
-    """Policy and reference (`Llama`), value and reward (`ScalarLlama`), each with its own weights."""
+    """Policy and reference (`Llama`), value and reward (`ScalarLlama`), each with its own weights.
 
-    def __init__(self, policy: Llama, reference: Llama, value: ScalarLlama, reward: ScalarLlama):
+    Each stays on the device it is on; or with `swap_to`, all wait where they are, and each comes to that device for
+    the phases that need it.
+    """
+
+    def __init__(
+        self, policy: Llama, reference: Llama, value: ScalarLlama, reward: ScalarLlama,
+        swap_to: torch.device | None = None,
+    ):  # fmt: skip
         self.models = {"policy": policy, "reference": reference, "value": value, "reward": reward}
+        self.swap_to, self.here = swap_to, set()
         for role, model in self.models.items():
             model.eval()  # dropout stays off: log-probs of sampling and of training must agree
             model.requires_grad_(role in ("policy", "value"))
@@ -36,7 +44,23 @@ class FourModels:
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[nn.Module]:
         """The network that plays `role`."""
-        yield self.models[role]
+        with self.present(role):
+            yield self.models[role]
+
+    @contextlib.contextmanager
+    def present(self, *roles: Role) -> Iterator[None]:
+        """Inside, these networks are on the device; those that were not there before go back afterwards."""
+        coming = [role for role in roles if self.swap_to is not None and role not in self.here]
+        waiting = {role: next(self.models[role].parameters()).device for role in coming}
+        try:
+            for role in coming:
+                self.models[role].to(self.swap_to)
+                self.here.add(role)
+            yield
+        finally:
+            for role, place in waiting.items():
+                self.models[role].to(place)
+                self.here.discard(role)
 
     def parts(self, *roles: Role) -> list[nn.Module]:
         """The modules that hold the weights of some roles, each once; of all roles when none is named."""
@@ -48,8 +72,7 @@ class FourModels:
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy as a full checkpoint."""
-        rest = {key: value for key, value in info.items() if key != "sft"}
-        checkpoint.save_full(folder, self.models["policy"], tokenizer, rest)
+        checkpoint.save_full(folder, self.models["policy"], tokenizer, info)
 
 
 class _ScalarView(nn.Module):
@@ -98,6 +121,10 @@ class SharedBase:
         """The modules that hold the weights of some roles, each once; of all roles when none is named."""
         return [self.base, *(head.scalar_head for name, head in self.heads.items() if not roles or name in roles)]
 
+    def present(self, *_: Role) -> contextlib.AbstractContextManager:
+        """All four are always there: they are one."""
+        return contextlib.nullcontext()
+
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters that train for a role."""
         named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
@@ -105,18 +132,21 @@ class SharedBase:
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
-        rest = {key: value for key, value in info.items() if key != "sft"} | {"lora": vars(self.config)}
-        checkpoint.save_adapter(folder, self.base, "policy", self.folder, tokenizer, rest)
+        info = {**info, "lora": vars(self.config)}
+        checkpoint.save_adapter(folder, self.base, "policy", self.folder, tokenizer, info)
 
 
-def four_models(sft: Path, reward: Path, device: torch.device, freeze_layers: int) -> FourModels:
+def four_models(sft: Path, reward: Path, device: torch.device, config: PPOConfig) -> FourModels:
     """Policy and reference start from the SFT model, the value from the reward model (InstructGPT, appendix C.4)."""
+    check(len(config.devices) in (0, 4), "ppo.devices names four devices: of policy, reference, value and reward.")
+    check(not (config.swap and config.devices), "ppo.swap and ppo.devices exclude each other: give one of them.")
+    places = config.devices or 4 * (("cpu" if config.swap else device),)
     folders = ((sft, "lm"), (sft, "lm"), (reward, "scalar"), (reward, "scalar"))
-    models = FourModels(*(checkpoint.load_plain(path, device, kind)[0] for path, kind in folders))
-    if freeze_layers:
-        policy = models.models["policy"]
-        for module in (policy.tok_embeddings, *policy.layers[:freeze_layers]):
-            module.requires_grad_(False)
+    loaded = (checkpoint.load_plain(path, at, kind)[0] for (path, kind), at in zip(folders, places, strict=True))
+    models = FourModels(*loaded, swap_to=device if config.swap else None)
+    policy = models.models["policy"]
+    for module in (policy.tok_embeddings, *policy.layers[: config.freeze_layers]) if config.freeze_layers else ():
+        module.requires_grad_(False)
     return models
 
 

@@ -43,15 +43,14 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def to(self, device: torch.device | str) -> Episodes:
-        """The same episodes with their tensors on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
-
     @property
     def lengths(self) -> Tensor:
         """(B,) int64, tokens of each prompt with its answer."""
         return self.starts + self.mask.sum(1)
+
+    def to(self, device: torch.device | str) -> Episodes:
+        """The same episodes on another device."""
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def select(self, rows: Sequence[int]) -> Episodes:
         """Some of the episodes, without the padding that only longer ones need."""

@@ -7,7 +7,7 @@ policy and value, 6 adapts the KL coefficient, 7 reports. Formulas: `rlhf.object
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import checkpoint, parallel
-from ..config import PPOConfig, Settings, UserError
+from .. import checkpoint, memory, parallel
+from ..config import PPOConfig, Settings, UserError, check
 from ..data import tinychat
 from ..data.batches import dialog_batch, epoch_order, fit_prompt
 from ..data.tokenizer import Tokenizer
@@ -74,10 +74,11 @@ def judge(player: Player, episodes: Episodes) -> None:
         part_logprobs = lambda part: _logprobs(model, part, player, unfiltered)[0]  # noqa: E731
         _by_parts(episodes, config, "ref_logprobs", part_logprobs)
     with _computing(player, "value") as model:
-        _by_parts(episodes, config, "values", lambda part: rollout.answer_values(model, part))
+        values = lambda part: rollout.answer_values(model, part.to(_device_of(model, player)))  # noqa: E731
+        _by_parts(episodes, config, "values", values)
     with _computing(player, "reward") as model:
-        mean, scale = player.reward_mean, player.reward_scale
-        _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part, config, mean, scale))
+        mean, scale, at = player.reward_mean, player.reward_scale, _device_of(model, player)
+        _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part.to(at), config, mean, scale))
 
 
 def collect(player: Player, prompts: list[list[int]], seed: int) -> Episodes:
@@ -97,9 +98,10 @@ def update(
     """Phase 5: several epochs of token-weighted mini-batches of clipped policy and value steps."""
     config, stats = player.config, []
     n_minibatches = max(1, round(len(episodes) / config.minibatch))
-    for epoch in range(config.epochs):
-        order = epoch_order(len(episodes), seed, iteration * config.epochs + epoch)
-        for rows in np.array_split(order, n_minibatches):  # near-equal parts: no small tail takes a full-size step
+    orders = [epoch_order(len(episodes), seed, iteration * config.epochs + epoch) for epoch in range(config.epochs)]
+    with player.models.present("policy", "value"), _moments(player, optimizer):
+        # near-equal parts: no small tail takes a full-size step
+        for rows in (part for order in orders for part in np.array_split(order, n_minibatches)):
             where = f"iteration {iteration + 1}, episodes {rows.tolist()}"
             figures = minibatch_gradients(player, episodes.select(rows.tolist()), seed + len(stats))
             if not np.isfinite(figures["loss"]):
@@ -109,6 +111,25 @@ def update(
             stats.append(figures)
     mean = {key: float(np.mean([figures[key] for figures in stats])) for key in stats[0]}
     return {**mean, "first_ratio": stats[0]["ratio"]}
+
+
+@contextlib.contextmanager
+def _moments(player: Player, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """With ppo.swap, AdamW's moments come to their weights for the update, and wait in main memory otherwise."""
+
+    def move(place: Callable[[nn.Parameter], torch.device]) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim():  # the step count stays where the optimizer has it
+                    state[key] = value.to(place(parameter))
+
+    if player.config.swap:
+        move(lambda parameter: parameter.device)
+    try:
+        yield
+    finally:
+        if player.config.swap:
+            move(lambda _: torch.device("cpu"))
 
 
 def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[str, float]:
@@ -127,8 +148,9 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
                 entropy_loss = objectives.entropy_loss(logprobs_full, part.mask)
                 (counts * (policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
             with player.models.role("value") as model:
-                values = rollout.answer_values(model, part)  # (B, N)
-                value_loss = objectives.value_loss(values, part.values, part.returns, part.mask, config.value_clip)
+                there = part.to(_device_of(model, player))
+                values = rollout.answer_values(model, there)  # (B, N)
+                value_loss = objectives.value_loss(values, there.values, there.returns, there.mask, config.value_clip)
                 (counts * config.value_coef * value_loss / tokens).backward()
         ratio = objectives.ratio_error(logprobs.detach(), part.logprobs, part.mask)
         clipped = objectives.clip_fraction(logprobs.detach(), part.logprobs, part.mask, config.clip)
@@ -214,15 +236,21 @@ def _computing(player: Player, role: layouts.Role) -> Iterator[nn.Module]:
 def _logprobs(
     model: nn.Module, episodes: Episodes, player: Player, config: PPOConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    episodes = episodes.to(_device_of(model, player))
     full = rollout.distribution(model, episodes, config or player.config, player.tokenizer.banned_ids)  # (B, N, V)
     return rollout.answer_logprobs(full, episodes), full
+
+
+def _device_of(model: nn.Module, player: Player) -> torch.device:
+    """Where a network computes; divided weights may wait elsewhere."""
+    return player.device if parallel.world() > 1 else next(model.parameters()).device
 
 
 def _by_parts(episodes: Episodes, config: PPOConfig, field: str, compute: Any) -> None:
     """Fill a field of the episodes, (B,) or (B, N), micro-batch by micro-batch."""
     made, order = [], []
     for rows in episodes.parts(config.micro_batch):
-        part = compute(episodes.select(rows))
+        part = compute(episodes.select(rows)).to(episodes.tokens.device)
         spare = episodes.mask.shape[1] - part.shape[-1] if part.dim() == 2 else 0
         made.append(nn.functional.pad(part, (0, spare)))
         order += rows
@@ -275,25 +303,32 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
 def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     """Load the networks that the layout asks for, training what is missing first."""
     config, device = settings.ppo, pick_device(settings.device)
+    check(
+        parallel.world() == 1 or not (config.swap or config.devices),
+        "ppo.swap and ppo.devices move whole networks of one process: under torchrun, take parallel.cpu_offload.",
+    )
     shared = config.layout == "shared_base"
     start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
     reward = checkpoint.require("reward-lora" if shared else "reward", settings)
+    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start))
     if shared:
         models = layouts.shared_base(start, reward, device, config, settings.seed)
     else:
-        models = layouts.four_models(start, reward, device, config.freeze_layers)
+        models = layouts.four_models(start, reward, device, config)
     norm = checkpoint.read_info(reward)["reward"]
     tokenizer = Tokenizer.load(start)
-    ptx = sft.encode(tokenizer, records.demonstrations(settings)[0], settings.sft.seq_len) if config.ptx_coef else []
+    mixed = records.with_data(settings, settings.sft.data)
+    ptx = sft.encode(tokenizer, records.demonstrations(mixed)[0], mixed.sft.seq_len) if config.ptx_coef else []
     player = Player(models, tokenizer, config, norm["mean"], norm["scale"], device, ptx)
-    info = {"stage": "ppo", "seed": settings.seed, "sft": str(start), "quant": vars(config.quant)}
+    info = {"stage": "ppo", "seed": settings.seed, "quant": vars(config.quant), **checkpoint.origin(start)}
     return player, info
 
 
 def fit_prompts(settings: Settings, player: Player) -> tuple[list[Any], list[list[int]], list[Any], list[list[int]]]:
     """(messages, token ids) of the training and of the held-out prompts, without those too long for the context."""
     with player.models.role("policy") as policy:
-        room = policy.config.max_seq_len - player.config.max_new_tokens
+        context = policy.config.max_seq_len
+    room = min(player.config.seq_len or context, context) - player.config.max_new_tokens
     found = []
     for prompts in records.prompts(settings):
         fitted = [(prompt, fit_prompt(player.tokenizer, prompt, room)) for prompt in prompts]
@@ -314,6 +349,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """PPO from `settings.init` (an SFT run), else from the SFT and reward model of the same preset."""
     folder = settings.out_dir / settings.ppo.name
     player, info = build(settings)
+    settings = records.with_data(settings, settings.ppo.data)
     with checkpoint.stage_lock(folder):
         return _loop(settings, player, info, RunLog(folder, settings, watch))
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, parallel
+from .. import checkpoint, memory, parallel
 from ..config import Settings, to_json
 from ..data import sources
 from ..data.batches import Batch, open_tokens, window_batch, window_order, windows, write_tokens
@@ -88,7 +88,9 @@ def train_tokenizer(settings: Settings, corpus: Iterable[str]) -> Tokenizer:
 def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """Pretrain from random weights, or go on from `settings.init`. Returns where the run folder is."""
     config, folder = settings.pretrain, settings.out_dir / settings.pretrain.name
-    device = pick_device(settings.device)
+    device, settings = pick_device(settings.device), records.with_data(settings, config.data)
+    shape = checkpoint.shape_of(Path(settings.init)) if settings.init else None
+    memory.check_room(settings, "pretrain", str(device), shape)
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
         model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings, UserError, project_folder, shown
+from ..config import Settings, UserError, check, project_folder, shown
 from ..data import public, sources, tinychat
+from ..evaluate import HeldOut
 
 HELDOUT_FRACTION = 0.05  # share of a file's prompts that validation keeps to itself
 HELDOUT_TEXTS = 0.02  # the same of its running text
+
+
+def with_data(settings: Settings, usual: str) -> Settings:
+    """The settings with `data` filled in: --data where it is given, else what the stage usually trains on."""
+    return settings.replace(data=settings.data or usual or None)
 
 
 def data_path(settings: Settings) -> Path | None:
@@ -81,6 +88,20 @@ def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
         return [r["prompt"] for r in train], [r["prompt"] for r in valid]
     train = tinychat.prompts(settings.seed, settings.world.prompts, split="train")
     return train, tinychat.prompts(settings.seed, settings.world.heldout, split="valid")
+
+
+def heldout(settings: Settings) -> HeldOut:
+    """What validation kept to itself of the data of each stage; a kind that a file does not have is left empty."""
+    found: dict[str, list[Any]] = {}
+    for name, usual, read in (
+        ("dialogs", settings.sft.data, demonstrations), ("comparisons", settings.reward.data, comparisons),
+        ("prompts", settings.ppo.data, prompts),
+    ):  # fmt: skip
+        with suppress(UserError):
+            found[name] = read(with_data(settings, usual))[1]
+    name = settings.data or settings.sft.data
+    check(bool(found), f"{name} holds nothing to evaluate on: give dialogs or comparisons.")
+    return HeldOut(**found)
 
 
 def _split_file(settings: Settings, records: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, parallel
+from .. import checkpoint, memory, parallel
 from ..config import PPOConfig, RewardConfig, Settings, UserError, check
 from ..data import tinychat
 from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
@@ -168,6 +168,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     folder, device = settings.out_dir / config.run_name, pick_device(settings.device)
     base = Path(settings.init) if settings.init else checkpoint.require(config.init_from, settings)
     sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
+    settings = records.with_data(settings, config.data)
+    memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base))
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
@@ -179,6 +181,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         valid = valid[: config.loop.eval_batches * size]
         valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]
         yardstick = reference_answers(policy, tokenizer, records.prompts(settings)[0], config, settings.seed)
+        del policy  # its memory is wanted for training
 
         def batch(epoch: int, indices: Sequence[int]) -> RankedBatch:
             return ranked_batch([train[i] for i in indices], tokenizer.pad_id)
@@ -195,7 +198,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         def save(best: dict[str, float]) -> None:
             with parallel.whole(model), autocast(config.loop.precision, device):
                 norm = fit_normaliser(model, yardstick)
-            info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm}
+            info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
             if config.lora.rank:
                 lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
                 under, _ = checkpoint.base_of(base)

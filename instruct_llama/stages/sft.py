@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
+from .. import checkpoint, memory
 from ..config import Settings, UserError
 from ..data import tinychat
 from ..data.batches import Batch, dialog_batch, fit_dialog
@@ -65,10 +65,12 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     config = settings.sft
     folder = settings.out_dir / config.run_name
     base = Path(settings.init) if settings.init else checkpoint.require("pretrain", settings)
+    device, settings = pick_device(settings.device), records.with_data(settings, config.data)
+    memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base))
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
-        model, tokenizer = checkpoint.load_plain(base, pick_device(settings.device), **how)
+        model, tokenizer = checkpoint.load_plain(base, device, **how)
         model = prepare(recomputing(model, settings), settings)
         train, valid = (encode(tokenizer, dialogs, config.seq_len) for dialogs in records.demonstrations(settings))
         size, pack_len = config.loop.batch_size, config.seq_len if config.pack else None
@@ -87,7 +89,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             return [{"prompt": p, "response": a} for p, a in zip(shown, answers, strict=True)]
 
         def save(best: dict[str, float]) -> None:
-            info = {"stage": "sft", "seed": settings.seed, "best": best}
+            info = {"stage": "sft", "seed": settings.seed, "best": best, **checkpoint.origin(base)}
             if config.lora.rank:
                 lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
                 checkpoint.save_adapter(folder, model, "sft", base, tokenizer, {**info, **lora_info})

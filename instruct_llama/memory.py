@@ -1,0 +1,280 @@
+"""How much memory a stage needs, from its settings alone: what `doctor` prints, and a stage checks before it loads.
+
+The sums are what this package keeps, tensor by tensor: weights, gradients and AdamW's moments by their number, saved
+activations by what autograd holds for one block (the coefficients are exact; a test counts them), logits by the
+vocabulary. What they leave out is what an allocator loses to fragments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from . import parallel
+from .config import LoRAConfig, ModelConfig, QuantConfig, Settings, UserError
+
+Stage = Literal["pretrain", "sft", "qlora", "reward", "ppo"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "qlora", "reward", "ppo")
+GB = 1e9
+CUDA_CONTEXT = 0.6 * GB  # what CUDA and its libraries take on a GPU before the first tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """All parts together, in bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.parts.items() if size >= 5e6)
+        return f"{self.total / GB:.2f} GB ({parts})"
+
+
+# ---------------------------------------------------------------- counts
+
+
+def projection_count(model: ModelConfig) -> int:
+    """Weights of the seven projections of all blocks: what can be put into 4 bits."""
+    kv_dim = model.dim * model.n_kv_heads // model.n_heads
+    return model.n_layers * (2 * model.dim * model.dim + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim)
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Weights of the language model."""
+    tables = model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
+    return tables + projection_count(model) + (2 * model.n_layers + 1) * model.dim  # the last: norms
+
+
+def adapter_count(model: ModelConfig, lora: LoRAConfig) -> int:
+    """Weights of one adapter over all blocks."""
+    kv_dim = model.dim * model.n_kv_heads // model.n_heads
+    shapes = {
+        "wq": (model.dim, model.dim), "wk": (model.dim, kv_dim), "wv": (model.dim, kv_dim),
+        "wo": (model.dim, model.dim), "w_gate": (model.dim, model.ffn_dim), "w_up": (model.dim, model.ffn_dim),
+        "w_down": (model.ffn_dim, model.dim),
+    }  # fmt: skip
+    return model.n_layers * lora.rank * sum(sum(shapes[name]) for name in lora.targets)
+
+
+# ---------------------------------------------------------------- parts, in bytes
+
+
+def base_bytes(model: ModelConfig, lora: LoRAConfig, quant: QuantConfig, precision: str) -> float:
+    """The weights as they are kept: fp32 where they train, 16 or 4 bits where they are frozen under adapters."""
+    width = 2 if lora.rank and precision == "bf16" else 4
+    projections, rest = projection_count(model), parameter_count(model) - projection_count(model)
+    if quant.kind == "none":
+        return width * (projections + rest)
+    scales = 1 / quant.block_size + 4 / (256 * quant.block_size) if quant.double else 4 / quant.block_size
+    return projections * (0.5 + scales) + width * rest
+
+
+def trained_bytes(count: float, kind: str) -> float:
+    """Gradients (fp32) and AdamW's two moments (fp32, or 8 bits each) of `count` trained weights."""
+    return count * (4 + (2 if "8bit" in kind else 8))
+
+
+def block_bytes(model: ModelConfig, lora: LoRAConfig, precision: str) -> float:
+    """What autograd keeps of one block for each token: inputs of every product, of the norms, of SwiGLU and attention.
+
+    A frozen weight needs no input for its gradient, so adapters keep less: two copies of the width fewer.
+    """
+    kv_dim = model.dim * model.n_kv_heads // model.n_heads
+    wide, size = (36, 4) if precision == "fp32" else (32, 2)
+    wide -= 8 if lora.rank else 0
+    low = size * len(lora.targets) * lora.rank
+    return wide * model.dim + 4 * size * model.ffn_dim + 2 * size * kv_dim + 8 + 4 * model.n_heads + low
+
+
+def activation_bytes(model: ModelConfig, lora: LoRAConfig, precision: str, tokens: int) -> float:
+    """Saved activations of a forward pass; recomputing keeps each block's input and one block whole."""
+    block = block_bytes(model, lora, precision) * tokens
+    casts = 2 * projection_count(model) if precision != "fp32" and not lora.rank else 0  # autocast's 16-bit copies
+    if model.gradient_checkpointing:
+        return block + model.n_layers * 4 * model.dim * tokens + casts / model.n_layers
+    return model.n_layers * block + casts
+
+
+def working_bytes(model: ModelConfig, quant: QuantConfig) -> float:
+    """The largest matrix made dense for a moment, in fp32 and once more as it is multiplied."""
+    return 0.0 if quant.kind == "none" else 8.0 * model.dim * model.ffn_dim
+
+
+def logit_bytes(model: ModelConfig, tokens: int, copies: int) -> float:
+    """fp32 logits and what is made of them: log-probabilities, gradients."""
+    return 4.0 * copies * model.vocab_size * tokens
+
+
+# ---------------------------------------------------------------- stages
+
+
+def estimate(settings: Settings, stage: Stage) -> Estimate:
+    """What a stage needs on its device, in bytes by part."""
+    if stage == "ppo":
+        return _ppo(settings)
+    config = settings.qlora if stage == "qlora" else getattr(settings, stage)
+    none, dense = LoRAConfig(rank=0), QuantConfig()
+    lora, quant = getattr(config, "lora", none), getattr(config, "quant", dense)
+    model, loop = settings.model, config.loop
+    tokens = loop.batch_size * config.seq_len
+    trained = adapter_count(model, lora) if lora.rank else _unfrozen(model, getattr(config, "freeze_layers", 0))
+    if getattr(config, "train_embeddings", False) and lora.rank:
+        trained += parameter_count(model) - projection_count(model)
+    scalar = stage == "reward"
+    rows = 2 if scalar else 1  # a comparison's answers share their prompt: about two answers a row
+    return Estimate({
+        "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank),
+        "gradients and optimizer": trained_bytes(trained, config.optim.kind),
+        "activations": activation_bytes(model, lora, loop.precision, tokens * rows),
+        "logits": 0.0 if scalar else logit_bytes(model, tokens, 3),
+        "working space": working_bytes(model, quant),
+    })  # fmt: skip
+
+
+def _unfrozen(model: ModelConfig, layers: int) -> int:
+    """Weights that full training moves when the embeddings and the first `layers` blocks are frozen."""
+    if layers == 0:
+        return parameter_count(model)
+    rest = projection_count(model) * (model.n_layers - layers) // model.n_layers
+    return rest + (2 * (model.n_layers - layers) + 1) * model.dim
+
+
+def _ppo(settings: Settings) -> Estimate:
+    """Four networks or one, the larger of answering (cache, logits of a step) and of learning (activations, logits)."""
+    model, config = settings.model, settings.ppo
+    shared = config.layout == "shared_base"
+    lora = config.lora if shared else LoRAConfig(rank=0)
+    quant = config.quant if shared else QuantConfig()
+    length = min(config.seq_len or model.max_seq_len, model.max_seq_len)
+    adapters = adapter_count(model, lora)
+    trained = 2 * adapters if shared else _unfrozen(model, config.freeze_layers) + parameter_count(model)
+    present = 2 if config.swap and not shared else 4  # the others wait in main memory
+    base = base_bytes(model, lora, quant, config.precision)
+    kv_dim = model.dim * model.n_kv_heads // model.n_heads
+    size = 4 if config.precision == "fp32" else 2
+    cache = 2 * size * model.n_layers * kv_dim * length * config.rollout_batch
+    playing = cache + logit_bytes(model, config.rollout_batch, 4)
+    tokens = config.micro_batch * length
+    learning = activation_bytes(model, lora, config.precision, tokens)
+    learning += logit_bytes(model, config.micro_batch * config.max_new_tokens, 6)
+    return Estimate({
+        "weights": base + 4 * 4 * adapters if shared else present * base,
+        "gradients and optimizer": trained_bytes(trained, config.optim.kind),
+        "answering" if playing > learning else "learning": max(playing, learning),
+        "working space": working_bytes(model, quant),
+    })  # fmt: skip
+
+
+# ---------------------------------------------------------------- against what is there
+
+
+def memory_available(device: str = "cpu") -> int | None:
+    """Bytes free on a CUDA device, else bytes of main memory that a new process can have; None where nobody says.
+
+    Linux and Windows tell what is free, macOS how much is built in.
+    """
+    if device.startswith("cuda"):
+        return importlib.import_module("torch").cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").is_file():
+        return int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) * 1024
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its length in bytes first, ullAvailPhys third
+        return int(status[2]) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def options_for(stage: Stage) -> str:
+    """The prefix of a stage's options on the command line."""
+    return "sft" if stage == "qlora" else stage
+
+
+def smaller(settings: Settings, stage: Stage) -> Iterator[tuple[Settings, str]]:
+    """Settings that need less and less, each with the options that make them, mildest first."""
+    name = options_for(stage)
+    config = settings.qlora if stage == "qlora" else getattr(settings, stage)
+    options: list[str] = []
+
+    def change(option: str, **changes: object) -> tuple[Settings, str]:
+        nonlocal settings
+        settings = settings.replace(**changes)
+        options.append(option)
+        return settings, " ".join(options)
+
+    field = "qlora" if stage == "qlora" else name
+    if not settings.model.gradient_checkpointing:
+        yield change("--model.gradient-checkpointing", model__gradient_checkpointing=True)
+    if stage == "ppo":
+        if config.layout == "four_models":
+            yield change("--ppo.layout shared_base", ppo__layout="shared_base")
+        if config.quant.kind == "none":
+            yield change("--ppo.quant.kind nf4", ppo__quant__kind="nf4")
+        if config.micro_batch > 1 or config.rollout_batch > 8:
+            small = min(8, config.rollout_batch)
+            yield change(
+                f"--ppo.micro-batch 1 --ppo.rollout-batch {small}", ppo__micro_batch=1, ppo__rollout_batch=small
+            )
+        return
+    loop = config.loop
+    if loop.batch_size > 1:
+        accumulate = loop.batch_size * loop.accumulate
+        yield change(
+            f"--{name}.loop.batch-size 1 --{name}.loop.accumulate {accumulate}",
+            **{f"{field}__loop__batch_size": 1, f"{field}__loop__accumulate": accumulate},
+        )
+    if stage != "pretrain" and config.lora.rank == 0:
+        yield change(f"--{name}.lora.rank 8", **{f"{field}__lora__rank": 8})
+    if stage != "pretrain" and config.quant.kind == "none":
+        yield change(f"--{name}.quant.kind nf4", **{f"{field}__quant__kind": "nf4"})
+    for length in (512, 256, 128):
+        if config.seq_len > length:
+            yield change(f"--{name}.seq-len {length}", **{f"{field}__seq_len": length})
+
+
+def divided(needed: Estimate) -> Estimate:
+    """What each of several processes needs: the weights come together for sampling, all else stays divided."""
+    n = parallel.world()
+    return Estimate({name: size / (1 if name == "weights" else n) for name, size in needed.parts.items()})
+
+
+def check_room(settings: Settings, stage: Stage, device: str, model: ModelConfig | None = None) -> None:
+    """Say what a stage needs, and refuse before anything is loaded where a GPU has less, with what would fit.
+
+    `model` is the shape of the checkpoint that it starts from. On a CPU it says so and goes on: it may swap.
+    """
+    if model is not None:
+        recompute = settings.model.gradient_checkpointing
+        settings = settings.replace(model=replace(model, gradient_checkpointing=recompute))
+    needed, free = divided(estimate(settings, stage)), memory_available(device)
+    context = CUDA_CONTEXT if device.startswith("cuda") else 0.0
+    if needed.total > GB:  # smaller ones fit everywhere, and need no line
+        there = f"; {free / GB:.1f} GB are free on {device}" if free else ""
+        print(f"{stage} needs about {needed}{there}.")
+    if free is None or needed.total + context <= free:
+        return
+    fitting = (o for other, o in smaller(settings, stage) if divided(estimate(other, stage)).total + context <= free)
+    cure = next(fitting, "")
+    advice = f"these settings would fit: {cure}" if cure else "no setting makes it fit; choose a smaller model"
+    message = f"{stage} needs {needed.total / GB:.1f} GB and {device} has {free / GB:.1f} GB free: {advice}."
+    if device.startswith("cuda"):
+        raise UserError(message)
+    print(message)
+
+
+def table(settings: Settings) -> list[str]:
+    """One line a stage: what it needs at these settings."""
+    return [f"{stage:<9} {estimate(settings, stage)}" for stage in STAGES]
