@@ -257,8 +257,11 @@ def test_p33_a_kill_in_the_middle_of_a_save_leaves_the_last_state(two, micro, tm
     assert (folder / "state" / ".step-9").is_dir()
     for steps in (trainer.RunLog(folder, settings).start, *two(start_of, settings, folder)):
         assert steps == 3
+    shutil.copytree(folder / "state" / "step-3", tmp_path / "step-3")
     two(save_something, settings, folder, 12)
     assert {path.name for path in (folder / "state").iterdir()} == {"step-12"}
+    shutil.copytree(tmp_path / "step-3", folder / "state" / "step-3")  # a kill before the old one was removed
+    assert trainer.RunLog(folder, settings).start == 12
     files = list((folder / "state" / "step-12").iterdir())
     assert {path.suffix for path in files} == {".safetensors", ".json"}  # nothing pickled (P05)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, parallel
+from .. import checkpoint
 from ..config import LoRAConfig, PPOConfig, UserError, check
 from ..data.tokenizer import Tokenizer
 from ..model import lora
@@ -140,10 +140,6 @@ def four_models(sft: Path, reward: Path, device: torch.device, config: PPOConfig
     """Policy and reference start from the SFT model, the value from the reward model (InstructGPT, appendix C.4)."""
     check(len(config.devices) in (0, 4), "ppo.devices names four devices: of policy, reference, value and reward.")
     check(not (config.swap and config.devices), "ppo.swap and ppo.devices exclude each other: give one of them.")
-    check(
-        parallel.world() == 1 or not (config.swap or config.devices),
-        "Under torchrun each process has one device, and FSDP2 divides the models: leave ppo.swap and ppo.devices out.",
-    )
     places = config.devices or 4 * (("cpu" if config.swap else device),)
     folders = ((sft, "lm"), (sft, "lm"), (reward, "scalar"), (reward, "scalar"))
     loaded = (checkpoint.load_plain(path, at, kind)[0] for (path, kind), at in zip(folders, places, strict=True))

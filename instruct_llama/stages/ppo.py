@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, memory, parallel
-from ..config import PPOConfig, Settings, UserError
+from ..config import PPOConfig, Settings, UserError, check
 from ..data import tinychat
 from ..data.batches import dialog_batch, epoch_order, fit_prompt
 from ..data.tokenizer import Tokenizer
@@ -74,10 +74,10 @@ def judge(player: Player, episodes: Episodes) -> None:
         part_logprobs = lambda part: _logprobs(model, part, player, unfiltered)[0]  # noqa: E731
         _by_parts(episodes, config, "ref_logprobs", part_logprobs)
     with _computing(player, "value") as model:
-        values = lambda part: rollout.answer_values(model, part.to(_device_of(model)))  # noqa: E731
+        values = lambda part: rollout.answer_values(model, part.to(_device_of(model, player)))  # noqa: E731
         _by_parts(episodes, config, "values", values)
     with _computing(player, "reward") as model:
-        mean, scale, at = player.reward_mean, player.reward_scale, _device_of(model)
+        mean, scale, at = player.reward_mean, player.reward_scale, _device_of(model, player)
         _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part.to(at), config, mean, scale))
 
 
@@ -148,7 +148,7 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
                 entropy_loss = objectives.entropy_loss(logprobs_full, part.mask)
                 (counts * (policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
             with player.models.role("value") as model:
-                there = part.to(_device_of(model))
+                there = part.to(_device_of(model, player))
                 values = rollout.answer_values(model, there)  # (B, N)
                 value_loss = objectives.value_loss(values, there.values, there.returns, there.mask, config.value_clip)
                 (counts * config.value_coef * value_loss / tokens).backward()
@@ -236,13 +236,14 @@ def _computing(player: Player, role: layouts.Role) -> Iterator[nn.Module]:
 def _logprobs(
     model: nn.Module, episodes: Episodes, player: Player, config: PPOConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    episodes = episodes.to(_device_of(model))
+    episodes = episodes.to(_device_of(model, player))
     full = rollout.distribution(model, episodes, config or player.config, player.tokenizer.banned_ids)  # (B, N, V)
     return rollout.answer_logprobs(full, episodes), full
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _device_of(model: nn.Module, player: Player) -> torch.device:
+    """Where a network computes; divided weights may wait elsewhere."""
+    return player.device if parallel.world() > 1 else next(model.parameters()).device
 
 
 def _by_parts(episodes: Episodes, config: PPOConfig, field: str, compute: Any) -> None:
@@ -302,6 +303,10 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
 def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     """Load the networks that the layout asks for, training what is missing first."""
     config, device = settings.ppo, pick_device(settings.device)
+    check(
+        parallel.world() == 1 or not (config.swap or config.devices),
+        "ppo.swap and ppo.devices move whole networks of one process: under torchrun, take parallel.cpu_offload.",
+    )
     shared = config.layout == "shared_base"
     start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
     reward = checkpoint.require("reward-lora" if shared else "reward", settings)
