@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -292,8 +293,10 @@ def test_p12_presets_are_frozen_and_independent(name):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, field, 7)
     before = dataclasses.asdict(settings)
-    changed = settings.replace(model__dim=64, sft__loop__steps=3, ppo__kl_coef=0.0)
-    Llama(changed.replace(model__n_layers=1).model)
+    changed = settings.replace(
+        model__dim=64, model__n_heads=4, model__n_kv_heads=2, sft__loop__steps=3, ppo__kl_coef=0.0
+    )
+    Llama(changed.replace(model__n_layers=1, model__ffn_dim=32).model)
     assert dataclasses.asdict(settings) == before == dataclasses.asdict(presets.get(name))
     assert (changed.sft.loop.steps, changed.qlora.loop.steps) == (3, settings.qlora.loop.steps)
     json.dumps(before)  # nothing in it but numbers, texts, tuples: no shared list or object
@@ -504,7 +507,8 @@ def test_p34_ppo_stops_before_its_optimizer_steps(monkeypatch):
     monkeypatch.setattr(ppo, "optimizer_step", lambda *_: pytest.fail("it stepped"))
     config = dataclasses.replace(presets.get("tiny").ppo, minibatch=2, epochs=1)
     episodes = type("Four", (), {"__len__": lambda self: 4, "select": lambda self, rows: None})()
-    player = types.SimpleNamespace(config=config)
+    models = types.SimpleNamespace(present=lambda *_: contextlib.nullcontext())
+    player = types.SimpleNamespace(config=config, models=models)
     cleared = types.SimpleNamespace(zero_grad=lambda set_to_none: None)
     with pytest.raises(NonFinite, match=r"nan at iteration 3, episodes \["):
         ppo.update(player, episodes, cleared, 1, 2)
