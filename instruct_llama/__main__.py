@@ -176,7 +176,7 @@ def chat(settings: Chat) -> int:
     check(len(settings.words) <= 1, "chat takes one checkpoint folder.")
     folder = Path(settings.words[0]) if settings.words else checkpoint.require("ppo", settings)
     check(checkpoint.read_info(folder)["kind"] == "lm", f"{folder} is a reward model and cannot talk: give another.")
-    model, tokenizer = checkpoint.load(folder, pick_device(settings.device))
+    model, tokenizer = checkpoint.load_as_kept(folder, pick_device(settings.device))
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     talker = conversation.Talker(model, tokenizer, settings.system, settings.max_new_tokens, settings.seed, sampling)
     if settings.prompts:

@@ -66,14 +66,13 @@ def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file, to read tensor by tensor. Raises `UserError` for a missing or truncated file."""
-    if not path.is_file():
-        raise UserError(f"There is no {path}: the run was not finished, or the folder is not a run folder.")
+    check(path.is_file(), f"There is no {path}: the run was not finished, or the folder is not a run folder.")
     try:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        cure = "train that stage again, or import it again"
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {cure}.") from error
+        what = f"{path} is truncated or not a safetensors file ({error})"
+        raise UserError(f"{what}: train that stage again, or import it again.") from error
 
 
 def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
@@ -88,8 +87,7 @@ def load_state(model: torch.nn.Module, state: State, source: str) -> None:
     if "output.weight" not in own:  # tied, the same tensor as tok_embeddings.weight: saved once
         state = {key: value for key, value in state.items() if key != "output.weight"}
     problems = lora.misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
-    if problems:
-        raise UserError(f"{source} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
+    check(not problems, f"{source} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])
@@ -197,6 +195,12 @@ def load(
         return _load_adapter(folder, info, device, dtype).eval(), tokenizer
     kind = ScalarLlama if info["kind"] == "scalar" else Llama
     return read_model(kind, info, folder / "model.safetensors", device, quant, dtype).eval(), tokenizer
+
+
+def load_as_kept(folder: Path, device: torch.device) -> tuple[Llama, Tokenizer]:
+    """Open any run folder to answer or to be judged: on a GPU its weights stay in 16 bits where the file has 16."""
+    base = folder / read_info(folder).get("base", "")
+    return load(folder, device, dtype=torch.float32 if device.type == "cpu" else stored_dtype(base))
 
 
 def read_model(
@@ -344,8 +348,7 @@ def require(stage: str, settings: Settings) -> Path:
     torchrun started train it together.
     An interrupted run is resumed. A finished one is taken as it is; where it was made otherwise, that is said.
     """
-    if stage not in STAGES:
-        raise UserError(f"There is no stage {stage!r}: choose from {', '.join(STAGES)}.")
+    check(stage in STAGES, f"There is no stage {stage!r}: choose from {', '.join(STAGES)}.")
     module, change = STAGES[stage]
     folder = settings.out_dir / stage
     if parallel.from_main(is_complete(folder)):

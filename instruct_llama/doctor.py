@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import memory
 from .config import Settings, UserError, project_folder
-from .memory import GB, memory_available, parameter_count
+from .memory import GB, memory_available
 
 PYTHON = ((3, 10), (3, 14))  # first release that works, first that does not; pyproject.toml says the same
 TORCH = ((2, 6), (2, 14))
@@ -51,7 +51,8 @@ def run(settings: Settings) -> int:
     if failed:
         print(f"\n{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}.")
         return 1
-    print(f"\nPreset {settings.preset} can run here. Start with: python -m instruct_llama tour")
+    start = f"sft --preset {settings.preset}" if settings.weights else "tour"
+    print(f"\nPreset {settings.preset} can run here. Start with: python -m instruct_llama {start}")
     return 0
 
 
@@ -243,8 +244,9 @@ def _check_8bit(settings: Settings) -> Verdict:
 def _check_memory(settings: Settings) -> Verdict:
     device, *_ = device_facts(settings.device)
     base = memory.CUDA_CONTEXT if device.startswith("cuda") else 1.5 * GB  # CUDA; Python, torch and a notebook's kernel
-    largest = max(memory.STAGES, key=lambda stage: memory.estimate(settings, stage).total)
-    needed = memory.estimate(settings, largest).total + base
+    needs = {stage: memory.estimate(settings, stage).total for stage in memory.needed_stages(settings)}
+    largest = max(needs, key=needs.__getitem__)
+    needed = needs[largest] + base
     available = memory_available(device)
     if available is None:
         return True, "unknown", f"see to it that {needed / GB:.1f} GB are free"
@@ -254,7 +256,7 @@ def _check_memory(settings: Settings) -> Verdict:
 
 def _check_disk(settings: Settings) -> Verdict:
     folder = settings.out_dir
-    needed = 6 * 20 * parameter_count(settings.model) + 300_000_000  # run folders with their state; notebooks, pages
+    needed = memory.disk_bytes(settings) + 0.3 * GB  # and notebooks with their pages
     free, writable = free_disk(folder.absolute())
     if not writable:
         return False, f"{folder} cannot be written", "choose a folder of your own with --out DIR"
@@ -263,7 +265,8 @@ def _check_disk(settings: Settings) -> Verdict:
 
 
 def _check_data(settings: Settings) -> Verdict:
-    value = data_file(settings.data) if settings.data else f"tinychat asks: {tinychat_sample(settings.seed)}"
+    name = settings.data or settings.sft.data
+    value = data_file(name) if name else f"tinychat asks: {tinychat_sample(settings.seed)}"
     return True, value, ""
 
 

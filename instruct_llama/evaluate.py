@@ -74,8 +74,9 @@ def true_reward(
 
 @torch.no_grad()
 def reward_accuracy(
-    model: ScalarLlama, tokenizer: Tokenizer, comparisons: Sequence[Any], temperature: float, max_len: int = 256
-) -> tuple[Estimate, float]:
+    model: ScalarLlama, tokenizer: Tokenizer, comparisons: Sequence[Any], temperature: float, max_len: int = 256,
+    batch_size: int = 64,
+) -> tuple[Estimate, float]:  # fmt: skip
     """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
 
     Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where the labeller's utilities
@@ -86,8 +87,8 @@ def reward_accuracy(
     if not fitted:
         raise UserError(f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
     right, pairs, device = 0.0, 0, next(model.parameters()).device
-    for start in range(0, len(fitted), 64):
-        batch = ranked_batch([ids for ids, _ in fitted[start : start + 64]], tokenizer.pad_id).to(device)
+    for start in range(0, len(fitted), batch_size):
+        batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
         scores = answer_scores(model, batch)  # (N,)
         differences, _ = pair_differences(scores, batch.prompt, batch.rank)
         right += float((differences > 0).sum() + 0.5 * (differences == 0).sum())
@@ -174,7 +175,7 @@ def judged(
     return scores
 
 
-def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device = "cpu") -> dict[str, Any]:
+def data_card(settings: Settings, heldout: HeldOut, device: torch.device) -> dict[str, Any]:
     """Judge every finished stage on real data, which have no true reward; write report.json, return its content.
 
     Language models: perplexity of held-out answers, and how often the run's own reward model prefers their answers to
@@ -186,13 +187,15 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
     said: dict[str, list[str]] = {}
     judge = None
     for folder in folders:
-        info, (model, tokenizer) = checkpoint.read_info(folder), checkpoint.load(folder, device)
+        info, (model, tokenizer) = checkpoint.read_info(folder), checkpoint.load_as_kept(folder, device)
         entry: dict[str, Any] = {"best": info.get("best", {})}
         if info["kind"] == "scalar":
             judge = (model, tokenizer)
             if heldout.comparisons:
                 some = heldout.comparisons[: config.comparisons]
-                entry["accuracy"] = asdict(reward_accuracy(model, tokenizer, some, 1.0, settings.reward.seq_len)[0])
+                size = max(1, config.batch_size // 2)  # a row holds two answers
+                found, _ = reward_accuracy(model, tokenizer, some, 1.0, settings.reward.seq_len, size)
+                entry["accuracy"] = asdict(found)
         else:
             if heldout.dialogs:
                 value, tokens = perplexity(model, tokenizer, heldout.dialogs[: config.prompts], longest)
@@ -202,6 +205,7 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
             shown = zip(prompts[:3], said[folder.name][:3], strict=True)
             entry["answers"] = [{"prompt": p, "response": a} for p, a in shown]
         stages[folder.name] = entry
+        del model  # before the next one comes
     if judge and prompts:
         scores = dict(zip(said, judged(*judge, prompts, list(said.values())), strict=True))
         first = next(iter(said))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from . import presets
 from .config import LoRAConfig, ModelConfig, QuantConfig, Settings, UserError
 
 Stage = Literal["pretrain", "sft", "qlora", "reward", "ppo"]
@@ -116,36 +117,80 @@ def logit_bytes(model: ModelConfig, tokens: int, copies: int) -> float:
     return 4.0 * copies * model.vocab_size * tokens
 
 
+def cache_bytes(model: ModelConfig, precision: str, tokens: int) -> float:
+    """Keys and values of all layers, kept while answers are sampled."""
+    kv_dim = model.dim * model.n_kv_heads // model.n_heads
+    return 2.0 * (4 if precision == "fp32" else 2) * model.n_layers * kv_dim * tokens
+
+
 # ---------------------------------------------------------------- stages
 
 
 def estimate(settings: Settings, stage: Stage, processes: int = 1) -> Estimate:
     """What a stage needs on its device, in bytes by part.
 
-    Several `processes` divide everything (FSDP2) but the weights, which come together for sampling and validation,
-    and the space to work in.
+    Several `processes` divide gradients, moments (FSDP2) and the rows of a batch, of which each takes one at least.
+    The weights come together for sampling and validation, and each process answers whole batches of prompts.
     """
-    found = _ppo(settings) if stage == "ppo" else _supervised(settings, stage)
-    whole = ("weights", "working space")
-    return Estimate({part: size if part in whole else size / processes for part, size in found.parts.items()})
+    settings = started(settings, stage)
+    return _ppo(settings, processes) if stage == "ppo" else _supervised(settings, stage, processes)
 
 
-def _supervised(settings: Settings, stage: Stage) -> Estimate:
+def needed_stages(settings: Settings) -> list[Stage]:
+    """The stages that a preset is for: other people's weights stand in for pretraining."""
+    return [stage for stage in STAGES if not (stage == "pretrain" and settings.weights)]
+
+
+def started(settings: Settings, stage: Stage) -> Settings:
+    """The settings with the shape that a stage's model has: of known weights, theirs."""
+    if stage == "pretrain" or settings.weights not in presets.WEIGHTS:
+        return settings
+    shape = presets.SHAPES[presets.WEIGHTS[settings.weights]]
+    recompute = settings.model.gradient_checkpointing
+    return settings.replace(model=replace(shape, gradient_checkpointing=recompute))
+
+
+def disk_bytes(settings: Settings) -> float:
+    """What the run folders of a preset take: weights; what resume needs, twice while it is written; the hub's files."""
+    total = 0.0
+    for stage in needed_stages(settings):
+        shaped = started(settings, stage)
+        total += 28 * _trained(shaped, stage)
+    return total + (8 * parameter_count(started(settings, "sft").model) if settings.weights else 0)
+
+
+def _trained(settings: Settings, stage: Stage) -> int:
+    """Weights that a stage trains; of PPO, policy's and value model's."""
+    model = settings.model
+    if stage == "ppo":
+        if settings.ppo.layout == "shared_base":
+            return 2 * adapter_count(model, settings.ppo.lora)
+        return _unfrozen(model, settings.ppo.freeze_layers) + parameter_count(model)
+    config = settings.qlora if stage == "qlora" else getattr(settings, stage)
+    lora = getattr(config, "lora", LoRAConfig(rank=0))
+    beside = parameter_count(model) - projection_count(model) if getattr(config, "train_embeddings", False) else 0
+    return adapter_count(model, lora) + beside if lora.rank else _unfrozen(model, getattr(config, "freeze_layers", 0))
+
+
+def _supervised(settings: Settings, stage: Stage, processes: int) -> Estimate:
     config = settings.qlora if stage == "qlora" else getattr(settings, stage)
     none, dense = LoRAConfig(rank=0), QuantConfig()
     lora, quant = getattr(config, "lora", none), getattr(config, "quant", dense)
     model, loop = settings.model, config.loop
-    tokens = loop.batch_size * config.seq_len
-    trained = adapter_count(model, lora) if lora.rank else _unfrozen(model, getattr(config, "freeze_layers", 0))
-    if getattr(config, "train_embeddings", False) and lora.rank:
-        trained += parameter_count(model) - projection_count(model)
-    scalar = stage == "reward"
+    tokens = -(-loop.batch_size // processes) * config.seq_len
+    trained, scalar = _trained(settings, stage), stage == "reward"
     rows = 2 if scalar else 1  # a comparison's answers share their prompt: about two answers a row
-    return Estimate({
-        "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank),
-        "gradients and optimizer": trained_bytes(trained, config.optim.kind),
+    learning = {
+        "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
         "activations": activation_bytes(model, lora, loop.precision, tokens * rows),
         "logits": 0.0 if scalar else logit_bytes(model, tokens, 3),
+    }
+    if scalar:  # before it learns, the SFT model answers the prompts that fit the score's scale
+        answers = 8 * loop.batch_size
+        answering = cache_bytes(model, loop.precision, answers * (config.seq_len + 64)) + logit_bytes(model, answers, 4)
+        learning = {"answering": answering} if answering > sum(learning.values()) else learning
+    return Estimate({
+        "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank), **learning,
         "working space": working_bytes(model, quant),
     })  # fmt: skip
 
@@ -158,7 +203,7 @@ def _unfrozen(model: ModelConfig, layers: int) -> int:
     return rest + (2 * (model.n_layers - layers) + 1) * model.dim
 
 
-def _ppo(settings: Settings) -> Estimate:
+def _ppo(settings: Settings, processes: int) -> Estimate:
     """Four networks or one, the larger of answering (cache, logits of a step) and of learning (activations, logits)."""
     model, config = settings.model, settings.ppo
     shared = config.layout == "shared_base"
@@ -166,19 +211,16 @@ def _ppo(settings: Settings) -> Estimate:
     quant = config.quant if shared else QuantConfig()
     length = min(config.seq_len or model.max_seq_len, model.max_seq_len)
     adapters = adapter_count(model, lora)
-    trained = 2 * adapters if shared else _unfrozen(model, config.freeze_layers) + parameter_count(model)
     present = 2 if config.swap and not shared else 4  # the others wait in main memory
     base = base_bytes(model, lora, quant, config.precision)
-    kv_dim = model.dim * model.n_kv_heads // model.n_heads
-    size = 4 if config.precision == "fp32" else 2
-    cache = 2 * size * model.n_layers * kv_dim * length * config.rollout_batch
-    playing = cache + logit_bytes(model, config.rollout_batch, 4)
-    tokens = config.micro_batch * length
-    learning = activation_bytes(model, lora, config.precision, tokens)
-    learning += logit_bytes(model, config.micro_batch * config.max_new_tokens, 6)
+    playing = cache_bytes(model, config.precision, length * config.rollout_batch)
+    playing += logit_bytes(model, config.rollout_batch, 4)
+    rows = -(-config.micro_batch // processes)
+    learning = activation_bytes(model, lora, config.precision, rows * length)
+    learning += logit_bytes(model, rows * config.max_new_tokens, 6)
     return Estimate({
         "weights": base + 4 * 4 * adapters if shared else present * base,
-        "gradients and optimizer": trained_bytes(trained, config.optim.kind),
+        "gradients and optimizer": trained_bytes(_trained(settings, "ppo"), config.optim.kind) / processes,
         "answering" if playing > learning else "learning": max(playing, learning),
         "working space": working_bytes(model, quant),
     })  # fmt: skip
@@ -259,9 +301,9 @@ def check_room(
 
     `model` is the shape of the checkpoint that it starts from. On a CPU it says so and goes on: it may swap.
     """
-    if model is not None:
+    if model is not None:  # the shape is known: whatever the preset's weights are
         recompute = settings.model.gradient_checkpointing
-        settings = settings.replace(model=replace(model, gradient_checkpointing=recompute))
+        settings = settings.replace(model=replace(model, gradient_checkpointing=recompute), weights="")
     needed, free = estimate(settings, stage, processes), memory_available(device)
     context = CUDA_CONTEXT if device.startswith("cuda") else 0.0
     if needed.total > GB:  # smaller ones fit everywhere, and need no line

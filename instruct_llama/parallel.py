@@ -142,6 +142,15 @@ def deal(rows: Sequence[int]) -> tuple[list[int], int]:
     return (mine, 1) if mine else (list(rows[:1]), 0)
 
 
+def passes(group: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The micro-batches of an optimizer step, joined as far as is needed to give every process a row in each.
+
+    The rows of a step stay together, so the step is the same one; alone, nothing is joined.
+    """
+    joined = -(-world() // max(map(len, group)))
+    return [[row for rows in group[i : i + joined] for row in rows] for i in range(0, len(group), joined)]
+
+
 def dealt(items: Iterable[T]) -> Iterator[tuple[int, T]]:
     """(number, item) of every world-th item, for work in which nobody waits for anybody."""
     return ((number, item) for number, item in enumerate(items) if number % world() == rank())

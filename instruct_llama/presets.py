@@ -49,6 +49,8 @@ SHAPES = {
     "llama3.2-3b": _llama3(3072, 28, 24, 8192, 32.0, True),
 }
 
+WEIGHTS = {"smollm2": "smollm2-135m", "meta-llama/Llama-2-7b-hf": "llama2-7b"}  # the shape of a preset's `weights`
+
 LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=256, init_std=0.12),
@@ -102,32 +104,33 @@ TINY = Settings(
     evaluate=c.EvaluateConfig(prompts=32, comparisons=64, max_new_tokens=24, batch_size=32),
 )  # fmt: skip
 
-# One GPU of 8 to 24 GB. `pretrain` trains about 120 M parameters from scratch; every other stage starts from `weights`.
+# One GPU of 8 GB and up: a larger one may take larger batches and accumulate less.
+# `pretrain` trains about 120 M parameters from scratch; every other stage starts from `weights`.
 GPU = Settings(
     preset="gpu", weights="smollm2",
     model=dataclasses.replace(SHAPES["smollm2-135m"], vocab_size=16_384, max_seq_len=2048, rope_theta=10_000.0),
     tokenizer=c.TokenizerConfig(vocab_size=16_384, max_chars=50_000_000),
     pretrain=c.PretrainConfig(
         data="tinystories", seq_len=512, optim=c.OptimConfig(lr=1e-3, warmup_steps=200, weight_decay=0.1),
-        loop=c.LoopConfig(steps=20_000, batch_size=32, accumulate=2, eval_every=500, eval_batches=16, save_every=1000,
+        loop=c.LoopConfig(steps=20_000, batch_size=8, accumulate=8, eval_every=500, eval_batches=64, save_every=1000,
                           sample_every=1000, precision="bf16"),
     ),
     sft=c.SFTConfig(
         data="hh-rlhf", seq_len=512, optim=c.OptimConfig(lr=2e-5, warmup_steps=50),
-        loop=c.LoopConfig(epochs=1, batch_size=8, accumulate=4, eval_every=200, eval_batches=16, precision="bf16"),
+        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=8, eval_every=200, eval_batches=32, precision="bf16"),
     ),
     qlora=c.SFTConfig(
         data="hh-rlhf", seq_len=512, lora=c.LoRAConfig(rank=16, alpha=32.0), quant=c.QuantConfig(kind="nf4"),
         optim=c.OptimConfig(lr=5e-4, warmup_steps=50),
-        loop=c.LoopConfig(epochs=1, batch_size=8, accumulate=4, eval_every=200, eval_batches=16, precision="bf16"),
+        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=8, eval_every=200, eval_batches=32, precision="bf16"),
     ),
     reward=c.RewardConfig(
         data="hh-rlhf", seq_len=512, optim=c.OptimConfig(lr=2e-5, warmup_steps=50),
-        loop=c.LoopConfig(epochs=1, batch_size=8, accumulate=8, eval_every=100, eval_batches=32, precision="bf16"),
+        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=16, eval_every=100, eval_batches=64, precision="bf16"),
     ),
     ppo=c.PPOConfig(
-        data="hh-rlhf", iterations=200, rollouts=128, rollout_batch=64, max_new_tokens=128, seq_len=512, epochs=1,
-        minibatch=32, micro_batch=8, kl_coef=0.05, optim=c.OptimConfig(lr=2e-6, min_lr_ratio=0.1, weight_decay=0.0),
+        data="hh-rlhf", iterations=200, rollouts=128, rollout_batch=32, max_new_tokens=128, seq_len=512, epochs=1,
+        minibatch=32, micro_batch=2, kl_coef=0.05, optim=c.OptimConfig(lr=2e-6, min_lr_ratio=0.1, weight_decay=0.0),
         value_lr=1e-5, eval_every=20, eval_prompts=128, precision="bf16",
     ),
     evaluate=c.EvaluateConfig(prompts=256, max_new_tokens=128, batch_size=64),

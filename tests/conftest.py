@@ -40,6 +40,8 @@ def pytest_configure(config):
     """The workers share one out folder: notebooks train each prerequisite once, and nobody's own runs are touched."""
     if not hasattr(config, "workerinput"):  # the process that starts the workers
         os.environ["INSTRUCT_LLAMA_OUT"] = tempfile.mkdtemp(prefix="instruct-llama-tests-")
+        # not what this machine's user has fetched from the hub before
+        os.environ["HF_HOME"] = os.path.join(os.environ["INSTRUCT_LLAMA_OUT"], "hub")
 
 
 def pytest_unconfigure(config):

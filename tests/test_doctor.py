@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from instruct_llama import doctor, memory
+from instruct_llama import doctor, memory, presets
 from instruct_llama.config import LoopConfig, ModelConfig, OptimConfig, Settings, UserError
 
 HEALTHY = {  # every probe, as a machine without faults answers it
@@ -66,6 +66,18 @@ def test_a_healthy_machine_passes_every_check(probes, capsys):
     assert all(line.startswith("ok   ") and "—" not in line for line in lines)
     assert lines[0] == "ok   python: 3.11.7"
     assert (empty, last) == ("", "Preset laptop can run here. Start with: python -m instruct_llama tour")
+
+
+@pytest.mark.parametrize("preset", ["gpu", "llama2_7b"])
+def test_a_preset_for_real_weights_passes_on_the_card_that_it_is_for(probes, preset, capsys):
+    """Nobody pretrains 7 B on it: the weights come from elsewhere, and their shape is what the estimates are of."""
+    probes(memory_available={"gpu": 8, "llama2_7b": 24}[preset] * 10**9, free_disk=(90 * 10**9, True),
+           device_facts=("cuda", "a GPU", True))  # fmt: skip
+    assert doctor.run(presets.get(preset)) == 0
+    said = capsys.readouterr().out
+    assert f"Start with: python -m instruct_llama sft --preset {preset}" in said and "wanted by pretrain" not in said
+    probes(memory_available=6 * 10**9)
+    assert doctor.run(presets.get(preset)) == 1
 
 
 def test_a_failure_gives_exit_status_1_and_the_other_checks_still_run(probes, capsys):
@@ -182,9 +194,9 @@ def test_the_parameter_count_is_the_published_one():
     llama2_7b = ModelConfig(
         vocab_size=32_000, dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11_008, tie_embeddings=False
     )
-    assert doctor.parameter_count(llama2_7b) == 6_738_415_616
+    assert memory.parameter_count(llama2_7b) == 6_738_415_616
     llama3_8b = dataclasses.replace(llama2_7b, vocab_size=128_256, n_kv_heads=8, ffn_dim=14_336)
-    assert doctor.parameter_count(llama3_8b) == 8_030_261_248
+    assert memory.parameter_count(llama3_8b) == 8_030_261_248
 
 
 def test_the_data_file_is_read_where_one_is_given(probes):

@@ -139,20 +139,56 @@ def test_llama2_7b_fits_the_cards_it_is_for():
 
 
 def test_processes_share_what_can_be_shared():
-    settings = presets.get("llama2_7b")
+    settings = presets.get("llama2_7b").replace(pretrain__loop__batch_size=12)
     parts, shared = (memory.estimate(settings, "pretrain", n).parts for n in (1, 8))
     assert shared["weights"] == parts["weights"] and shared["working space"] == parts["working space"]
-    for name in ("gradients and optimizer", "activations", "logits"):
-        assert shared[name] == parts[name] / 8 > 0
+    assert shared["gradients and optimizer"] == parts["gradients and optimizer"] / 8 > 0
+    busiest = memory.estimate(settings.replace(pretrain__loop__batch_size=2), "pretrain").parts  # 2 of the 12 rows
+    for name in ("activations", "logits"):
+        assert shared[name] == busiest[name] > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_process_never_has_less_than_a_row_or_a_batch_of_prompts(stage):
+    settings = presets.get("llama2_7b")  # one row a batch of SFT; 16 prompts are answered at once
+    alone, shared = (memory.estimate(settings, stage, n).parts for n in (1, 8))
+    for name in {"sft": ("activations", "logits"), "reward": ("answering",), "ppo": ("answering",)}[stage]:
+        assert shared[name] == alone[name] > 0
+
+
+def test_the_answers_that_fit_the_scores_scale_are_counted():
+    """Before a reward model learns, 8 batches of prompts are answered at once: keys and values of all their tokens."""
+    settings = presets.get("llama2_7b")
+    tokens = 8 * settings.reward.loop.batch_size * (settings.reward.seq_len + 64)
+    cache = 2 * 2 * 32 * 4096 * tokens  # keys and values, two bytes, 32 layers of width 4096
+    assert memory.estimate(settings, "reward").parts["answering"] == pytest.approx(cache, rel=0.01)
+
+
+@pytest.mark.parametrize(("preset", "card"), [("gpu", 8), ("llama2_7b", 24)])
+def test_every_stage_of_a_preset_fits_the_card_that_it_is_for(preset, card):
+    settings = presets.get(preset)
+    assert {*memory.needed_stages(settings)} == {"sft", "qlora", "reward", "ppo"}
+    for stage in ("pretrain",) * (preset == "gpu") + (*memory.needed_stages(settings),):
+        assert memory.estimate(settings, stage).total + memory.CUDA_CONTEXT < card * GB, stage
+
+
+def test_the_shape_is_that_of_the_presets_weights():
+    """The gpu preset pretrains a vocabulary of its own; its other stages have SmolLM2's, three times as large."""
+    settings = presets.get("gpu")
+    small = memory.parameter_count(presets.SHAPES["smollm2-135m"])
+    assert memory.estimate(settings, "sft").parts["weights"] == 4 * small
+    assert memory.estimate(settings, "pretrain").parts["weights"] == 4 * memory.parameter_count(settings.model)
+    folders = memory.disk_bytes(settings)  # three trained in full, PPO's value model too; adapters; the hub's files
+    assert 4 * 28 * small + 8 * small < folders < 4.3 * 28 * small + 8 * small
 
 
 def test_less_memory_for_each_thing_that_saves_it():
     settings = presets.get("gpu")
     for stage, changes in (
-        ("sft", {"model__gradient_checkpointing": True}), ("sft", {"sft__loop__batch_size": 4}),
+        ("sft", {"model__gradient_checkpointing": True}), ("sft", {"sft__loop__batch_size": 2}),
         ("sft", {"sft__freeze_layers": 10}), ("sft", {"sft__lora__rank": 8}),
         ("sft", {"sft__optim__kind": "adamw_8bit"}), ("ppo", {"ppo__swap": True}),
-        ("ppo", {"ppo__layout": "shared_base"}), ("ppo", {"ppo__micro_batch": 2}),
+        ("ppo", {"ppo__layout": "shared_base"}), ("ppo", {"ppo__micro_batch": 1}),
         ("ppo", {"ppo__freeze_layers": 10}), ("reward", {"reward__seq_len": 128}),
     ):  # fmt: skip
         less = memory.estimate(settings.replace(**changes), stage).total

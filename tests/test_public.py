@@ -203,6 +203,17 @@ def test_p06_a_passage_stands_on_one_side(tmp_path: Path) -> None:
     assert len(first) + len(second) == 100 and not first & second and second
 
 
+def test_p06_a_situation_stands_on_one_side(tmp_path: Path) -> None:
+    """Several people talked about each situation, which is the system message: it must not be seen in training."""
+    row = SITUATIONS["1"]
+    rows = {str(i): {**row, "context": f"Case {i // 5}.", "turns": [f"Well {i}.", "Oh."]} for i in range(500)}
+    built = build("commonsense-dialogues", tmp_path, files=[write(tmp_path / "train.json", json.dumps(rows))])
+    for kind in (sources.as_dialogs, sources.as_prompts):
+        sides = sources.split(kind(sources.read(built.path)), 0.3)
+        first, second = ({record["group"] for record in side} for side in sides)
+        assert len(first) + len(second) == 100 and not first & second and second
+
+
 @pytest.mark.parametrize("indent", [None, 4])
 def test_commonsense_dialogues(tmp_path: Path, indent: int | None) -> None:
     text = json.dumps(SITUATIONS, indent=indent)

@@ -17,8 +17,8 @@ __all__ = ["export", "import_checkpoint", "real_model"]
 def real_model(settings: Settings) -> Path:
     """SmolLM2-135M-Instruct for notebook 11, imported into checkpoints/smollm2 the first time it is asked for.
 
-    Where it cannot be fetched, or `INSTRUCT_LLAMA_OFFLINE` is set, a stand-in: this preset's SFT model, sent through a
-    Hugging Face folder and back, so that the same code runs. Which of the two it is, is said.
+    Where it cannot be fetched, or `INSTRUCT_LLAMA_OFFLINE` is set, a stand-in: this preset's pretrained model,
+    sent through a Hugging Face folder and back, so that the same code runs. Which of the two it is, is said.
     """
     folder = project_folder() / "checkpoints" / "smollm2"
     if checkpoint.is_complete(folder):
@@ -34,7 +34,7 @@ def real_model(settings: Settings) -> Path:
     stand_in = settings.out_dir / "stand-in"
     with checkpoint.stage_lock(stand_in), tempfile.TemporaryDirectory() as scratch:
         if not checkpoint.is_complete(stand_in):
-            export("hf", checkpoint.require("sft", settings), Path(scratch))
+            export("hf", checkpoint.require("pretrain", settings), Path(scratch))
             import_checkpoint(scratch, stand_in)
-    print(f"Its stand-in is the pocket model, exported and imported again: {shown(stand_in)}")
+    print(f"Its stand-in is the pocket model before SFT, exported and imported again: {shown(stand_in)}")
     return stand_in

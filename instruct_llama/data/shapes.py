@@ -62,8 +62,9 @@ def from_passage(row: Record) -> list[Record]:
     if not isinstance(row["qas"], list) or not all(isinstance(qa, dict) for qa in row["qas"]):
         raise Bad("qas is not a list of questions")
     said = [text for qa in row["qas"] for text in (filled(qa, "question").strip(), _passage_answer(qa))]
-    passage = {"role": "system", "content": filled(row, "context").strip()}
-    return [{"messages": checked([passage, *_alternating(said)], last="assistant")}]
+    passage = filled(row, "context").strip()
+    messages = checked([{"role": "system", "content": passage}, *_alternating(said)], last="assistant")
+    return [{"messages": messages, "group": passage}]
 
 
 def _passage_answer(qa: Record) -> str:
@@ -87,17 +88,20 @@ def situations(rows: Iterable[Any]) -> Iterator[Any]:
 def from_situation(row: Record) -> list[Record]:
     """A dialog of Commonsense-Dialogues (arXiv:2109.06427): the person it happened to, and a friend, the assistant.
 
-    The situation is the system message. Some dialogs end with the person's turn: nobody answered it, so there is
-    nothing to imitate in it, and it is left off. Every answer keeps all that was said before it; a dialog with any
-    turn that is empty or no text, that last one included, is dropped whole.
+    The situation is the system message, and the group: several people talked about the same one. Some dialogs end
+    with the person's turn: nobody answered it, so there is nothing to imitate in it, and it is left off. Every answer
+    keeps all that was said before it; a dialog with any turn that is empty or no text, that last one included, is
+    dropped whole.
     """
     turns = row["turns"]
     if not isinstance(turns, list):
         raise Bad("turns is not a list of texts")
     said = [filled({"turn": turn}, "turn").strip() for turn in turns]
-    about = f"You are talking with {filled(row, 'speaker').strip()}, a friend. {filled(row, 'context').strip()}"
+    situation = filled(row, "context").strip()
+    about = f"You are talking with {filled(row, 'speaker').strip()}, a friend. {situation}"
     answered = _alternating(said[: len(said) // 2 * 2])
-    return [{"messages": checked([{"role": "system", "content": about}, *answered], last="assistant")}]
+    messages = checked([{"role": "system", "content": about}, *answered], last="assistant")
+    return [{"messages": messages, "group": situation}]
 
 
 # ---------------------------------------------------------------- ranked answers

@@ -328,9 +328,14 @@ def as_comparisons(records: Records) -> list[Record]:
 def as_prompts(records: Records) -> list[Record]:
     """`{"prompt"}` records, each a list of messages that ends with a user turn, for PPO; answers are left out."""
     if records.kind == "dialogs":
-        return [{"prompt": record["messages"][:-1]} for record in records.records]
+        return [_grouped(record, {"prompt": record["messages"][:-1]}) for record in records.records]
     _must_be(records, ("prompts", "comparisons"), 'prompts, such as {"prompt": …}, dialogs or comparisons')
     return [{"prompt": record["prompt"]} for record in records.records]
+
+
+def _grouped(record: Record, made: Record) -> Record:
+    """What was made of a record, with its group, where it has one."""
+    return {**made, "group": record["group"]} if "group" in record else made
 
 
 def _must_be(records: Records, kinds: Sequence[str], wanted: str) -> None:
@@ -343,9 +348,9 @@ def _must_be(records: Records, kinds: Sequence[str], wanted: str) -> None:
 def split(records: Any, heldout_fraction: float) -> tuple[Any, Any]:
     """Training and held-out part of `Records`, or of a list of records, texts or prompts, each in its order.
 
-    A record's side depends on its text, or on its first user turn, alone: no prompt stands on both sides, not even
-    as the start of a longer dialog; a record keeps its side when the data grows; and a file's dialogs, comparisons
-    and prompts are split alike.
+    A record's side depends on its `group`, else its text, else its first user turn, alone: no prompt stands on both
+    sides, not even as the start of a longer dialog; a record keeps its side when the data grows; and a file's dialogs,
+    comparisons and prompts are split alike.
     """
     if isinstance(records, Records):
         train, heldout = split(records.records, heldout_fraction)
@@ -366,7 +371,8 @@ def is_heldout(record: Any, heldout_fraction: float) -> bool:
 def _content(record: Any) -> str:
     """What a record is split by, without the case and spacing that near-copies differ in."""
     if isinstance(record, dict):
-        record = next(record[key] for key in ("text", "messages", "prompt") if key in record)
+        keys = ("text", "messages", "prompt")
+        record = str(record["group"]) if "group" in record else next(record[key] for key in keys if key in record)
     if not isinstance(record, str):
         record = next(turn["content"] for turn in record if turn["role"] == "user")
     return " ".join(record.casefold().split())

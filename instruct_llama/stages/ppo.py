@@ -137,7 +137,7 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
     config = player.config
     tokens = int(episodes.mask.sum())
     sums = dict.fromkeys(("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "ratio"), 0.0)
-    for rows in episodes.parts(config.micro_batch):
+    for rows in episodes.parts(max(config.micro_batch, parallel.world())):  # a row for every process
         mine, counts = parallel.deal(rows)
         part = episodes.select(mine)
         share = counts * int(part.mask.sum()) / tokens
@@ -350,6 +350,10 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     folder = settings.out_dir / settings.ppo.name
     player, info = build(settings)
     settings = records.with_data(settings, settings.ppo.data)
+    batches = -(-settings.ppo.rollouts // settings.ppo.rollout_batch)
+    if batches < parallel.world():
+        print(f"An iteration's {batches} batches of prompts keep {batches} of {parallel.world()} processes busy: "
+              f"lower --ppo.rollout-batch or raise --ppo.rollouts.")  # fmt: skip
     with checkpoint.stage_lock(folder):
         return _loop(settings, player, info, RunLog(folder, settings, watch))
 

@@ -53,19 +53,20 @@ def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: st
 def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap, np.memmap]:
     """The vocabulary and the token files (training, held out), made once and reused when nothing has changed."""
     train, valid = records.texts(settings)
-    stamp = f"{_digest(chain(train, [''], valid))} {settings.init}\n{to_json(settings.tokenizer)}"
-    stamp_file = folder / "made_from.txt"
-    if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp):
-        tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
-        tokenizer.save(folder)
-        # The texts of a file are documents, each with its end token; tinychat's are paragraphs, eight to a document.
-        newline, size = tokenizer.encode("\n")[-1], 1 if settings.data else 8
-        for name, texts in (("train", train), ("valid", valid)):
-            bar = tqdm(texts, desc=f"{name} tokens", unit=" texts", disable=None, leave=False)
-            ends = {True: tokenizer.eos_id, False: newline}
-            ids = ([*tokenizer.encode(text), ends[number % size == 0]] for number, text in enumerate(bar, 1))
-            write_tokens(folder / f"{name}.bin", ids, tokenizer.vocab_size)
-        checkpoint.write_text(stamp_file, stamp)
+    with parallel.main_first():
+        stamp = f"{_digest(chain(train, [''], valid))} {settings.init}\n{to_json(settings.tokenizer)}"
+        stamp_file = folder / "made_from.txt"
+        if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp):
+            tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
+            tokenizer.save(folder)
+            # A file's texts are documents, each with its end token; tinychat's are paragraphs, eight to a document.
+            newline, size = tokenizer.encode("\n")[-1], 1 if settings.data else 8
+            for name, texts in (("train", train), ("valid", valid)):
+                bar = tqdm(texts, desc=f"{name} tokens", unit=" texts", disable=None, leave=False)
+                ends = {True: tokenizer.eos_id, False: newline}
+                ids = ([*tokenizer.encode(text), ends[number % size == 0]] for number, text in enumerate(bar, 1))
+                write_tokens(folder / f"{name}.bin", ids, tokenizer.vocab_size)
+            checkpoint.write_text(stamp_file, stamp)
     tokenizer = Tokenizer.load(folder)
     return tokenizer, *(open_tokens(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "valid"))
 
@@ -94,8 +95,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, watch)
         model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
-        with parallel.main_first():
-            tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
+        tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
         if model is None:
             shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
             model = Llama(shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import parallel
 from ..config import Settings, UserError, check, project_folder, shown
 from ..data import public, sources, tinychat
 from ..evaluate import HeldOut
@@ -27,10 +28,13 @@ def data_path(settings: Settings) -> Path | None:
         return Path(settings.data) if settings.data else None
     name, folder = settings.data, project_folder() / "data"
     path, sample = folder / f"{name}.jsonl", public.SETS[name].sample
-    if not path.is_file():
-        part = f"its first {sample:,} records are" if sample else "it is"
-        print(f"{name} is not in {shown(folder)}: {part} built first (python -m instruct_llama data {name}).")
-        print(public.build(name, folder, limit=sample, seed=settings.seed).describe())
+    if parallel.from_main(path.is_file()):
+        return path
+    with parallel.main_first():
+        if not path.is_file():
+            part = f"its first {sample:,} records are" if sample else "it is"
+            print(f"{name} is not in {shown(folder)}: {part} built first (python -m instruct_llama data {name}).")
+            print(public.build(name, folder, limit=sample, seed=settings.seed).describe())
     return path
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint, memory, parallel
-from ..config import PPOConfig, RewardConfig, Settings, UserError, check
+from ..config import PPOConfig, QuantConfig, RewardConfig, Settings, UserError, check
 from ..data import tinychat
 from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
 from ..data.tokenizer import Tokenizer
@@ -113,13 +113,16 @@ def reference_answers(
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
     encoded = [fit_prompt(tokenizer, prompt, config.seq_len) for prompt in prompts]
     encoded = [ids for ids in encoded if ids is not None][: config.normalise_samples]
-    return rollout.play(policy, encoded, tokenizer, replace(PPOConfig(), max_new_tokens=64), generator)
+    play = replace(PPOConfig(), max_new_tokens=64, rollout_batch=8 * config.loop.batch_size)
+    return rollout.play(policy, encoded, tokenizer, play, generator)
 
 
 @torch.no_grad()
-def fit_normaliser(model: ScalarLlama, episodes: Episodes) -> dict[str, float]:
-    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21)."""
-    scores = rollout.score(model, episodes, replace(PPOConfig(), score_clip=0.0), mean=0.0, scale=1.0)
+def fit_normaliser(model: ScalarLlama, episodes: Episodes, size: int = 256) -> dict[str, float]:
+    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21), `size` at a time."""
+    raw = replace(PPOConfig(), score_clip=0.0)
+    parts = [episodes.select(list(range(len(episodes)))[i : i + size]) for i in range(0, len(episodes), size)]
+    scores = torch.cat([rollout.score(model, part, raw, mean=0.0, scale=1.0) for part in parts])  # (B,)
     scores = scores[episodes.ended] if bool(episodes.ended.any()) else scores
     return {"mean": float(scores.mean()), "scale": max(1e-3, float(scores.std(correction=0)))}
 
@@ -174,14 +177,15 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         log = RunLog(folder, settings, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         checkpoint.check_kind(sft, "lm")
-        policy, tokenizer = checkpoint.load(sft, device, **({} if "adapter" in checkpoint.read_info(sft) else how))
-        train, valid = gather(settings, policy, tokenizer)
-        model = prepare(base, settings)
-        size = config.loop.batch_size
+        quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own
+        policy, tokenizer = checkpoint.load(sft, device, quant=quant, dtype=how["dtype"])
+        with autocast(config.loop.precision, device):
+            train, valid = gather(settings, policy, tokenizer)
+            yardstick = reference_answers(policy, tokenizer, records.prompts(settings)[0], config, settings.seed)
+        del policy  # its memory is wanted for training
+        model, size = prepare(base, settings), config.loop.batch_size
         valid = valid[: config.loop.eval_batches * size]
         valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]
-        yardstick = reference_answers(policy, tokenizer, records.prompts(settings)[0], config, settings.seed)
-        del policy  # its memory is wanted for training
 
         def batch(epoch: int, indices: Sequence[int]) -> RankedBatch:
             return ranked_batch([train[i] for i in indices], tokenizer.pad_id)
@@ -197,7 +201,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
 
         def save(best: dict[str, float]) -> None:
             with parallel.whole(model), autocast(config.loop.precision, device):
-                norm = fit_normaliser(model, yardstick)
+                norm = fit_normaliser(model, yardstick, 16 * size)
             info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
             if config.lora.rank:
                 lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}

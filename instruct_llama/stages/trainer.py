@@ -242,7 +242,7 @@ def _train_group(
     group: list[list[int]], step: int, total: int, device: torch.device,
 ) -> tuple[dict[str, float], int]:  # fmt: skip
     """One optimizer step over a group of micro-batches, normalised by the group's real targets (P07, P09)."""
-    batches = []  # this process's share of each micro-batch, and whether it has one
+    group, batches = parallel.passes(group), []  # this process's share of each micro-batch, and whether it has one
     for indices in group:
         mine, counts = parallel.deal(indices)
         batches.append((stage.batch(epoch, mine).to(device), counts))
