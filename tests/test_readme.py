@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -20,23 +21,35 @@ pytestmark = pytest.mark.skipif(not README.is_file(), reason="the README is not 
 TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", TEXT, flags=re.M | re.S)
 IN_BLOCKS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-IN_TEXT = [code for code in re.findall(r"`([^`\n]+)`", TEXT) if code.startswith("python -m instruct_llama ")]
-MARKER = "python -m instruct_llama "
+MARKER = r"(python|torchrun --nproc-per-node \d+) -m instruct_llama "
+IN_TEXT = [code for code in re.findall(r"`([^`\n]+)`", TEXT) if re.match(MARKER, code)]
 UNFINISHED = bool(re.search(r"\{\{[^}]*\}\}", TEXT))  # the figures of the recorded run are not filled in yet
 
 
 def commands(lines: list[str]) -> list[list[str]]:
     """The words after `python -m instruct_llama` of every command among the lines, `&&` taken apart."""
     parts = [part.strip().split("#")[0] for line in lines for part in line.split("&&")]
-    return [shlex.split(part.removeprefix(MARKER)) for part in parts if part.startswith(MARKER)]
+    return [shlex.split(re.sub(MARKER, "", part, count=1)) for part in parts if re.match(MARKER, part)]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def in_notebooks() -> list[str]:
+    """The lines of the commands that the notebooks show."""
+    notebooks = [json.loads(path.read_text()) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    cells = [cell for notebook in notebooks for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    return [line for cell in cells for block in blocks("".join(cell["source"])) for line in block.splitlines()]
 
 
 def test_the_two_lines_stand_there():
+    assert len(commands(in_notebooks())) > 6 and [words[0] for words in commands(IN_TEXT)].count("sft") >= 2
     assert 'python -m pip install -e . && python -m instruct_llama tour' in IN_BLOCKS
     assert 'python -m pip install -e ".[test]" && python -m pytest' in IN_BLOCKS
 
 
-@pytest.mark.parametrize("words", commands(IN_BLOCKS + IN_TEXT), ids=" ".join)
+@pytest.mark.parametrize("words", commands(IN_BLOCKS + IN_TEXT + in_notebooks()), ids=" ".join)
 def test_every_command_is_understood(words, capsys):
     name, rest = words[0], words[1:]
     while rest and not rest[0].startswith("-"):

@@ -243,7 +243,7 @@ def test_llama2_vocabulary_needs_no_new_rows_in_the_model(llama2: Tokenizer) -> 
     """Its frame is plain text, so that imported weights fit as they are."""
     assert llama2.vocab_size == 32000 and llama2.chat.name == "llama2"
     assert (llama2.pad_id, llama2.bos_id, llama2.eos_id) == (0, 1, 2)
-    assert _masked_runs(llama2, *llama2.encode_dialog(DIALOG)) == ["Two apples.", " One. "]
+    assert _masked_runs(llama2, *llama2.encode_dialog(DIALOG)) == ["Two apples. ", " One.  "]
     for text in (*TRICKY, *FORGERIES):
         assert llama2.decode(llama2.encode(text)) == text
         assert not set(llama2.encode(text)) & set(llama2.special_ids)
@@ -256,11 +256,15 @@ def test_llama2_prompts_are_those_of_its_makers(llama2: Tokenizer) -> None:
         {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Bye"},
     ]  # fmt: skip
-    frames = "".join(before + " " + text + " " + after for before, text, after, _ in framed(llama2.chat, messages))
+    parts = framed(llama2.chat, messages)
+    frames = "".join(f"{before} {text}{'' if answer else ' '}{after}" for before, text, after, answer in parts)
     assert frames == (
         "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHello [/INST] Hi </s><s>[INST] Bye [/INST]"
     )
-    assert llama2.decode(llama2.encode_prompt(messages)).endswith("[/INST] Hi [INST] Bye [/INST]")
+    turns, encode = messages[1:], llama2.encode  # each exchange is tokenised whole, between <s> and </s>
+    first, last = encode("[INST] Hello [/INST] Hi "), encode("[INST] Bye [/INST]")
+    assert llama2.encode_prompt(turns) == [1, *first, 2, 1, *last]
+    assert llama2.decode(llama2.encode_prompt(messages)).endswith("[/INST] Hi  [INST] Bye [/INST]")
 
 
 # ---------------------------------------------------------------- tokenizer.json

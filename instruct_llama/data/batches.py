@@ -314,6 +314,6 @@ def fit_comparison(
     tokenizer: Tokenizer, prompt: Sequence[Message], completions: Sequence[str], max_len: int
 ) -> list[list[int]] | None:
     """Ids of prompt with each completion, all after the same prompt, which is cut until the longest fits; or None."""
-    answers = [[*tokenizer.encode(text), tokenizer.eos_id] for text in completions]
+    answers = [[*tokenizer.encode(text + tokenizer.chat.trail), tokenizer.eos_id] for text in completions]
     ids = fit_prompt(tokenizer, prompt, max_len - max(len(answer) for answer in answers))
     return None if ids is None else [ids + answer for answer in answers]

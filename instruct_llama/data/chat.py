@@ -30,6 +30,7 @@ class ChatFormat:
     begin_each: bool = False  # `begin` opens every user turn, not only the first turn
     system_in_user: tuple[str, str] | None = None  # the system message stands between these, in the first user turn
     silent: tuple[str, ...] = ()  # roles with nothing before their text
+    trail: str = ""  # what an answer's text ends with, before its end token
 
 
 OURS = ChatFormat(
@@ -55,7 +56,7 @@ LLAMA3 = ChatFormat(  # LLaMA 3 (arXiv:2407.21783, section 4.1.1), as in Meta's 
 )  # fmt: skip
 LLAMA2 = ChatFormat(  # LLaMA 2 chat (arXiv:2307.09288, appendix A.3.3): no markers in its vocabulary, so plain text
     name="llama2", begin="<s>", before="[INST]", after="[/INST]", end="</s>", begin_each=True,
-    system_in_user=("<<SYS>>\n", "\n<</SYS>>\n\n"), silent=("assistant",),
+    system_in_user=("<<SYS>>\n", "\n<</SYS>>\n\n"), silent=("assistant",), trail=" ",
     template="{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
     "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
     "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
@@ -108,5 +109,8 @@ def framed(chat: ChatFormat, messages: Sequence[Message], system: str = "") -> l
         answer = turn["role"] == "assistant"
         begin = chat.begin if number == 0 or (chat.begin_each and not answer) else ""
         before = "" if turn["role"] in chat.silent else chat.before.format(role=turn["role"])
-        parts.append((begin + before, turn["content"], chat.end + chat.after_end if answer else chat.after, answer))
+        text, after = turn["content"], chat.after
+        if answer:
+            text, after = text + chat.trail, chat.end + chat.after_end
+        parts.append((begin + before, text, after, answer))
     return parts
