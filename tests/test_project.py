@@ -163,7 +163,7 @@ BELOW = {
     "parallel": {"config"},
     "checkpoint": {"parallel", "model", "data", "config"},
     "rlhf": {"checkpoint", "parallel", "model", "data", "config"},
-    "memory": {"config"},
+    "memory": {"presets", "config"},  # the shapes of the weights that presets name
     "stages": {"rlhf", "checkpoint", "parallel", "model", "data", "config", "evaluate", "memory"},
 }
 MAY_IMPORT_STAGES = {
