@@ -307,6 +307,9 @@ def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_pat
     kept = {key: seen[0][1][key] for key in ("temperature", "top_k", "top_p", "max_new_tokens")}
     assert kept == {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "max_new_tokens": 7}
     assert tokenizer.eos_id in seen[0][1]["eos_id"] and tokenizer.pad_id in seen[0][1]["banned"]
+    generators = [options["generator"] for _, options in seen]
+    assert generators[0].initial_seed() == 1  # --seed of `args`
+    assert generators[1] is generators[0]  # a turn goes on with the numbers where the last one stopped
 
 
 def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeypatch):
@@ -322,6 +325,48 @@ def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeyp
     assert len(ids) + 8 <= model.config.max_seq_len
     text = tokenizer.decode(ids)
     assert "Be kind." in text and "Question 11" in text and "Question 0 " not in text
+
+
+def test_a_turn_that_is_too_long_is_forgotten_and_the_conversation_goes_on(runs, monkeypatch, capsys):
+    from instruct_llama.conversation import Talker, converse
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    seen = []
+    monkeypatch.setattr("instruct_llama.conversation.stream", lambda _, prompt, **__: seen.append(prompt) or iter(()))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'word ' * 400}\nHello\n\n"))
+    converse(Talker(model, tokenizer, "", 8, 0, {}))
+    assert seen == [tokenizer.encode_prompt("Hello")]
+    assert f"longer than the model's context of {model.config.max_seq_len} tokens" in capsys.readouterr().out
+
+
+def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_path, monkeypatch, capsys):
+    """All turns of a dialog, its own system message before --system; the longest prompt decides a batch's room."""
+    from instruct_llama import conversation
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
+    own = {"role": "system", "content": "Be brief."}
+    long = {"role": "user", "content": "word " * 30}
+    dialogs = [[user, answer, long], [own, user], [user]]
+    sources.write_jsonl(tmp_path / "asked.jsonl", [{"prompt": dialog} for dialog in dialogs])
+    seen, real = [], conversation.sample
+
+    def sample(model, ids, **options):
+        seen.append((ids, options["generator"]))
+        return real(model, ids, **options)
+
+    monkeypatch.setattr(conversation, "sample", sample)
+    limit = model.config.max_seq_len
+    talker = conversation.Talker(model, tokenizer, "Be kind.", limit, 3, {"temperature": 1.0})
+    conversation.answer_file(talker, tmp_path / "asked.jsonl", 2)
+    kind = {"role": "system", "content": "Be kind."}
+    wanted = [tokenizer.encode_prompt(d if d[0] == own else [kind, *d]) for d in dialogs]
+    assert [ids for part, _ in seen for ids in part] == wanted and len(wanted[0]) > len(wanted[1])
+    assert [len(part) for part, _ in seen] == [2, 1] and seen[0][1] is seen[1][1]
+    assert seen[0][1].initial_seed() == 3
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == dialogs
 
 
 def test_a_character_of_several_bytes_is_shown_whole():
