@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tokenizer import json_tokenizer
 
 import instruct_llama as il
 from instruct_llama import convert, presets
@@ -327,6 +328,20 @@ def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeyp
     assert "Be kind." in text and "Question 11" in text and "Question 0 " not in text
 
 
+def test_chat_remembers_what_it_answered(runs, monkeypatch, capsys):
+    from instruct_llama.conversation import Talker, converse
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    seen, said = [], tokenizer.encode("The dog is red.")
+    monkeypatch.setattr("instruct_llama.conversation.stream", lambda _, ids, **__: seen.append(ids) or iter(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd the cat?\n\n"))
+    converse(Talker(model, tokenizer, "", 8, 0, {}))
+    turns = [("user", "Hello"), ("assistant", "The dog is red."), ("user", "And the cat?")]
+    assert seen[1] == tokenizer.encode_prompt([{"role": role, "content": content} for role, content in turns])
+    assert capsys.readouterr().out.count("The dog is red.\n") == 2
+
+
 def test_a_turn_that_is_too_long_is_forgotten_and_the_conversation_goes_on(runs, monkeypatch, capsys):
     from instruct_llama.conversation import Talker, converse
 
@@ -384,7 +399,7 @@ def test_a_character_of_several_bytes_is_shown_whole():
     assert list(pieces_of(Bytes(), iter(cut))) == ["\ufffd"]  # the end came before the rest of it
 
 
-def test_chat_stops_at_every_token_that_ends_an_answer(runs):
+def test_p25_chat_stops_at_every_token_that_ends_an_answer(runs, tmp_path):
     from instruct_llama.conversation import Talker
     from instruct_llama.model.generate import stream
 
@@ -399,4 +414,6 @@ def test_chat_stops_at_every_token_that_ends_an_answer(runs):
     ids = talker.encode([{"role": "user", "content": "Hello"}])
     options = {**talker.options, "banned": tuple(i for i in range(tokenizer.vocab_size) if i != other)}
     assert list(stream(model, ids, max_new_tokens=8, **options)) == []
-    assert not set(talker.options["banned"]) & set(tokenizer.end_ids)
+    other = Talker(model, json_tokenizer(tmp_path, "chatml"), "", 8, 0, {})  # whose other end is a special token
+    assert len(other.options["eos_id"]) == 2 and not set(other.options["banned"]) & set(other.options["eos_id"])
+    assert set(other.tokenizer.special_ids) == {*other.options["banned"], *other.options["eos_id"]}

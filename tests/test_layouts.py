@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from instruct_llama import checkpoint
+from instruct_llama import checkpoint, presets
 from instruct_llama.config import UserError
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama
@@ -46,6 +46,14 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
     assert abs(first["ppo/kl"]) < 1e-4 and first["ppo/sampling_gap"] < 1e-4
     moved = checkpoint.load(result.folder)[0](tokens)
     assert 0 < float((moved - taught).abs().max()) < float((taught - untaught).abs().max())
+
+
+def test_p16_a_reward_model_for_the_shared_base_is_trained_over_ppos_kind_of_base():
+    """Whatever reward.quant says: PPO refuses adapters that were trained over a base kept otherwise."""
+    settings = presets.get("tiny").replace(ppo__quant__kind="nf4", reward__quant__kind="none", ppo__lora__rank=6)
+    found = checkpoint.for_shared_base(settings)
+    assert found.quant == settings.ppo.quant and found.lora == settings.ppo.lora
+    assert checkpoint.for_shared_base(settings.replace(reward__lora__rank=3)).lora.rank == 3
 
 
 def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):

@@ -214,6 +214,14 @@ def test_p16_merging_into_the_original_weights_is_another_model():
             lora.merge(model, "a", **wrong)
 
 
+def test_merge_gives_the_dtype_that_was_asked_for():
+    """All of it: norms and embeddings in another width than the projections would be written as a mixture."""
+    model = adapted()
+    merged = lora.merge(model, "a", dtype=torch.bfloat16)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_merge_keeps_the_scalar_head():
     model = adapted(kind=ScalarLlama)
     merged = lora.merge(model, "a")
