@@ -200,7 +200,8 @@ def _unfrozen(model: ModelConfig, layers: int) -> int:
     if layers == 0:
         return parameter_count(model)
     rest = projection_count(model) * (model.n_layers - layers) // model.n_layers
-    return rest + (2 * (model.n_layers - layers) + 1) * model.dim
+    output = 0 if model.tie_embeddings else model.vocab_size * model.dim  # its own weights go on training
+    return rest + output + (2 * (model.n_layers - layers) + 1) * model.dim
 
 
 def _ppo(settings: Settings, processes: int) -> Estimate:

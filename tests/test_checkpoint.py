@@ -336,6 +336,28 @@ def test_p16_merging_into_the_dequantised_base_is_what_was_trained(tmp_path, tok
     assert float(difference) > 0.01
 
 
+def test_p16_a_shared_base_takes_no_adapter_with_embeddings_of_its_own(tmp_path, tokenizer):
+    """One base has one embedding: PPO over it would silently play another model. A reward model's head is its own."""
+    folder, _ = save("lora-embeddings", tmp_path / "a", tokenizer)
+    with pytest.raises(UserError, match="trained embeddings beside its adapter.*merge it first"):
+        checkpoint.base_of(folder)
+    folder, _ = save("scalar-lora", tmp_path / "b", tokenizer)
+    base, (config, state, quant) = checkpoint.base_of(folder)
+    assert base.resolve() == (tmp_path / "b" / "deep" / "base").resolve() and quant == checkpoint.DENSE
+    assert config.rank == 4 and "scalar_head.weight" in state
+
+
+def test_a_model_does_not_live_in_its_file(tmp_path, tokenizer):
+    """Weights are copied out of the mapped file: what is written there later changes no model that is loaded."""
+    folder, before = save("full", tmp_path, tokenizer)
+    model, _ = checkpoint.load(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(b"\0" * (size - size // 2))
+    assert torch.equal(probe(model), before)
+
+
 def test_merge_of_a_full_checkpoint_is_refused(tmp_path, tokenizer):
     folder, _ = save("full", tmp_path, tokenizer)
     with pytest.raises(UserError, match="no adapter to merge"):

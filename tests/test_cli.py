@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tokenizer import json_tokenizer
 
 import instruct_llama as il
 from instruct_llama import convert, presets
@@ -307,6 +308,9 @@ def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_pat
     kept = {key: seen[0][1][key] for key in ("temperature", "top_k", "top_p", "max_new_tokens")}
     assert kept == {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "max_new_tokens": 7}
     assert tokenizer.eos_id in seen[0][1]["eos_id"] and tokenizer.pad_id in seen[0][1]["banned"]
+    generators = [options["generator"] for _, options in seen]
+    assert generators[0].initial_seed() == 1  # --seed of `args`
+    assert generators[1] is generators[0]  # a turn goes on with the numbers where the last one stopped
 
 
 def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeypatch):
@@ -324,6 +328,62 @@ def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeyp
     assert "Be kind." in text and "Question 11" in text and "Question 0 " not in text
 
 
+def test_chat_remembers_what_it_answered(runs, monkeypatch, capsys):
+    from instruct_llama.conversation import Talker, converse
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    seen, said = [], tokenizer.encode("The dog is red.")
+    monkeypatch.setattr("instruct_llama.conversation.stream", lambda _, ids, **__: seen.append(ids) or iter(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd the cat?\n\n"))
+    converse(Talker(model, tokenizer, "", 8, 0, {}))
+    turns = [("user", "Hello"), ("assistant", "The dog is red."), ("user", "And the cat?")]
+    assert seen[1] == tokenizer.encode_prompt([{"role": role, "content": content} for role, content in turns])
+    assert capsys.readouterr().out.count("The dog is red.\n") == 2
+
+
+def test_a_turn_that_is_too_long_is_forgotten_and_the_conversation_goes_on(runs, monkeypatch, capsys):
+    from instruct_llama.conversation import Talker, converse
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    seen = []
+    monkeypatch.setattr("instruct_llama.conversation.stream", lambda _, prompt, **__: seen.append(prompt) or iter(()))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'word ' * 400}\nHello\n\n"))
+    converse(Talker(model, tokenizer, "", 8, 0, {}))
+    assert seen == [tokenizer.encode_prompt("Hello")]
+    assert f"longer than the model's context of {model.config.max_seq_len} tokens" in capsys.readouterr().out
+
+
+def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_path, monkeypatch, capsys):
+    """All turns of a dialog, its own system message before --system; the longest prompt decides a batch's room."""
+    from instruct_llama import conversation
+
+    out, _ = runs
+    model, tokenizer = il.load(out / "sft")
+    user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
+    own = {"role": "system", "content": "Be brief."}
+    long = {"role": "user", "content": "word " * 30}
+    dialogs = [[user, answer, long], [own, user], [user]]
+    sources.write_jsonl(tmp_path / "asked.jsonl", [{"prompt": dialog} for dialog in dialogs])
+    seen, real = [], conversation.sample
+
+    def sample(model, ids, **options):
+        seen.append((ids, options["generator"]))
+        return real(model, ids, **options)
+
+    monkeypatch.setattr(conversation, "sample", sample)
+    limit = model.config.max_seq_len
+    talker = conversation.Talker(model, tokenizer, "Be kind.", limit, 3, {"temperature": 1.0})
+    conversation.answer_file(talker, tmp_path / "asked.jsonl", 2)
+    kind = {"role": "system", "content": "Be kind."}
+    wanted = [tokenizer.encode_prompt(d if d[0] == own else [kind, *d]) for d in dialogs]
+    assert [ids for part, _ in seen for ids in part] == wanted and len(wanted[0]) > len(wanted[1])
+    assert [len(part) for part, _ in seen] == [2, 1] and seen[0][1] is seen[1][1]
+    assert seen[0][1].initial_seed() == 3
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == dialogs
+
+
 def test_a_character_of_several_bytes_is_shown_whole():
     from instruct_llama.conversation import pieces_of
 
@@ -339,7 +399,7 @@ def test_a_character_of_several_bytes_is_shown_whole():
     assert list(pieces_of(Bytes(), iter(cut))) == ["\ufffd"]  # the end came before the rest of it
 
 
-def test_chat_stops_at_every_token_that_ends_an_answer(runs):
+def test_p25_chat_stops_at_every_token_that_ends_an_answer(runs, tmp_path):
     from instruct_llama.conversation import Talker
     from instruct_llama.model.generate import stream
 
@@ -354,4 +414,6 @@ def test_chat_stops_at_every_token_that_ends_an_answer(runs):
     ids = talker.encode([{"role": "user", "content": "Hello"}])
     options = {**talker.options, "banned": tuple(i for i in range(tokenizer.vocab_size) if i != other)}
     assert list(stream(model, ids, max_new_tokens=8, **options)) == []
-    assert not set(talker.options["banned"]) & set(tokenizer.end_ids)
+    other = Talker(model, json_tokenizer(tmp_path, "chatml"), "", 8, 0, {})  # whose other end is a special token
+    assert len(other.options["eos_id"]) == 2 and not set(other.options["banned"]) & set(other.options["eos_id"])
+    assert set(other.tokenizer.special_ids) == {*other.options["banned"], *other.options["eos_id"]}

@@ -11,17 +11,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from huggingface_hub import errors
 from test_tokenizer import json_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import instruct_llama as il
-from instruct_llama import checkpoint, convert
+from instruct_llama import checkpoint, convert, presets
 from instruct_llama.__main__ import main
 from instruct_llama.config import ModelConfig, RopeScaling, UserError
-from instruct_llama.convert import huggingface, imports, names, vocabulary
+from instruct_llama.convert import huggingface, imports, meta, names, vocabulary
 from instruct_llama.data.tokenizer import JsonTokenizer, Tokenizer
+from instruct_llama.model import lora
 from instruct_llama.model.generate import sample
 from instruct_llama.model.llama import Llama
 
@@ -30,7 +32,7 @@ SMOLLM2 = ROOT / "checkpoints" / "smollm2"
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}  # fmt: skip
 SHAPES = {
-    "grouped queries, tied": {"tie_word_embeddings": True},
+    "grouped queries, tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 20_000.0}},
     "untied, many heads": {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "LLaMA 3 positions": {"rope_parameters": {"rope_theta": 500_000.0, **LLAMA3_ROPE}},
     "linear positions": {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0}},
@@ -38,18 +40,26 @@ SHAPES = {
 
 
 def reference(shape: str = "untied, many heads") -> LlamaForCausalLM:
-    """A small random model of `transformers`, its norms not all ones."""
+    """A small random model of `transformers`, its norms not all ones, its settings nobody's defaults."""
     torch.manual_seed(0)
     usual = {"num_key_value_heads": 2, "tie_word_embeddings": False}
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=256, bos_token_id=0, eos_token_id=2, pad_token_id=0, **{**usual, **SHAPES[shape]},
+            max_position_embeddings=320, bos_token_id=0, eos_token_id=2, pad_token_id=0, rms_norm_eps=1e-3,
+            **{**usual, **SHAPES[shape]},
         )
     )  # fmt: skip
     for name, weight in model.named_parameters():
         torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.1)
     return model.eval()
+
+
+def halved(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The same with its weights in 16 bits; rotary frequencies, which no file holds, stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 TOKENS = torch.randint(400, (2, 100), generator=torch.Generator().manual_seed(1))
@@ -113,6 +123,30 @@ def test_shards_are_found_through_the_index_and_bf16_stays_bf16(tmp_path):
     assert size16 < 0.52 * size
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     assert difference(tmp_path / "run16", theirs) < 1e-5  # loaded into fp32: bf16 numbers, exactly
+
+
+def test_a_folder_of_two_16_bit_kinds_is_kept_in_32(tmp_path):
+    """Either kind alone would round the other's numbers."""
+    path, theirs = hf_folder(tmp_path / "hf")
+    halves = {key: v.half() if "norm" in key else v.bfloat16() for key, v in theirs.state_dict().items()}
+    edit(path / "model.safetensors", lambda state: state.update(halves))
+    assert "(f32)" in convert.import_checkpoint(str(path), tmp_path / "run")[-1]
+    theirs.load_state_dict({key: value.float() for key, value in halves.items()})
+    assert difference(tmp_path / "run", theirs) < 1e-5
+
+
+def test_what_some_folders_hold_besides_is_left_out(tmp_path):
+    """The tied output once more, and the rotary frequencies of older files: neither is an unexpected key."""
+    path, theirs = hf_folder(tmp_path / "hf", "grouped queries, tied")
+
+    def change(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit(path / "model.safetensors", change)
+    convert.import_checkpoint(str(path), tmp_path / "run")
+    assert difference(tmp_path / "run", theirs) < 1e-5
+    assert il.load(tmp_path / "run")[0].config.tie_embeddings
 
 
 def edit(path: Path, change) -> None:
@@ -255,6 +289,18 @@ def test_a_wrong_hash_is_named(tmp_path):
         convert.import_checkpoint(str(path), tmp_path / "again")
 
 
+def test_a_hash_covers_the_whole_file(tmp_path):
+    """What is damaged behind the first MiB is damaged too: shards are gigabytes."""
+    data = bytearray((1 << 20) + 10)
+    (tmp_path / "checklist.chk").write_text(f"{hashlib.md5(data).hexdigest()}  consolidated.00.pth\n")
+    (tmp_path / "consolidated.00.pth").write_bytes(data)
+    imports.check_sums(tmp_path)
+    data[-1] ^= 1
+    (tmp_path / "consolidated.00.pth").write_bytes(data)
+    with pytest.raises(UserError, match=r"consolidated\.00\.pth has the md5"):
+        imports.check_sums(tmp_path)
+
+
 # ---------------------------------------------------------------- Meta
 
 
@@ -320,6 +366,51 @@ def test_metas_stretched_positions_are_llama_3s(tmp_path):
     model, _ = il.load(tmp_path / "run")
     assert model.config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     assert model.config.max_seq_len == 131_072 and model.config.rope_theta == 500_000.0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_p13_an_output_that_is_the_embedding_once_more_is_tied(parts, tmp_path):
+    """LLaMA 3.2's files hold both: kept apart, 1B would have 1.5 B weights, and training would let them part."""
+    theirs = halved(reference("grouped queries, tied"), torch.bfloat16)
+    path = meta_folder(tmp_path / "meta", theirs, parts, 0)
+    lines = convert.import_checkpoint(str(path), tmp_path / "run")
+    assert f"{sum(p.numel() for p in set(theirs.parameters())):,} parameters (bf16)" in lines[-1]
+    assert il.load(tmp_path / "run")[0].config.tie_embeddings
+    assert difference(tmp_path / "run", theirs.float()) < 1e-5
+
+
+META = {  # params.json as each model was released; the number of shards
+    "llama2-7b": ({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5,
+                   "vocab_size": -1}, 1),
+    "llama2-70b": ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8,
+                    "n_layers": 80, "norm_eps": 1e-5, "vocab_size": -1}, 8),
+    "llama3-8b": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128_256,
+                   "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500_000.0}, 1),
+    "llama3.1-8b": ({"dim": 4096, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, "n_heads": 32, "n_kv_heads": 8,
+                     "n_layers": 32, "norm_eps": 1e-5, "rope_theta": 500_000.0, "use_scaled_rope": True,
+                     "vocab_size": 128_256}, 1),
+    "llama3.2-3b": ({"dim": 3072, "ffn_dim_multiplier": 1.0, "multiple_of": 256, "n_heads": 24, "n_kv_heads": 8,
+                     "n_layers": 28, "norm_eps": 1e-5, "rope_theta": 500_000.0, "use_scaled_rope": True,
+                     "vocab_size": 128_256}, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", META)
+def test_p13_metas_settings_make_the_published_shape(name):
+    """What params.json leaves open (key/value heads, vocabulary, context, stretching) is filled in as published."""
+    params, parts = META[name]
+    shape = presets.SHAPES[name]
+    table = torch.arange(6.0).view(2, 3)
+    shards = [
+        {
+            "layers.0.feed_forward.w1.weight": torch.empty(shape.ffn_dim // parts, shape.dim, device="meta"),
+            "tok_embeddings.weight": table, "output.weight": table + (0 if shape.tie_embeddings else 1),
+        }
+        for _ in range(parts)
+    ]  # fmt: skip
+    assert meta.model_config(params, shards, 32_000) == shape
+    without = [{key: value for key, value in shard.items() if key != "output.weight"} for shard in shards]
+    assert meta.model_config(params, without, 32_000).tie_embeddings
 
 
 def test_p05_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
@@ -422,6 +513,66 @@ def test_quantised_gguf_is_dequantised_as_transformers_does(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="q8.gguf", dtype=torch.float32)
     assert 1e-4 < difference(tmp_path / "back", reference())  # it is another model …
     assert difference(tmp_path / "back", theirs) < 1e-4  # … the same one as theirs
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_16_bit_weights_stand_in_a_gguf_file_as_they_are(kind, tmp_path):
+    """Matrices in the model's own 16 bits, norms in fp32, as llama.cpp wants them; and the file says so."""
+    import gguf
+
+    theirs = halved(reference(), {"F16": torch.float16, "BF16": torch.bfloat16}[kind])
+    theirs.save_pretrained(tmp_path / "hf")
+    json_tokenizer(tmp_path / "hf", "chatml")
+    convert.import_checkpoint(str(tmp_path / "hf"), tmp_path / "run")
+    convert.export("gguf", tmp_path / "run", tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    for tensor in reader.tensors:
+        assert tensor.tensor_type.name == ("F32" if "norm" in tensor.name else kind), tensor.name
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+    convert.import_checkpoint(str(tmp_path / "model.gguf"), tmp_path / "back")
+    assert difference(tmp_path / "back", theirs.float()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "tokenizer.json"])
+def test_p25_a_gguf_file_brings_its_vocabulary_and_names_its_ends(kind, pipeline, tmp_path):
+    """llama.cpp reads from these fields where an answer stops, and must not put a second <s> before the frame's."""
+    import gguf
+
+    source = Path(pipeline.out) / "sft"
+    if kind == "tokenizer.json":
+        source = tmp_path / "run"
+        convert.import_checkpoint(str(hf_folder(tmp_path / "hf")[0]), source)
+    convert.export("gguf", source, tmp_path / "model.gguf")
+    ours, tokenizer = il.load(source)
+    field = {key: value.contents() for key, value in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    ends = [field[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")]
+    assert ends == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id] and tokenizer.eos_id != tokenizer.pad_id
+    assert field["tokenizer.ggml.add_bos_token"] is False
+    assert field["tokenizer.chat_template"] == tokenizer.chat_template
+    convert.import_checkpoint(str(tmp_path / "model.gguf"), tmp_path / "back")
+    back, read = il.load(tmp_path / "back")
+    assert difference(back, ours, TOKENS % tokenizer.vocab_size) < 1e-5
+    text = "Anna has 12 red apples.\n\nThe dog  sleeps é 日本."
+    assert read.encode(text) == tokenizer.encode(text) and read.decode(read.encode(text)) == text
+    assert read.encode_prompt(DIALOG) == tokenizer.encode_prompt(DIALOG)
+    if kind == "SentencePiece":  # scores are the order of merges: without them most texts encode alike, not all
+        before, after = ([piece.score for piece in vocabulary._pieces(t).pieces] for t in (tokenizer, read))
+        assert before == after and len(set(before)) > 100
+    assert (read.end_ids, read.pad_id, read.banned_ids) == (tokenizer.end_ids, tokenizer.pad_id, tokenizer.banned_ids)
+
+
+def test_llama_3s_whole_words_need_no_merges(tmp_path):
+    """Its vocabulary has words that no path of merges reaches; the other kinds are plain byte-pair encoding."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    fields = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.tokens": [*letters, "he", "hello", *special],
+        "tokenizer.ggml.token_type": [vocabulary.NORMAL] * (len(letters) + 2) + [vocabulary.CONTROL] * len(special),
+    }  # fmt: skip
+    assert vocabulary.from_gguf(fields, tmp_path / "a.gguf").encode("hello") == [len(letters) + 1]
+    plain = vocabulary.from_gguf({**fields, "tokenizer.ggml.pre": "gpt-2"}, tmp_path / "a.gguf")
+    assert plain.pieces(plain.encode("hello")) == ["he", "l", "l", "o"]
 
 
 def test_what_is_wrong_with_a_gguf_file_is_named(tmp_path):
@@ -565,14 +716,31 @@ def test_an_exported_folder_is_what_transformers_loads(pipeline, stage, tmp_path
     assert il.load(tmp_path / "back")[1].encode_prompt(DIALOG) == tokenizer.encode_prompt(DIALOG)
 
 
+def test_an_export_keeps_every_setting_of_an_imported_model(folder, tmp_path):
+    """Positions, tying, epsilon, context: what the pipeline's own models do not vary."""
+    path, theirs = folder
+    convert.import_checkpoint(str(path), tmp_path / "run")
+    convert.export("hf", tmp_path / "run", tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert difference(again, theirs) < 1e-5
+    for key in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "num_key_value_heads", "head_dim"):
+        assert getattr(again.config, key) == getattr(theirs.config, key), key
+    assert theirs.config.rope_parameters.items() <= again.config.rope_parameters.items()
+    ours, tokenizer = il.load(tmp_path / "run")
+    assert ours.config.max_seq_len == theirs.config.max_position_embeddings
+    assert len(tokenizer.end_ids) > 1  # P25: `generate` there stops where ours does
+    assert again.generation_config.eos_token_id == list(tokenizer.end_ids)
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["adapters", "adapters and embeddings"])
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_an_exported_adapter_is_what_peft_loads(pipeline, beside, kind, tmp_path):
     from peft import PeftModel
 
+    targets = ("wq", "w_down") if beside else lora.PROJECTIONS
     settings = pipeline.replace(sft__lora__rank=4, sft__quant__kind=kind, sft__train_embeddings=beside,
-                                sft__optim__lr=0.02, init=str(Path(pipeline.out) / "pretrain"),
-                                out=str(tmp_path / "runs"))  # fmt: skip
+                                sft__lora__targets=targets, sft__optim__lr=0.02, out=str(tmp_path / "runs"),
+                                init=str(Path(pipeline.out) / "pretrain"))  # fmt: skip
     source = il.stages.sft.run(settings).folder
     lines = convert.export("peft", source, tmp_path / "peft")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "peft" / "base", dtype=torch.float32)
@@ -582,6 +750,9 @@ def test_an_exported_adapter_is_what_peft_loads(pipeline, beside, kind, tmp_path
     theirs = PeftModel.from_pretrained(base, tmp_path / "peft")
     assert difference(ours, theirs, tokens) < 1e-4
     assert "PeftModel.from_pretrained" in lines[-1]
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert len(written["target_modules"]) == len(targets)
+    assert beside is False or written["target_modules"] == ["down_proj", "q_proj"]
 
 
 def test_p16_the_base_an_adapter_is_merged_into_can_be_chosen(pipeline, tmp_path, capsys):
@@ -625,6 +796,15 @@ def test_16_bits_stay_16_through_training_merging_and_export(pipeline, tmp_path)
     convert.export("hf", source, tmp_path / "out")
     for folder in (tmp_path / "merged", tmp_path / "out"):
         assert checkpoint.stored_dtype(folder) == torch.bfloat16
+    convert.export("hf", tmp_path / "base", tmp_path / "plain")
+    convert.export("peft", source, tmp_path / "peft")
+    for folder in (tmp_path / "out", tmp_path / "plain", tmp_path / "peft" / "base"):
+        tensors, _ = checkpoint.read_tensors(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
+    frozen, _ = il.load(source, dtype=torch.bfloat16)
+    assert {p.dtype for p in lora.no_adapters(frozen).values()} == {torch.bfloat16}
+    assert {p.dtype for p in lora.adapter_parameters(frozen, "sft")} == {torch.float32}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert difference(tmp_path / "merged", theirs, TOKENS % tokenizer.vocab_size) < 1e-4
 

@@ -221,6 +221,45 @@ def test_p06_the_card_is_made_of_held_out_records(on_data):
     assert held.prompts == [r["prompt"] for r in valid]
 
 
+def test_a_win_is_an_answer_that_the_judge_prefers_to_the_first_stages(pipeline, tmp_path, monkeypatch):
+    """The judge is replaced by one that likes later stages better, and the second prompt's answers all the same."""
+    shutil.copytree(pipeline.out, tmp_path / "runs")
+    rated = lambda *a: [[float(i), 0.5] for i in range(len(a[-1]))]  # noqa: E731
+    monkeypatch.setattr(evaluate, "judged", rated)
+    prompt = [{"role": "user", "content": "What is item 3?"}]
+    pairs = [{"prompt": prompt, "completions": ["It is 3.", "No."]}] * 9
+    held = evaluate.HeldOut(comparisons=pairs, prompts=[prompt] * 2)
+    settings = pipeline.replace(out=str(tmp_path / "runs"), evaluate__comparisons=4)
+    stages = evaluate.data_card(settings, held)["stages"]
+    rates = {name: entry["win_rate"]["mean"] for name, entry in stages.items() if "win_rate" in entry}
+    assert rates == {"pretrain": 0.5, "sft": 0.75, "sft-qlora": 0.75, "ppo": 0.75}
+    assert stages["ppo"]["score"]["mean"] == (3.0 + 0.5) / 2
+    assert stages["reward"]["accuracy"]["n"] == 4  # evaluate.comparisons, a pair each
+
+
+def test_p06_each_stages_own_data_give_their_held_out_records(pipeline, tmp_path):
+    """Without --data, comparisons come from what the reward stage trains on, and so on: not all from SFT's."""
+    from instruct_llama.data import sources
+    from instruct_llama.stages import records
+
+    ask = lambda word, i: [{"role": "user", "content": f"What is {word} {i}?"}]  # noqa: E731
+    rows = {
+        "dialogs": [{"messages": [*ask("item", i), {"role": "assistant", "content": "It."}]} for i in range(150)],
+        "pairs": [{"prompt": ask("thing", i), "completions": ["It.", "No."]} for i in range(150)],
+        "prompts": [{"prompt": ask("number", i)} for i in range(150)],
+    }
+    for name, some in rows.items():
+        sources.write_jsonl(tmp_path / f"{name}.jsonl", some)
+    path = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
+    settings = pipeline.replace(sft__data=path["dialogs"], reward__data=path["pairs"], ppo__data=path["prompts"])
+    held = records.heldout(settings)
+    for found, word in (
+        ([dialog[0] for dialog in held.dialogs], "item"), ([c["prompt"][0] for c in held.comparisons], "thing"),
+        ([prompt[0] for prompt in held.prompts], "number"),
+    ):  # fmt: skip
+        assert found and all(f"What is {word}" in turn["content"] for turn in found)
+
+
 def test_perplexity_is_what_pretraining_measures(pipeline):
     from instruct_llama.data.batches import dialog_batch, fit_dialog
     from instruct_llama.stages.pretrain import language_model_metrics

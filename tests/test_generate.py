@@ -54,6 +54,12 @@ def test_p11_top_p_keeps_the_first_token_always_and_temperature_0_is_greedy():
     assert torch.equal(filter_logits(torch.zeros(5), temperature=0).exp().sum(), torch.tensor(1.0))  # a tie
 
 
+def test_p11_top_p_keeps_no_more_than_the_mass_needs():
+    """Of four equal shares two hold one half exactly: a third would be sampled from without being asked for."""
+    assert filter_logits(torch.zeros(4), top_p=0.5).isfinite().tolist() == [True, True, False, False]
+    assert filter_logits(torch.zeros(4), top_p=0.51).isfinite().sum() == 3
+
+
 def test_p11_top_k_keeps_k_tokens_of_a_tie():
     assert (filter_logits(torch.zeros(9), top_k=3) > -math.inf).sum() == 3
     assert (filter_logits(torch.zeros(9), top_k=50) > -math.inf).sum() == 9
@@ -266,6 +272,8 @@ def test_generate_answers_in_order_and_depends_on_the_seed_alone(tokenizer):
     drawn = generate(model, tokenizer, prompts, max_new_tokens=8, seed=1)
     assert generate(model, tokenizer, prompts, max_new_tokens=8, seed=1) == drawn
     assert generate(model, tokenizer, prompts, max_new_tokens=8, seed=2) != drawn
+    same = generate(model, tokenizer, ["hello"] * 6, max_new_tokens=8, batch_size=3)
+    assert same[:3] != same[3:]  # a second batch goes on with the numbers, it does not draw the first one's again
     assert generate(model, tokenizer, []) == []
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from instruct_llama import checkpoint
+from instruct_llama import checkpoint, presets
 from instruct_llama.config import UserError
+from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama
+from instruct_llama.rlhf import layouts
 from instruct_llama.stages import ppo, reward, sft
 
 
@@ -32,13 +34,26 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
         with player.models.role(role) as model:
             assert torch.allclose(model(tokens), taught, atol=1e-5)
     assert not torch.allclose(taught, untaught, atol=1e-2)
-    with player.models.role("reward") as model, torch.no_grad():
-        assert torch.allclose(model(tokens), checkpoint.load(judged)[0](tokens), atol=1e-5)
+    scores = checkpoint.load(judged)[0](tokens)
+    for role in ("reward", "value"):  # the value starts as the reward model
+        with player.models.role(role) as model, torch.no_grad():
+            assert torch.allclose(model(tokens), scores, atol=1e-5)
+    for ours, theirs in zip(*(lora.adapter_state(player.models.base, role).items() for role in ("value", "reward")),
+                            strict=True):  # fmt: skip
+        assert torch.equal(ours[1], theirs[1]) and ours[1].data_ptr() != theirs[1].data_ptr(), ours[0]
     result = ppo.run(settings.replace(init=str(start)))
     first = result.history[0]
     assert abs(first["ppo/kl"]) < 1e-4 and first["ppo/sampling_gap"] < 1e-4
     moved = checkpoint.load(result.folder)[0](tokens)
     assert 0 < float((moved - taught).abs().max()) < float((taught - untaught).abs().max())
+
+
+def test_p16_a_reward_model_for_the_shared_base_is_trained_over_ppos_kind_of_base():
+    """Whatever reward.quant says: PPO refuses adapters that were trained over a base kept otherwise."""
+    settings = presets.get("tiny").replace(ppo__quant__kind="nf4", reward__quant__kind="none", ppo__lora__rank=6)
+    found = checkpoint.for_shared_base(settings)
+    assert found.quant == settings.ppo.quant and found.lora == settings.ppo.lora
+    assert checkpoint.for_shared_base(settings.replace(reward__lora__rank=3)).lora.rank == 3
 
 
 def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):
@@ -51,7 +66,46 @@ def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):
         ppo.build(settings)
 
 
+def test_p08_a_coarse_base_bears_fp32_adapters_and_heads(pipeline, tmp_path):
+    """In bf16 the frozen base is kept in 16 bits, which is what makes 7 B fit; what trains is not."""
+    settings = pipeline.replace(
+        out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), reward__lora__rank=4, reward__sample_share=0.0,
+        ppo__layout="shared_base", ppo__precision="bf16", reward__loop__steps=1,
+    )  # fmt: skip
+    reward.run(settings)
+    models = ppo.build(settings)[0].models
+    assert {p.dtype for p in lora.no_adapters(models.base).values()} == {torch.bfloat16}
+    for role in ("policy", "value"):
+        assert {p.dtype for p in models.trainable(role).values()} == {torch.float32}
+    trained = {id(p) for role in ("policy", "value") for p in models.trainable(role).values()}
+    everything = [*models.base.parameters(), *(p for head in models.heads.values() for p in head.parameters())]
+    assert {id(p) for p in everything if p.requires_grad} == trained  # neither the base nor the reward model
+
+
 # ---------------------------------------------------------------- four models: devices, swapping
+
+
+def test_each_network_is_loaded_where_it_belongs(pipeline):
+    """By `ppo.devices` in the order of the roles; swapped ones on the CPU. "meta" stands for a GPU."""
+    sft_run, reward_run = (Path(pipeline.out) / stage for stage in ("sft", "reward"))
+    for changes, places in (
+        ({"ppo__devices": ("cpu", "meta", "cpu", "meta")}, ["cpu", "meta", "cpu", "meta"]),
+        ({"ppo__swap": True}, ["cpu"] * 4),
+        ({}, ["meta"] * 4),
+    ):
+        models = layouts.four_models(sft_run, reward_run, torch.device("meta"), pipeline.replace(**changes).ppo)
+        assert list(models.models) == ["policy", "reference", "value", "reward"]
+        assert [next(model.parameters()).device.type for model in models.models.values()] == places
+        assert models.swap_to == (torch.device("meta") if "ppo__swap" in changes else None)
+
+
+def test_frozen_layers_of_the_policy_do_not_train_with_their_embeddings(pipeline):
+    folders = [Path(pipeline.out) / stage for stage in ("sft", "reward")]
+    models = layouts.four_models(*folders, torch.device("cpu"), pipeline.replace(ppo__freeze_layers=1).ppo)
+    names = models.trainable("policy")
+    assert names and all(name.startswith(("layers.1.", "norm.")) for name in names)  # the tied output is the embedding
+    assert set(models.trainable("value")) == set(dict(models.models["value"].named_parameters()))
+    assert not models.trainable("reference") and not models.trainable("reward")
 
 
 def moves(monkeypatch) -> list[tuple[str, str]]:

@@ -214,6 +214,14 @@ def test_p16_merging_into_the_original_weights_is_another_model():
             lora.merge(model, "a", **wrong)
 
 
+def test_merge_gives_the_dtype_that_was_asked_for():
+    """All of it: norms and embeddings in another width than the projections would be written as a mixture."""
+    model = adapted()
+    merged = lora.merge(model, "a", dtype=torch.bfloat16)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_merge_keeps_the_scalar_head():
     model = adapted(kind=ScalarLlama)
     merged = lora.merge(model, "a")
@@ -391,3 +399,14 @@ def test_sampling_makes_4_bit_weights_dense_once_and_changes_no_token(monkeypatc
     with pytest.raises(RuntimeError), lora.kept_dense(model):
         raise RuntimeError
     assert all(layer.kept is None for layer in layers)  # also after an error
+
+
+def test_on_a_gpu_sampling_goes_on_in_4_bits():
+    """Dense copies of 7 B weights would take the memory that 4 bits save: only the CPU keeps them while it samples."""
+    model = make()
+    lora.quantise(model, QuantConfig("nf4"))
+    here, there = (layer for _, layer in lora.projections(model)[:2])
+    there.packed = there.packed.to("meta")  # as if it were on another device
+    with lora.kept_dense(model):
+        assert here.kept is not None and there.kept is None
+    assert here.kept is None

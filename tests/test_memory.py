@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from instruct_llama import memory, presets
-from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, Settings, UserError
+from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
 from instruct_llama.memory import GB
 from instruct_llama.model import lora
-from instruct_llama.model.llama import Llama
+from instruct_llama.model.llama import KVCache, Llama, ScalarLlama
+from instruct_llama.rlhf.layouts import FourModels
 from instruct_llama.stages import trainer
 
 PUBLISHED = {  # the number of parameters that each model's own page gives (the hub counts them from its safetensors)
@@ -31,8 +32,27 @@ def test_p13_shapes_have_the_published_number_of_parameters(name):
     assert sum(p.numel() for p in set(model.parameters())) == PUBLISHED[name]
 
 
+SETTINGS = {  # of each model's config.json: heads, key/value heads, context, rope_theta, stretched by
+    "smollm2-135m": (9, 3, 8192, 1e5, None), "smollm2-360m": (15, 5, 8192, 1e5, None),
+    "smollm2-1.7b": (32, 32, 8192, 1.3e5, None), "tinyllama-1.1b": (32, 4, 2048, 1e4, None),
+    "llama2-7b": (32, 32, 4096, 1e4, None), "llama2-13b": (40, 40, 4096, 1e4, None),
+    "llama2-70b": (64, 8, 4096, 1e4, None), "llama3-8b": (32, 8, 8192, 5e5, None),
+    "llama3.1-8b": (32, 8, 131_072, 5e5, 8.0), "llama3.2-1b": (32, 8, 131_072, 5e5, 32.0),
+    "llama3.2-3b": (24, 8, 131_072, 5e5, 32.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", presets.SHAPES)
+def test_p13_what_no_number_of_parameters_shows_is_as_published(name):
+    """As many weights make other models: with other heads, other rotary frequencies, another epsilon."""
+    shape, factor = presets.SHAPES[name], SETTINGS[name][-1]
+    found = (shape.n_heads, shape.n_kv_heads, shape.max_seq_len, shape.rope_theta)
+    assert found == SETTINGS[name][:-1] and shape.norm_eps == 1e-5
+    assert shape.rope_scaling == (RopeScaling("llama3", factor, 1.0, 4.0, 8192) if factor else RopeScaling())
+
+
 def test_every_shape_has_a_published_number():
-    assert set(PUBLISHED) == set(presets.SHAPES)
+    assert set(PUBLISHED) == set(presets.SHAPES) == set(SETTINGS)
 
 
 def saved_bytes(config: ModelConfig, lora_config: LoRAConfig, precision: str, tokens: int) -> int:
@@ -77,14 +97,17 @@ def test_saved_activations_are_counted_exactly(precision, rank, wide):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_activations_of_a_whole_model_are_within_15_percent(recompute):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_a_whole_model_are_within_15_percent(recompute, precision):
+    """In bf16, autocast's copies of the weights are held too."""
     config = ModelConfig(vocab_size=50, dim=128, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=512,
                          gradient_checkpointing=recompute)  # fmt: skip
     none = LoRAConfig(rank=0)
-    held = saved_bytes(config, none, "fp32", 256)
+    held = saved_bytes(config, none, precision, 256)
     if recompute:  # the hooks see the blocks' inputs; one block whole comes with the backward pass
-        held += 256 * memory.block_bytes(config, none, "fp32")
-    assert memory.activation_bytes(config, none, "fp32", 256) == pytest.approx(held, rel=0.15)
+        held += 256 * memory.block_bytes(config, none, precision)
+        held += 2 * memory.projection_count(config) / config.n_layers * (precision == "bf16")
+    assert memory.activation_bytes(config, none, precision, 256) == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
@@ -113,6 +136,83 @@ def test_weights_gradients_and_moments_are_those_of_the_tensors(kind, optimizer)
     # 8-bit AdamW keeps one scale a block beside its moments, and small matrices in 32 bits
     loose = 0.15 if optimizer == "adamw_8bit" else 0.01
     assert found["gradients and optimizer"] == pytest.approx(gradients + sum(v.nbytes for v in state), rel=loose)
+
+
+UNTIED = ModelConfig(vocab_size=90, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64,
+                     tie_embeddings=False)  # fmt: skip
+
+
+def networks(shape: ModelConfig) -> FourModels:
+    return FourModels(Llama(shape), Llama(shape), ScalarLlama(shape), ScalarLlama(shape))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_frozen_layers_are_not_counted_as_trained(layers, tied):
+    """The embeddings are frozen with them; an output of its own is not."""
+    shape = dataclasses.replace(UNTIED, tie_embeddings=tied)
+    model = Llama(shape)
+    trainer.freeze_first(model, layers)
+    count = sum(p.numel() for p in set(model.parameters()) if p.requires_grad)
+    parts = memory.estimate(Settings().replace(model=shape, sft__freeze_layers=layers), "sft").parts
+    assert parts["gradients and optimizer"] == 12 * count  # a gradient and two moments, each in fp32
+
+
+def test_ppo_counts_the_weights_and_moments_of_its_networks():
+    """Policy and value train, all four are there; of swapped ones, two."""
+    shape = dataclasses.replace(UNTIED, tie_embeddings=True)
+    models, settings = networks(shape), Settings().replace(model=shape)
+    parts = memory.estimate(settings, "ppo").parts
+    everything = sum(p.nbytes for model in models.parts() for p in set(model.parameters()))
+    trained = sum(p.numel() for role in ("policy", "value") for p in models.trainable(role).values())
+    assert parts["weights"] == pytest.approx(everything, rel=0.01)
+    assert parts["gradients and optimizer"] == pytest.approx(12 * trained, rel=0.01)
+    swapped = memory.estimate(settings.replace(ppo__swap=True), "ppo").parts
+    assert swapped["weights"] == parts["weights"] / 2
+
+
+def test_a_shared_base_counts_four_adapters_and_trains_two():
+    settings = Settings().replace(model=UNTIED, ppo__layout="shared_base", ppo__lora=LoRAConfig(rank=4))
+    base, generator = Llama(UNTIED), torch.Generator()
+    weights = sum(p.nbytes for p in base.parameters())
+    for role in ("policy", "value", "reward", "reference"):
+        lora.add_adapter(base, role, settings.ppo.lora, generator)
+    adapter = sum(p.nbytes for p in lora.adapter_parameters(base, "policy"))
+    parts = memory.estimate(settings, "ppo").parts
+    assert parts["weights"] == weights + 4 * adapter
+    assert parts["gradients and optimizer"] == 2 * 3 * adapter
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_answering_needs_the_cache_that_sampling_makes(precision):
+    """Keys and values of every layer, for each row to the end of the context, beside the logits of one step."""
+    settings = Settings().replace(model=UNTIED, ppo__rollout_batch=50, ppo__micro_batch=1, ppo__max_new_tokens=8,
+                                  ppo__seq_len=1000, ppo__precision=precision)  # fmt: skip
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    cache = KVCache(UNTIED, 50, UNTIED.max_seq_len, "cpu", dtype)
+    wanted = cache.keys.nbytes + cache.values.nbytes + 4 * 50 * UNTIED.vocab_size * 4
+    assert memory.estimate(settings, "ppo").parts["answering"] == wanted
+
+
+def test_what_is_trained_beside_adapters_is_counted():
+    settings = Settings().replace(model=UNTIED, qlora__lora=LoRAConfig(rank=4), qlora__train_embeddings=True)
+    model = Llama(UNTIED)
+    lora.add_adapter(model, "sft", settings.qlora.lora, torch.Generator())
+    for module in (model.tok_embeddings, model.output):  # as the stage does
+        module.requires_grad_(True)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = memory.estimate(settings, "qlora").parts["gradients and optimizer"]
+    assert found == pytest.approx(12 * count, rel=0.05)
+
+
+def test_logits_and_working_space_by_hand():
+    """fp32: logits, log-probabilities and their gradient; a comparison's row holds two answers and no logits."""
+    settings = Settings().replace(model=UNTIED, sft__seq_len=32, sft__loop__batch_size=2, reward__seq_len=32,
+                                  reward__loop__batch_size=2, sft__quant__kind="nf4", sft__lora__rank=4)  # fmt: skip
+    parts, reward = (memory.estimate(settings, stage).parts for stage in ("sft", "reward"))
+    assert parts["logits"] == 3 * 4 * 2 * 32 * 90 and reward["logits"] == 0
+    assert parts["working space"] == 2 * 4 * 32 * 48 and reward["working space"] == 0
+    assert reward["activations"] == memory.activation_bytes(UNTIED, LoRAConfig(rank=0), "fp32", 2 * 2 * 32)
 
 
 def test_by_hand():
@@ -228,6 +328,18 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_loaded(pipeline, 
     assert not list(tmp_path.glob("sft*"))
 
 
+def test_the_context_of_cuda_and_the_number_of_processes_decide_too(monkeypatch):
+    """To the byte: what CUDA takes before the first tensor is not there for the run."""
+    settings = presets.get("gpu")
+    needed = memory.estimate(settings, "sft").total + memory.CUDA_CONTEXT
+    monkeypatch.setattr(memory, "memory_available", lambda device: needed)
+    memory.check_room(settings, "sft", "cuda")
+    monkeypatch.setattr(memory, "memory_available", lambda device: needed - 1)
+    with pytest.raises(UserError, match="sft needs"):
+        memory.check_room(settings, "sft", "cuda")
+    memory.check_room(settings, "sft", "cuda", processes=2)  # divided, it fits
+
+
 def test_small_runs_say_nothing(capsys):
     memory.check_room(presets.get("tiny"), "ppo", "cpu")
     assert capsys.readouterr().out == ""
@@ -239,4 +351,8 @@ def test_the_shape_is_the_checkpoints_not_the_presets(monkeypatch, capsys):
     said = capsys.readouterr().out
     large = presets.get("laptop").replace(model=presets.SHAPES["smollm2-1.7b"])
     assert f"sft needs about {memory.estimate(large, 'sft')}" in said
+    recomputing = large.replace(model__gradient_checkpointing=True)  # which no checkpoint knows
+    memory.check_room(recomputing, "sft", "cpu", presets.SHAPES["smollm2-1.7b"])
+    assert f"sft needs about {memory.estimate(recomputing, 'sft')}" in capsys.readouterr().out
+    assert memory.estimate(recomputing, "sft").total < memory.estimate(large, "sft").total
     assert dataclasses.is_dataclass(memory.estimate(large, "sft"))

@@ -577,7 +577,12 @@ def outputs(models, tokens):
 def test_an_update_moves_policy_and_value_and_nothing_else(layout):
     models, tokens = layout(), torch.tensor([[BOS, 4, 5, 6]])
     player, before = player_of(models), outputs(models, tokens)
+    started = {(role, name): p.detach().clone() for role in ("policy", "value")
+               for name, p in models.trainable(role).items()}  # fmt: skip
+    assert ("value", "scalar_head.weight") in started
     ppo.iterate(player, PROMPTS, ppo.make_player_optimizer(player), 0.1, seed=0, iteration=0)
+    for (role, name), old in started.items():  # each of them: half of a network that learns still moves its outputs
+        assert not torch.equal(models.trainable(role)[name], old), (role, name)
     after = outputs(models, tokens)
     for role in ("reference", "reward"):
         assert torch.equal(after[role], before[role]), role

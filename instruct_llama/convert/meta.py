@@ -28,7 +28,8 @@ def read(folder: Path) -> Foreign:
     tokenizer = _tokenizer(folder)
     config = model_config(params, shards, tokenizer.vocab_size)
     names = {foreign_key(key, "meta"): key for key in our_shapes(config)}
-    present = [name for name in shards[0] if name != "rope.freqs"]  # rotary frequencies are made anew
+    left_out = {"rope.freqs", "output.weight"} if config.tie_embeddings else {"rope.freqs"}  # frequencies are made anew
+    present = [name for name in shards[0] if name not in left_out]
     split = {name: split_dim(name, shards[0][name], config) for name in present}
     tensors, shapes = {}, {}
     for name in present:
@@ -104,7 +105,6 @@ def model_config(params: dict[str, Any], shards: list[State], vocab_size: int) -
         dim, heads = params["dim"], params["n_heads"]
         first = "layers.0.feed_forward.w1.weight"
         ffn_dim = sum(shard[first].shape[0] for shard in shards)
-        tied = "output.weight" not in shards[0]
         theta, scaled = params.get("rope_theta", 10_000.0), bool(params.get("use_scaled_rope"))
         factor = params.get("rope_scaling_factor") or (32.0 if dim <= 3072 else 8.0)
         return ModelConfig(
@@ -112,10 +112,16 @@ def model_config(params: dict[str, Any], shards: list[State], vocab_size: int) -
             n_layers=params["n_layers"], n_heads=heads, n_kv_heads=params.get("n_kv_heads") or heads, ffn_dim=ffn_dim,
             max_seq_len=131_072 if scaled else 8192 if theta > 10_000 else 4096, rope_theta=theta,
             rope_scaling=RopeScaling("llama3", factor, 1.0, 4.0, 8192) if scaled else RopeScaling(),
-            norm_eps=params["norm_eps"], tie_embeddings=tied,
+            norm_eps=params["norm_eps"], tie_embeddings=_tied(shards),
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"params.json or the first .pth file lacks {error}: download the model again.") from error
+
+
+def _tied(shards: list[State]) -> bool:
+    """Whether the output projection is the embedding once more, as in LLaMA 3.2's files, or not there at all."""
+    pairs = [(shard.get("output.weight"), shard.get("tok_embeddings.weight")) for shard in shards]
+    return all(out is None or (table is not None and torch.equal(out, table)) for out, table in pairs)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
