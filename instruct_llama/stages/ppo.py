@@ -115,12 +115,15 @@ def update(
 
 @contextlib.contextmanager
 def _moments(player: Player, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """With ppo.swap, AdamW's moments come to their weights for the update, and wait in main memory otherwise."""
+    """With ppo.swap, AdamW's state comes to its weights for the update, and waits in main memory otherwise.
+
+    The count of steps too: a resumed run reads it to where the weights wait, and the fused step wants it beside them.
+    """
 
     def move(place: Callable[[nn.Parameter], torch.device]) -> None:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dim():  # the step count stays where the optimizer has it
+                if isinstance(value, torch.Tensor):
                     state[key] = value.to(place(parameter))
 
     if player.config.swap:
@@ -302,12 +305,14 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
 
 def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     """Load the networks that the layout asks for, training what is missing first."""
-    config, device = settings.ppo, pick_device(settings.device)
+    config = settings.ppo
+    shared = config.layout == "shared_base"
+    # The first of the places is the policy's: there it plays its episodes, and learns from them.
+    device, *_ = map(pick_device, (config.devices if not shared else ()) or (settings.device,))
     check(
         parallel.world() == 1 or not (config.swap or config.devices),
         "ppo.swap and ppo.devices move whole networks of one process: under torchrun, take parallel.cpu_offload.",
     )
-    shared = config.layout == "shared_base"
     start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
     reward = checkpoint.require("reward-lora" if shared else "reward", settings)
     memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), parallel.world())

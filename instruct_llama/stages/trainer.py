@@ -187,7 +187,8 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     total, best, step = total_steps(stage), {}, log.start
     if log.saved:
         state = log.restore(trainable, optimizer)
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was begun without a scaler: on a CPU
+            scaler.load_state_dict(state["scaler"])
         best = state["best"]
 
     def save_state() -> None:
@@ -267,7 +268,12 @@ def _train_group(
                 sums[key] = sums.get(key, 0.0) + value
     scaler.unscale_(optimizer)
     where = f"step {step + 1}, records {[i for indices in group for i in indices]}"
-    norm = optimizer_step(optimizer, stage.optim, step, total, where)
+    try:
+        norm = optimizer_step(optimizer, stage.optim, step, total, where)
+    except NonFinite:
+        if scaler.get_scale() <= 1:  # without fp16 always: then it is the gradient itself
+            raise
+        norm = 0.0  # fp16 overflowed, as it must now and then to find its scale: no step, and half the scale
     scaler.update()
     metrics = {f"train/{key}": value / weight for key, value in sums.items()}
     metrics |= {"train/lr": learning_rate(step, total, stage.optim), "train/grad_norm": norm}
