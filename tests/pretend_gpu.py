@@ -96,7 +96,12 @@ class Ops(TorchDispatchMode):
         with torch._C.DisableTorchFunction():
             place = place_of_op(func, args, tensors_in((args, kwargs)))
             self.seen.add((func.overloadpacket.__name__, str(place)))
-            return put(func(*args, **kwargs), place, only_new=True)
+            try:
+                return put(func(*args, **kwargs), place, only_new=True)
+            except IndexError as error:
+                if place is not None and place.type == "cuda":  # which no later op survives
+                    raise RuntimeError("CUDA error: device-side assert triggered") from error
+                raise
 
 
 class Move(torch.autograd.Function):
@@ -161,9 +166,6 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is Tensor.backward:  # Python runs in there too (recomputed blocks, 4-bit layers): it wants answers
-            with self:
-                return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
         if func in ANSWERS:
             return ANSWERS[func](*args, **kwargs)
         given = tensors_in((args, kwargs))
@@ -209,6 +211,16 @@ def for_cpu(read: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: read(*("cpu" if arg == "cuda" else arg for arg in args))
 
 
+def answered(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside a call the modes are off; but autograd's calls run our Python: 4-bit layers, blocks computed again."""
+
+    def answering(*args: Any, **kwargs: Any) -> Any:
+        with Calls():
+            return run(*args, **kwargs)
+
+    return answering
+
+
 def grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
     """torch._C's, which asks for the device beyond the reach of modes."""
     groups: dict[Any, Any] = {}
@@ -238,6 +250,10 @@ def patches() -> Iterable[tuple[Any, str, Any]]:
     yield torch.amp, "autocast", Autocast
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield torch, name, for_cpu(getattr(torch, name))
+    yield torch.autograd, "_engine_run_backward", answered(torch.autograd._engine_run_backward)
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    init = hooks.__init__
+    yield hooks, "__init__", lambda self, pack, unpack: init(self, answered(pack), answered(unpack))
     yield torch._C, "_group_tensors_by_device_and_dtype", grouped
     yield torch._C, "_cuda_getDevice", lambda: 0
 
