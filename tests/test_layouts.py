@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from instruct_llama import checkpoint
-from instruct_llama.config import UserError
+from instruct_llama.config import ModelConfig, UserError
 from instruct_llama.model.llama import Llama
+from instruct_llama.rlhf import layouts
 from instruct_llama.stages import ppo, reward, sft
 
 
@@ -49,6 +50,16 @@ def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):
     reward.run(settings)
     with pytest.raises(UserError, match="ppo.quant is nf4, but the adapters were trained over .* .none."):
         ppo.build(settings)
+
+
+def test_p10_scores_over_a_shared_base_are_fp32_under_autocast():
+    """In bfloat16, scores of 5 come in steps of 1/32: coarser than what the value model has to learn."""
+    base = Llama(ModelConfig(vocab_size=16, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, max_seq_len=8))
+    head = torch.nn.Linear(16, 1, bias=False)
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores, hidden = layouts._ScalarView(base, head)(tokens), base.hidden(tokens)
+    assert torch.equal(scores, head(hidden.float()).squeeze(-1))  # bfloat16's would be of another dtype, and rounded
 
 
 # ---------------------------------------------------------------- four models: devices, swapping
