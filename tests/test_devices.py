@@ -227,27 +227,32 @@ def scaled(monkeypatch, scale: float) -> None:
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=scale))
 
 
-FP16 = {"sft__loop__precision": "fp16"}
+FP16 = {sft: {"sft__loop__precision": "fp16"}, ppo: {"ppo__precision": "fp16"}}
 
 
-def test_fp16_finds_its_scale(run, monkeypatch):
+@pytest.mark.parametrize("stage", FP16)
+def test_fp16_finds_its_scale(run, monkeypatch, stage):
     """A scale that overflows is halved, and the step left out: so it must be, for it doubles as long as it can."""
-    scaled(monkeypatch, 2.0**20)
-    norms = [record["train/grad_norm"] for record in run(sft, "cuda", sft__loop__steps=8, **FP16)[0]]
-    assert norms[0] == 0 and norms[-1] > 0 and sorted(norms, key=bool) == norms
+    scaled(monkeypatch, 2.0**21)
+    history, _ = run(stage, "cuda", sft__loop__steps=8, ppo__epochs=1, ppo__iterations=4, **FP16[stage])
+    norms = [record.get("train/grad_norm", record.get("ppo/grad_norm")) for record in history]
+    assert norms[0] == 0 < norms[-1] and sorted(norms, key=bool) == norms
 
 
 def test_fp16_does_not_hide_a_gradient_that_is_not_finite(run, monkeypatch):
     scaled(monkeypatch, 1.0)
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: grads[0].new_tensor(math.nan))
     with pytest.raises(trainer.NonFinite, match="gradient is not finite at step 1"):
-        run(sft, "cuda", **FP16)
+        run(sft, "cuda", **FP16[sft])
 
 
-def test_fp16_begun_on_a_cpu_goes_on_on_the_gpu(run):
-    """The CPU scales no losses, so its state holds no scale."""
-    run(sft, "cpu", "places", stop_at=2, **FP16)
-    assert len(run(sft, "cuda", "places", resume=True, **FP16)[0]) == 4
+@pytest.mark.parametrize("stage", FP16)
+def test_fp16_begun_on_a_cpu_goes_on_on_the_gpu(run, stage):
+    """The CPU scales no losses, so its state holds no scale; the GPU's does."""
+    options = {"sft__loop__steps": 3, "ppo__iterations": 3, **FP16[stage]}
+    run(stage, "cpu", "places", stop_at=1, **options)
+    run(stage, "cuda", "places", stop_at=2, resume=True, **options)
+    assert len(run(stage, "cuda", "places", resume=True, **options)[0]) == 3
 
 
 # ------------------------------------------------------------------------------------------------------ using the runs
@@ -333,6 +338,12 @@ def test_the_doctor_examines_the_gpu(gpu):
         assert found[name].ok, found[name]
     assert "24.0 GB available" in found["memory"].value
     assert {"cuda:0"} == gpu.places("quantize_4bit") == gpu.places("optimizer_update_8bit_blockwise")
+
+
+def test_the_doctor_does_not_count_an_imitated_bf16(gpu, monkeypatch):
+    """CUDA says yes where it only imitates bfloat16, slowly, as on a T4."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert doctor.device_facts("cuda") == ("cuda:0", "pretend GPU", False)
 
 
 def test_memory_that_torch_holds_for_itself_is_free(gpu, monkeypatch):

@@ -25,7 +25,7 @@ from ..rlhf import layouts, objectives, rollout
 from ..rlhf.rollout import Episodes
 from . import records, sft, trainer
 from .pretrain import language_model_loss
-from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, optimizer_step, pick_device, seeded
+from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, pick_device, scaled_step, seeded
 
 
 @dataclass
@@ -39,6 +39,9 @@ class Player:
     reward_scale: float
     device: torch.device
     ptx: list[sft.Dialog]  # demonstrations for the pretraining mix; empty without it
+
+    def __post_init__(self) -> None:
+        self.scaler = trainer.make_scaler(self.config.precision, self.device)
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
@@ -107,7 +110,9 @@ def update(
             if not np.isfinite(figures["loss"]):
                 optimizer.zero_grad(set_to_none=True)
                 raise trainer.NonFinite(f"The PPO loss is {figures['loss']} at {where}: lower the learning rate.")
-            figures["grad_norm"] = optimizer_step(optimizer, config.optim, iteration, config.iterations, where)
+            figures["grad_norm"] = scaled_step(
+                player.scaler, optimizer, config.optim, iteration, config.iterations, where
+            )
             stats.append(figures)
     mean = {key: float(np.mean([figures[key] for figures in stats])) for key in stats[0]}
     return {**mean, "first_ratio": stats[0]["ratio"]}
@@ -115,10 +120,7 @@ def update(
 
 @contextlib.contextmanager
 def _moments(player: Player, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """With ppo.swap, AdamW's state comes to its weights for the update, and waits in main memory otherwise.
-
-    The count of steps too: a resumed run reads it to where the weights wait, and the fused step wants it beside them.
-    """
+    """With ppo.swap, AdamW's state (the count of steps too) is with its weights here, and waits in main memory else."""
 
     def move(place: Callable[[nn.Parameter], torch.device]) -> None:
         for parameter, state in optimizer.state.items():
@@ -149,12 +151,13 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
                 logprobs, logprobs_full = _logprobs(policy, part, player)  # (B, N), (B, N, V)
                 policy_loss = objectives.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
                 entropy_loss = objectives.entropy_loss(logprobs_full, part.mask)
-                (counts * (policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
+                loss = counts * (policy_loss + config.entropy_coef * entropy_loss) / tokens
+                player.scaler.scale(loss).backward()
             with player.models.role("value") as model:
                 there = part.to(_device_of(model, player))
                 values = rollout.answer_values(model, there)  # (B, N)
                 value_loss = objectives.value_loss(values, there.values, there.returns, there.mask, config.value_clip)
-                (counts * config.value_coef * value_loss / tokens).backward()
+                player.scaler.scale(counts * config.value_coef * value_loss / tokens).backward()
         ratio = objectives.ratio_error(logprobs.detach(), part.logprobs, part.mask)
         clipped = objectives.clip_fraction(logprobs.detach(), part.logprobs, part.mask, config.clip)
         sums["policy_loss"] += counts * float(policy_loss.detach()) / tokens
@@ -177,7 +180,7 @@ def _ptx_gradients(player: Player, seed: int) -> float:
     weight = parallel.summed({"weight": counts * batch.weight})["weight"]
     with player.models.role("policy") as policy, autocast(player.config.precision, player.device):
         loss, _ = language_model_loss(policy, batch)
-        (counts * player.config.ptx_coef * loss / weight).backward()
+        player.scaler.scale(counts * player.config.ptx_coef * loss / weight).backward()
     return parallel.summed({"loss": counts * float(loss.detach()) / weight})["loss"]
 
 
@@ -371,11 +374,13 @@ def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog)
     if log.saved:
         state = log.restore(trainable, optimizer)
         kl_coef, best = state["kl_coef"], state["best"]
+        trainer.restore_scaler(player.scaler, state.get("scaler"))
 
     def save_state() -> None:
         tensors, rest = trainer.optimizer_tensors(optimizer)
         tensors |= {f"model/{name}": p for name, p in trainable.items()}
-        log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best})
+        scale = player.scaler.state_dict()
+        log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best, "scaler": scale})
 
     bar = trainer.progress("ppo", config.iterations, iteration)
     with log.interruptible(save_state, "ppo"), bar:
