@@ -193,10 +193,11 @@ def evaluate(settings: Settings) -> int:
     from .stages import records
     from .stages.trainer import pick_device
 
+    device = pick_device(settings.device)
     if settings.data or settings.sft.data:
-        print(card.describe(card.data_card(settings, records.heldout(settings), pick_device(settings.device))))
+        print(card.describe(card.data_card(settings, records.heldout(settings), device)))
     else:
-        print(card.describe(card.report_card(settings)))
+        print(card.describe(card.report_card(settings, device)))
     return 0
 
 

@@ -197,10 +197,10 @@ def load(
     return read_model(kind, info, folder / "model.safetensors", device, quant, dtype).eval(), tokenizer
 
 
-def load_as_kept(folder: Path, device: torch.device) -> tuple[Llama, Tokenizer]:
+def load_as_kept(folder: Path, device: str | torch.device) -> tuple[Llama, Tokenizer]:
     """Open any run folder to answer or to be judged: on a GPU its weights stay in 16 bits where the file has 16."""
-    base = folder / read_info(folder).get("base", "")
-    return load(folder, device, dtype=torch.float32 if device.type == "cpu" else stored_dtype(base))
+    kept = stored_dtype(folder / read_info(folder).get("base", ""))
+    return load(folder, device, dtype=torch.float32 if torch.device(device).type == "cpu" else kept)
 
 
 def read_model(

@@ -115,7 +115,7 @@ def device_facts(wanted: str) -> tuple[str, str, bool]:
             f"--device {wanted} is not available here: leave --device out, or give --device cpu."
         ) from error
     if device.type == "cuda":
-        return str(device), torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported()
+        return str(device), torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
         bf16 = bool(((ones @ ones) == 8).all())

@@ -105,7 +105,7 @@ def stage_folders(out: Path) -> list[Path]:
     return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))
 
 
-def report_card(settings: Settings) -> dict[str, Any]:
+def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Judge every finished stage under `settings.out_dir`, write report.json, return its content.
 
     Several processes take a stage each in turn, so each stage is judged as by one process alone.
@@ -119,7 +119,7 @@ def report_card(settings: Settings) -> dict[str, Any]:
     stages: dict[int, tuple[str, Any]] = {}
     for number, folder in parallel.dealt(folders):
         info = checkpoint.read_info(folder)
-        model, tokenizer = checkpoint.load(folder)
+        model, tokenizer = checkpoint.load(folder, device)
         entry: dict[str, Any] = {"best": info.get("best", {})}
         if info["kind"] == "scalar":
             accuracy, ceiling = reward_accuracy(model, tokenizer, comparisons, temperature, model.config.max_seq_len)
@@ -175,7 +175,7 @@ def judged(
     return scores
 
 
-def data_card(settings: Settings, heldout: HeldOut, device: torch.device) -> dict[str, Any]:
+def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Judge every finished stage on real data, which have no true reward; write report.json, return its content.
 
     Language models: perplexity of held-out answers, and how often the run's own reward model prefers their answers to

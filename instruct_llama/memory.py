@@ -212,7 +212,10 @@ def _ppo(settings: Settings, processes: int) -> Estimate:
     quant = config.quant if shared else QuantConfig()
     length = min(config.seq_len or model.max_seq_len, model.max_seq_len)
     adapters = adapter_count(model, lora)
-    present = 2 if config.swap and not shared else 4  # the others wait in main memory
+    places = config.devices if len(config.devices) == 4 and not shared else 4 * ("",)
+    beside = [place == places[0] for place in places]  # which of the four are on the policy's device
+    trained = _trained(settings, "ppo") - (0 if beside[2] else parameter_count(model))
+    present = 2 if config.swap and not shared else sum(beside)  # the others wait in main memory, or live elsewhere
     base = base_bytes(model, lora, quant, config.precision)
     playing = cache_bytes(model, config.precision, length * config.rollout_batch)
     playing += logit_bytes(model, config.rollout_batch, 4)
@@ -221,7 +224,7 @@ def _ppo(settings: Settings, processes: int) -> Estimate:
     learning += logit_bytes(model, rows * config.max_new_tokens, 6)
     return Estimate({
         "weights": base + 4 * 4 * adapters if shared else present * base,
-        "gradients and optimizer": trained_bytes(_trained(settings, "ppo"), config.optim.kind) / processes,
+        "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
         "answering" if playing > learning else "learning": max(playing, learning),
         "working space": working_bytes(model, quant),
     })  # fmt: skip
@@ -233,10 +236,12 @@ def _ppo(settings: Settings, processes: int) -> Estimate:
 def memory_available(device: str = "cpu") -> int | None:
     """Bytes free on a CUDA device, else bytes of main memory that a new process can have; None where nobody says.
 
+    On a GPU, what torch holds of tensors that are gone is free: an earlier stage of this process leaves gigabytes so.
     Linux and Windows tell what is free, macOS how much is built in.
     """
     if device.startswith("cuda"):
-        return importlib.import_module("torch").cuda.mem_get_info(device)[0]
+        cuda = importlib.import_module("torch").cuda
+        return cuda.mem_get_info(device)[0] + cuda.memory_reserved(device) - cuda.memory_allocated(device)
     if Path("/proc/meminfo").is_file():
         return int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) * 1024
     if sys.platform == "win32":

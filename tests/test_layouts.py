@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from instruct_llama import checkpoint, presets
-from instruct_llama.config import UserError
+from instruct_llama.config import ModelConfig, UserError
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama
 from instruct_llama.rlhf import layouts
@@ -80,6 +80,16 @@ def test_p08_a_coarse_base_bears_fp32_adapters_and_heads(pipeline, tmp_path):
     trained = {id(p) for role in ("policy", "value") for p in models.trainable(role).values()}
     everything = [*models.base.parameters(), *(p for head in models.heads.values() for p in head.parameters())]
     assert {id(p) for p in everything if p.requires_grad} == trained  # neither the base nor the reward model
+
+
+def test_p10_scores_over_a_shared_base_are_fp32_under_autocast():
+    """In bfloat16, scores of 5 come in steps of 1/32: coarser than what the value model has to learn."""
+    base = Llama(ModelConfig(vocab_size=16, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, max_seq_len=8))
+    head = torch.nn.Linear(16, 1, bias=False)
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores, hidden = layouts._ScalarView(base, head)(tokens), base.hidden(tokens)
+    assert torch.equal(scores, head(hidden.float()).squeeze(-1))  # bfloat16's would be of another dtype, and rounded
 
 
 # ---------------------------------------------------------------- four models: devices, swapping

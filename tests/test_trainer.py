@@ -504,7 +504,7 @@ def test_p34_the_optimizer_is_untouched():
 
 def test_p34_ppo_stops_before_its_optimizer_steps(monkeypatch):
     monkeypatch.setattr(ppo, "minibatch_gradients", lambda *_: {"loss": float("nan"), "ratio": 0.0})
-    monkeypatch.setattr(ppo, "optimizer_step", lambda *_: pytest.fail("it stepped"))
+    monkeypatch.setattr(ppo, "scaled_step", lambda *_: pytest.fail("it stepped"))
     config = dataclasses.replace(presets.get("tiny").ppo, minibatch=2, epochs=1)
     episodes = type("Four", (), {"__len__": lambda self: 4, "select": lambda self, rows: None})()
     models = types.SimpleNamespace(present=lambda *_: contextlib.nullcontext())

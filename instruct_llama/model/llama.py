@@ -154,6 +154,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.store(self.index, k, v)  # (B, G, S, E) twice
             q = q.to(k.dtype)
+        if mask is not None and q.is_cuda:  # there, the only kernel for groups with a mask writes out all the scores
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, E) twice
         mixed = F.scaled_dot_product_attention(  # softmax(q k^T / sqrt(E)) v
             q, k, v,
             attn_mask=mask,  # (B, 1, T, S); None is plain causal, or one new token that sees everything
@@ -265,14 +267,15 @@ class Llama(nn.Module):
         return self.norm(x)  # (B, T, D)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        try:
-            return self.tok_embeddings(tokens)  # (B, T, D)
-        except IndexError as error:
-            low, high, size = int(tokens.min()), int(tokens.max()), self.config.vocab_size
-            raise UserError(
-                f"Token ids run from {low} to {high}, outside the vocabulary: the model's vocabulary has {size}, so "
-                "use the tokenizer that the model was trained with."
-            ) from error
+        size = self.config.vocab_size
+        with contextlib.suppress(IndexError):
+            # A GPU would stop for good, or read what is not there, so its ids are looked at before.
+            if tokens.device.type not in ("cuda", "mps") or ((tokens >= 0) & (tokens < size)).all():
+                return self.tok_embeddings(tokens)  # (B, T, D)
+        raise UserError(
+            f"Token ids run from {int(tokens.min())} to {int(tokens.max())}, outside the vocabulary: the model's "
+            f"vocabulary has {size}, so use the tokenizer that the model was trained with."
+        )
 
     def layout(
         self, tokens: torch.Tensor, segments: torch.Tensor | None, cache: KVCache | None

@@ -85,7 +85,8 @@ class _ScalarView(nn.Module):
 
     def forward(self, tokens: Tensor, *, segments: Tensor | None = None) -> Tensor:
         hidden = self._base[0].hidden(tokens, segments=segments)  # (B, T, D)
-        return self.scalar_head(hidden.float()).squeeze(-1)  # (B, T)
+        with torch.autocast(hidden.device.type, enabled=False):  # fp32 under autocast too, as `ScalarLlama.head`
+            return self.scalar_head(hidden.float()).squeeze(-1)  # (B, T)
 
 
 class SharedBase:

@@ -105,7 +105,7 @@ def pair_differences(scores: Tensor, prompt: Tensor, rank: Tensor) -> tuple[Tens
     scores = scores.float()
     same = prompt[:, None] == prompt[None, :]  # (N, N)
     better = same & (rank[:, None] < rank[None, :])  # (N, N): row is better than column
-    pairs_of_prompt = same.float() @ better.sum(dim=1).float()  # (N,)
+    pairs_of_prompt = (same * better.sum(dim=1)).sum(dim=1)  # (N,) no matrix product: autocast would round it
     winner, loser = better.nonzero(as_tuple=True)  # (P,), (P,)
     return scores[winner] - scores[loser], 1.0 / pairs_of_prompt[winner]
 

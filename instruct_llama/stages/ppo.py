@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, memory, parallel
-from ..config import PPOConfig, Settings, UserError, check
+from ..config import PPOConfig, Settings, check
 from ..data import tinychat
 from ..data.batches import dialog_batch, epoch_order, fit_prompt
 from ..data.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from ..rlhf import layouts, objectives, rollout
 from ..rlhf.rollout import Episodes
 from . import records, sft, trainer
 from .pretrain import language_model_loss
-from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, optimizer_step, pick_device, seeded
+from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, pick_device, scaled_step, seeded
 
 
 @dataclass
@@ -39,6 +39,9 @@ class Player:
     reward_scale: float
     device: torch.device
     ptx: list[sft.Dialog]  # demonstrations for the pretraining mix; empty without it
+
+    def __post_init__(self) -> None:
+        self.scaler = trainer.make_scaler(self.config.precision, self.device)
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
@@ -107,7 +110,8 @@ def update(
             if not np.isfinite(figures["loss"]):
                 optimizer.zero_grad(set_to_none=True)
                 raise trainer.NonFinite(f"The PPO loss is {figures['loss']} at {where}: lower the learning rate.")
-            figures["grad_norm"] = optimizer_step(optimizer, config.optim, iteration, config.iterations, where)
+            step = config.optim, iteration, config.iterations, where
+            figures["grad_norm"] = scaled_step(player.scaler, optimizer, *step)
             stats.append(figures)
     mean = {key: float(np.mean([figures[key] for figures in stats])) for key in stats[0]}
     return {**mean, "first_ratio": stats[0]["ratio"]}
@@ -115,12 +119,12 @@ def update(
 
 @contextlib.contextmanager
 def _moments(player: Player, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """With ppo.swap, AdamW's moments come to their weights for the update, and wait in main memory otherwise."""
+    """With ppo.swap, AdamW's state (the count of steps too) is with its weights here, and waits in main memory else."""
 
     def move(place: Callable[[nn.Parameter], torch.device]) -> None:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dim():  # the step count stays where the optimizer has it
+                if isinstance(value, torch.Tensor):
                     state[key] = value.to(place(parameter))
 
     if player.config.swap:
@@ -146,12 +150,13 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
                 logprobs, logprobs_full = _logprobs(policy, part, player)  # (B, N), (B, N, V)
                 policy_loss = objectives.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
                 entropy_loss = objectives.entropy_loss(logprobs_full, part.mask)
-                (counts * (policy_loss + config.entropy_coef * entropy_loss) / tokens).backward()
+                loss = counts * (policy_loss + config.entropy_coef * entropy_loss) / tokens
+                player.scaler.scale(loss).backward()
             with player.models.role("value") as model:
                 there = part.to(_device_of(model, player))
                 values = rollout.answer_values(model, there)  # (B, N)
                 value_loss = objectives.value_loss(values, there.values, there.returns, there.mask, config.value_clip)
-                (counts * config.value_coef * value_loss / tokens).backward()
+                player.scaler.scale(counts * config.value_coef * value_loss / tokens).backward()
         ratio = objectives.ratio_error(logprobs.detach(), part.logprobs, part.mask)
         clipped = objectives.clip_fraction(logprobs.detach(), part.logprobs, part.mask, config.clip)
         sums["policy_loss"] += counts * float(policy_loss.detach()) / tokens
@@ -174,18 +179,14 @@ def _ptx_gradients(player: Player, seed: int) -> float:
     weight = parallel.summed({"weight": counts * batch.weight})["weight"]
     with player.models.role("policy") as policy, autocast(player.config.precision, player.device):
         loss, _ = language_model_loss(policy, batch)
-        (counts * player.config.ptx_coef * loss / weight).backward()
+        player.scaler.scale(counts * player.config.ptx_coef * loss / weight).backward()
     return parallel.summed({"loss": counts * float(loss.detach()) / weight})["loss"]
 
 
 def iterate(
-    player: Player,
-    prompts: list[list[int]],
-    optimizer: torch.optim.Optimizer,
-    kl_coef: float,
-    seed: int,
+    player: Player, prompts: list[list[int]], optimizer: torch.optim.Optimizer, kl_coef: float, seed: int,
     iteration: int,
-) -> tuple[Episodes, dict[str, float]]:
+) -> tuple[Episodes, dict[str, float]]:  # fmt: skip
     """Phases 2 to 5 of one iteration: the episodes, and the update's figures."""
     with seeded(seed, iteration, player.device):
         episodes = collect(player, prompts, seed * 1_000_003 + iteration)
@@ -302,12 +303,14 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
 
 def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     """Load the networks that the layout asks for, training what is missing first."""
-    config, device = settings.ppo, pick_device(settings.device)
+    config = settings.ppo
+    shared = config.layout == "shared_base"
+    # The first of the places is the policy's: there it plays its episodes, and learns from them.
+    device, *_ = map(pick_device, (config.devices if not shared else ()) or (settings.device,))
     check(
         parallel.world() == 1 or not (config.swap or config.devices),
         "ppo.swap and ppo.devices move whole networks of one process: under torchrun, take parallel.cpu_offload.",
     )
-    shared = config.layout == "shared_base"
     start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
     reward = checkpoint.require("reward-lora" if shared else "reward", settings)
     memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), parallel.world())
@@ -317,8 +320,8 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
         models = layouts.four_models(start, reward, device, config)
     norm = checkpoint.read_info(reward)["reward"]
     tokenizer = Tokenizer.load(start)
-    mixed = records.with_data(settings, settings.sft.data)
-    ptx = sft.encode(tokenizer, records.demonstrations(mixed)[0], mixed.sft.seq_len) if config.ptx_coef else []
+    mix = records.with_data(settings, settings.sft.data)
+    ptx = sft.encode(tokenizer, records.demonstrations(mix)[0], mix.sft.seq_len) if config.ptx_coef else []
     player = Player(models, tokenizer, config, norm["mean"], norm["scale"], device, ptx)
     info = {"stage": "ppo", "seed": settings.seed, "quant": vars(config.quant), **checkpoint.origin(start)}
     return player, info
@@ -333,11 +336,11 @@ def fit_prompts(settings: Settings, player: Player) -> tuple[list[Any], list[lis
     for prompts in records.prompts(settings):
         fitted = [(prompt, fit_prompt(player.tokenizer, prompt, room)) for prompt in prompts]
         kept = [(prompt, ids) for prompt, ids in fitted if ids is not None]
-        if not kept:
-            raise UserError(
-                f"No prompt leaves room for ppo.max_new_tokens {player.config.max_new_tokens} in a context of "
-                f"{room + player.config.max_new_tokens} tokens: lower it."
-            )
+        check(
+            bool(kept),
+            f"No prompt leaves room for ppo.max_new_tokens {player.config.max_new_tokens} in a context of "
+            f"{room + player.config.max_new_tokens} tokens: lower it.",
+        )
         found += [[prompt for prompt, _ in kept], [ids for _, ids in kept]]
     return tuple(found)
 
@@ -352,8 +355,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     settings = records.with_data(settings, settings.ppo.data)
     batches = -(-settings.ppo.rollouts // settings.ppo.rollout_batch)
     if batches < parallel.world():
-        print(f"An iteration's {batches} batches of prompts keep {batches} of {parallel.world()} processes busy: "
-              f"lower --ppo.rollout-batch or raise --ppo.rollouts.")  # fmt: skip
+        idle = f"{batches} batches of prompts for {parallel.world()} processes leave some idle"
+        print(f"{idle}: lower --ppo.rollout-batch or raise --ppo.rollouts.")
     with checkpoint.stage_lock(folder):
         return _loop(settings, player, info, RunLog(folder, settings, watch))
 
@@ -370,11 +373,13 @@ def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog)
     if log.saved:
         state = log.restore(trainable, optimizer)
         kl_coef, best = state["kl_coef"], state["best"]
+        trainer.restore_scaler(player.scaler, state.get("scaler"))
 
     def save_state() -> None:
         tensors, rest = trainer.optimizer_tensors(optimizer)
         tensors |= {f"model/{name}": p for name, p in trainable.items()}
-        log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best})
+        scale = player.scaler.state_dict()
+        log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best, "scaler": scale})
 
     bar = trainer.progress("ppo", config.iterations, iteration)
     with log.interruptible(save_state, "ppo"), bar:

@@ -132,6 +132,36 @@ def optimizer_step(optimizer: torch.optim.Optimizer, optim: OptimConfig, step: i
     return float(norm)
 
 
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """What scales fp16's losses on a GPU, where small gradients would become 0; one that does nothing elsewhere."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, saved: dict[str, Any] | None) -> None:
+    """Give a scaler its saved state; there is none where the run was begun without one, on a CPU."""
+    if saved:
+        scaler.load_state_dict(saved)
+
+
+def scaled_step(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int,
+    where: str,
+) -> float:  # fmt: skip
+    """`optimizer_step` after scaled losses. Where the scale was too large for fp16: no step, half the scale, norm 0.
+
+    That is no fault: the scale grows until it happens. Gradients that are not finite at scale 1 are one.
+    """
+    scaler.unscale_(optimizer)
+    try:
+        norm = optimizer_step(optimizer, optim, step, total, where)
+    except NonFinite:
+        if scaler.get_scale() <= 1:  # without fp16 always
+            raise
+        norm = 0.0
+    scaler.update()
+    return norm
+
+
 @dataclass
 class Supervised:
     """What a supervised stage gives to `fit`. Losses are sums over targets; `fit` divides by their number."""
@@ -183,11 +213,11 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     parallel.shard(stage.model, settings.parallel, stage.loop.precision, device)
     trainable = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer([(list(trainable.values()), stage.optim.lr)], stage.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=stage.loop.precision == "fp16" and device.type == "cuda")
+    scaler = make_scaler(stage.loop.precision, device)
     total, best, step = total_steps(stage), {}, log.start
     if log.saved:
         state = log.restore(trainable, optimizer)
-        scaler.load_state_dict(state["scaler"])
+        restore_scaler(scaler, state["scaler"])
         best = state["best"]
 
     def save_state() -> None:
@@ -265,10 +295,8 @@ def _train_group(
             scaler.scale(counts * loss / weight).backward()
             for key, value in figures.items():
                 sums[key] = sums.get(key, 0.0) + value
-    scaler.unscale_(optimizer)
     where = f"step {step + 1}, records {[i for indices in group for i in indices]}"
-    norm = optimizer_step(optimizer, stage.optim, step, total, where)
-    scaler.update()
+    norm = scaled_step(scaler, optimizer, stage.optim, step, total, where)
     metrics = {f"train/{key}": value / weight for key, value in sums.items()}
     metrics |= {"train/lr": learning_rate(step, total, stage.optim), "train/grad_norm": norm}
     return metrics, whole["tokens"]
