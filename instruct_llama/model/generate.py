@@ -221,6 +221,32 @@ def stream(
             yield int(token)
 
 
+def generate_ids(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | list[Message]],
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> list[list[int]]:
+    """The sampled token ids of a response to each prompt, its end token last where it has one; see `generate`."""
+    check(not isinstance(prompts, str), "generate takes a list of prompts: write [prompt] for one.")
+    generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(seed)
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    answers = []
+    for start in range(0, len(ids), batch_size):
+        made = sample(
+            model, ids[start : start + batch_size], max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+            banned=tokenizer.banned_ids,
+        )  # fmt: skip
+        answers += [row[kept].tolist() for row, kept in zip(made.tokens, made.mask, strict=True)]
+    return answers
+
+
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
@@ -233,15 +259,5 @@ def generate(
     batch_size: int = 128,
 ) -> list[str]:
     """Answer prompts in text: a str is one user turn, a list of messages a dialog. The same seed, the same answers."""
-    check(not isinstance(prompts, str), "generate takes a list of prompts: write [prompt] for one.")
-    generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(seed)
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    answers = []
-    for start in range(0, len(ids), batch_size):
-        made = sample(
-            model, ids[start : start + batch_size], max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
-            banned=tokenizer.banned_ids,
-        )  # fmt: skip
-        answers += [tokenizer.decode(row[kept].tolist()) for row, kept in zip(made.tokens, made.mask, strict=True)]
-    return answers
+    made = generate_ids(model, tokenizer, prompts, max_new_tokens, temperature, top_k, top_p, seed, batch_size)
+    return [tokenizer.decode(ids) for ids in made]
