@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +144,36 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
     assert kept.n == 1
     with pytest.raises(UserError, match="None of the 1 comparisons fits"):
         evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [too_long], 0.15)
+
+
+def test_the_models_own_comparisons_have_a_ceiling_too(pipeline, monkeypatch):
+    """They come with the rewards and utilities of their ranked order, as the labellers' do."""
+    from instruct_llama.stages import reward
+
+    _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    prompts = tinychat.prompts(1, 5, split="train")
+    texts = [text for p in prompts for text in (tinychat.ideal(p), "I do not know.", f"{tinychat.ideal(p)} Silly.")]
+
+    def play(policy, encoded, *rest):
+        ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+        width = max(map(len, ids))
+        answers = torch.tensor([one + [0] * (width - len(one)) for one in ids])
+        mask = torch.tensor([[True] * len(one) + [False] * (width - len(one)) for one in ids])
+        return SimpleNamespace(answers=answers, mask=mask, ended=torch.ones(len(ids), dtype=torch.bool))
+
+    monkeypatch.setattr(reward.rollout, "play", play)
+    model = torch.nn.Linear(1, 1)
+    config = replace(pipeline.reward, answers=3)
+    own = reward.sample_comparisons(model, tokenizer, prompts, config, pipeline.world.temperature, 1)
+    assert [record["prompt"] for record in own] == prompts
+    for record in own:
+        asked, ranked = record["prompt"], record["completions"]
+        assert len(ranked) == 3
+        assert record["utilities"] == [tinychat.utility(asked, text) for text in ranked]
+        assert record["rewards"] == [tinychat.true_reward(asked, text).total for text in ranked]
+    _, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, own, pipeline.world.temperature)
+    utilities = [record["utilities"] for record in own]
+    assert ceiling == tinychat.ranking_ceiling(utilities, pipeline.world.temperature) > 0.5
 
 
 def test_true_reward_is_the_mean_over_the_models_own_answers(pipeline, monkeypatch):
@@ -600,6 +631,29 @@ def test_a_win_is_an_answer_that_the_judge_prefers_to_the_first_stages(pipeline,
     assert rates == {"pretrain": 0.5, "sft": 0.75, "sft-qlora": 0.75, "ppo": 0.75}
     assert stages["ppo"]["score"]["mean"] == (3.0 + 0.5) / 2
     assert stages["reward"]["accuracy"]["n"] == 4  # evaluate.comparisons, a pair each
+
+
+def test_a_long_dialog_is_asked_as_training_cuts_it(pipeline, tmp_path, monkeypatch):
+    """Its oldest exchanges go, until the last turn and an answer fit the context; a last turn too long is left out."""
+    shutil.copytree(pipeline.out, tmp_path / "runs")
+    ask = lambda text: {"role": "user", "content": text}  # noqa: E731
+    short, answer = [ask("What is item 3?")], {"role": "assistant", "content": "It is number 3."}
+    long = [*(ask("What is item 1?"), answer) * 30, ask("What is item 2?")]
+    settings = pipeline.replace(out=str(tmp_path / "runs"))
+    tokenizer = checkpoint.load(settings.out_dir / "sft")[1]
+    context, room = settings.model.max_seq_len, settings.evaluate.max_new_tokens
+    assert len(tokenizer.encode_prompt(long)) > context
+    hopeless = [ask("word " * context)]
+    asked, real = [], evaluate.answers
+    monkeypatch.setattr(evaluate, "answers", lambda m, t, prompts, *rest: asked.append(prompts) or real(
+        m, t, prompts, *rest))  # fmt: skip
+    stages = evaluate.data_card(settings, evaluate.HeldOut(prompts=[short, hopeless, long]))["stages"]
+    assert len(asked) == 4 and all(prompts == asked[0] for prompts in asked) and len(asked[0]) == 2
+    kept = asked[0][1]
+    assert asked[0][0] == short and 1 < len(kept) < len(long) and kept == long[-len(kept) :]
+    limit = min(settings.sft.seq_len, context - room)
+    assert len(tokenizer.encode_prompt(kept)) <= limit < len(tokenizer.encode_prompt(long[-len(kept) - 2 :]))
+    assert stages["ppo"]["score"]["n"] == 2
 
 
 def test_p06_each_stages_own_data_give_their_held_out_records(pipeline, tmp_path):
