@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import importlib
 import json
 import os
@@ -26,6 +25,7 @@ from torch import nn
 from . import parallel, seeds
 from .config import LoRAConfig, ModelConfig, QuantConfig, RewardConfig, RopeScaling, Settings, UserError, check, shown
 from .data.batches import atomic
+from .data.files import digest
 from .data.tokenizer import Tokenizer
 from .model import lora
 from .model.llama import Llama, ScalarLlama
@@ -117,10 +117,8 @@ def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: T
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a full checkpoint's weights from others: the file's size and a hash of its first MiB."""
-    path = folder / "model.safetensors"
-    with open(path, "rb") as file:
-        return f"{path.stat().st_size}-{hashlib.sha256(file.read(2**20)).hexdigest()[:16]}"
+    """What tells a full checkpoint's weights from others: SHA-256 of the whole file, so no changed weight is missed."""
+    return digest(folder / "model.safetensors")
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:

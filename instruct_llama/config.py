@@ -270,7 +270,7 @@ class EvaluateConfig:
     prompts: int = 512  # held-out prompts per stage
     comparisons: int = 2000  # held-out comparisons that judge the reward model
     max_new_tokens: int = 48  # longest answer, in tokens
-    temperature: float = 1.0  # 1 judges the distribution that PPO shapes; 0 judges the likeliest answer
+    temperature: float = 1.0  # of answers to real data; the card of the embedded world takes both 1 and 0
     batch_size: int = 256  # prompts answered at once
 
 

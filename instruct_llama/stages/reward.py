@@ -93,7 +93,10 @@ def sample_comparisons(
         mine = range(i * config.answers, (i + 1) * config.answers)
         answers = list(dict.fromkeys(texts[j] for j in mine if episodes.ended[j]))
         if len(answers) >= 2:
-            made.append({"prompt": prompt, "completions": tinychat.rank(prompt, answers, temperature, labeller)})
+            ranked = tinychat.rank(prompt, answers, temperature, labeller)
+            rewards = [tinychat.true_reward(prompt, text).total for text in ranked]
+            utilities = [tinychat.utility(prompt, text) for text in ranked]
+            made.append({"prompt": prompt, "completions": ranked, "rewards": rewards, "utilities": utilities})
     return made
 
 
