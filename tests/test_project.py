@@ -161,10 +161,11 @@ BELOW = {
     "data": {"config"},
     "model": {"data", "config"},
     "parallel": {"config"},
-    "checkpoint": {"parallel", "model", "data", "config"},
+    "folders": {"parallel", "config"},
+    "checkpoint": {"folders", "parallel", "model", "data", "config"},
     "rlhf": {"checkpoint", "parallel", "model", "data", "config"},
     "memory": {"presets", "config"},  # the shapes of the weights that presets name
-    "stages": {"rlhf", "checkpoint", "parallel", "model", "data", "config", "evaluate", "memory"},
+    "stages": {"rlhf", "checkpoint", "folders", "parallel", "model", "data", "config", "evaluate", "memory"},
 }
 MAY_IMPORT_STAGES = {
     "__main__": "the command line runs them",
