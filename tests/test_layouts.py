@@ -38,7 +38,8 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
     # the value starts as the reward model, in the unit of the rewards that it is to predict
     for role, expected in (("reward", scores), ("value", (scores - norm["mean"]) / norm["scale"])):
         with player.models.role(role) as model, torch.no_grad():
-            assert torch.allclose(model(tokens), expected, rtol=1e-4, atol=1e-5 / (1 if role == "reward" else norm["scale"]))
+            unit = norm["scale"] if role == "value" else 1.0
+            assert torch.allclose(model(tokens), expected, rtol=1e-4, atol=1e-5 / unit)
     for ours, theirs in zip(*(lora.adapter_state(player.models.base, role).items() for role in ("value", "reward")),
                             strict=True):  # fmt: skip
         assert torch.equal(ours[1], theirs[1]) and ours[1].data_ptr() != theirs[1].data_ptr(), ours[0]
