@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
   export --to hf|peft|gguf CHECKPOINT TARGET
                              a checkpoint in other people's formats
   chat [CHECKPOINT]          talk to a checkpoint; --prompts FILE answers a file
-  evaluate                   the report card of every stage under --out
+  evaluate                   the report card of every stage under --out; with --study seeds, the whole pipeline for
+                             each of --seeds, a line of figures for each in notebooks/results/
 
 Settings of every stage: python -m instruct_llama COMMAND --help"""
 
@@ -65,6 +66,16 @@ class Chat(Worded):
     top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
     max_new_tokens: int = 512  # longest answer, in tokens; the context may allow less
     batch_size: int = 32  # prompts of a file that are answered at once
+
+
+@dataclass(frozen=True)
+class Evaluate(Settings):
+    """What is judged: the stages under --out, or a study that trains its own."""
+
+    study: Literal["", "seeds"] = ""  # seeds: every stage and its report card for each seed, under --out/seeds
+    seeds: tuple[int, ...] = tuple(range(1, 11))  # of the study; what the results hold already is skipped
+    kl0: bool = False  # PPO without its KL penalty for every seed of the study, not for 1 to 3 alone
+    results: str = ""  # where the study appends a line a seed; empty: notebooks/results/seeds.jsonl
 
 
 @dataclass(frozen=True)
@@ -188,12 +199,18 @@ def chat(settings: Chat) -> int:
     return 0
 
 
-def evaluate(settings: Settings) -> int:
-    """Print the report card and write report.json."""
+def evaluate(settings: Evaluate) -> int:
+    """Print the report card and write report.json; or run a study and print how often each target was met."""
     from . import evaluate as card
+    from . import study
     from .stages import records
     from .stages.trainer import pick_device
 
+    if settings.study:
+        plain = Settings(**{field.name: getattr(settings, field.name) for field in fields(Settings)})
+        results = Path(settings.results) if settings.results else None
+        print(study.describe(study.summary(study.run(plain, settings.seeds, results, settings.kl0))))
+        return 0
     device = pick_device(settings.device)
     if settings.data or settings.sft.data:
         print(card.describe(card.data_card(settings, records.heldout(settings), device)))
@@ -219,7 +236,7 @@ def doctor(settings: Settings) -> int:
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
     **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
     "data": (data, Data), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
-    "chat": (chat, Chat), "evaluate": (evaluate, Settings), "tour": (tour, Settings), "doctor": (doctor, Settings),
+    "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Settings), "doctor": (doctor, Settings),
 }  # fmt: skip
 
 
