@@ -56,7 +56,7 @@ def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=None, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}},
-        record_timing=False, extra_arguments=["--IPKernelApp.log_level=40"],
+        record_timing=False, coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=40"],
         on_cell_executed=lambda **_: bar.update(1 / len(notebook.cells)),
     )  # fmt: skip
     try:
