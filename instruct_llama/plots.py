@@ -237,7 +237,7 @@ def bars(values: Mapping[str, float | Sequence[float]], *, ylabel: str, series: 
     table = np.array([np.atleast_1d(value) for value in values.values()], dtype=float)  # (names, series)
     figure, ax = panels()
     room = 5.5 / (len(table) * table.shape[1])  # inches of a bar
-    upright = max(len(number.format(value)) for value in table.flat) * 0.065 > room
+    upright = max(len(number.format(value)) for value in table.flat) * 0.075 > room
     for i, column in enumerate(table.T):
         at = np.arange(len(table)) + (i + 0.5) * 0.8 / table.shape[1] - 0.4
         drawn = ax.bar(at, column, 0.8 / table.shape[1], color=COLOURS[i], alpha=0.75, hatch=HATCHES[i],
