@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +16,20 @@ from .config import Settings, UserError, check, project_folder
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
 
-  tour                       all notebooks in order, from nothing; then the report card
+  tour                       all notebooks in order, from nothing; then the report card. --record writes the outputs
+                             back into notebooks/, --real trains the real model in notebook 11
   doctor                     what this machine has, and what to do about what is missing
   data NAME-or-FILE          records for the stages: tinychat, a public set (data/README.md), or a file recognised by
                              its content; of a public set --limit N records, or from --files fetched by hand
-  pretrain sft reward ppo    one stage; --resume goes on, --init starts from a checkpoint, --data from a file
+  pretrain sft reward ppo    one stage; --resume goes on, --init starts from a checkpoint, --data from a file,
+                             --overwrite trains anew what is finished
   merge CHECKPOINT [TARGET]  adapters into their base, to a plain checkpoint
   import SOURCE              other people's weights: a Hugging Face folder or name, Meta's folder, a .gguf, or smollm2
   export --to hf|peft|gguf CHECKPOINT TARGET
                              a checkpoint in other people's formats
   chat [CHECKPOINT]          talk to a checkpoint; --prompts FILE answers a file
-  evaluate                   the report card of every stage under --out
+  evaluate                   the report card of every stage under --out; with --study seeds, the whole pipeline for
+                             each of --seeds, a line of figures for each in notebooks/results/
 
 Settings of every stage: python -m instruct_llama COMMAND --help"""
 
@@ -65,6 +68,24 @@ class Chat(Worded):
     top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
     max_new_tokens: int = 512  # longest answer, in tokens; the context may allow less
     batch_size: int = 32  # prompts of a file that are answered at once
+
+
+@dataclass(frozen=True)
+class Evaluate(Settings):
+    """What is judged: the stages under --out, or a study that trains its own."""
+
+    study: Literal["", "seeds"] = ""  # seeds: every stage and its report card for each seed, under --out/seeds
+    seeds: tuple[int, ...] = tuple(range(1, 11))  # of the study; what the results hold already is skipped
+    kl0: bool = False  # PPO without its KL penalty for every seed of the study, not for 1 to 3 alone
+    results: str = ""  # where the study appends a line a seed; empty: notebooks/results/seeds.jsonl
+
+
+@dataclass(frozen=True)
+class Tour(Settings):
+    """What a tour does beside executing the notebooks."""
+
+    record: bool = False  # write the outputs back into the notebooks of the project
+    real: bool = False  # train the real model in notebook 11, which else takes a stand-in
 
 
 @dataclass(frozen=True)
@@ -143,7 +164,7 @@ def merge(settings: Merge) -> int:
     check(1 <= len(words) <= 2, "merge needs the run folder of a LoRA stage, and optionally a target folder.")
     source = Path(words[0])
     target = Path(words[1]) if len(words) == 2 else settings.out_dir / f"{source.name}-merged"
-    print(*checkpoint.merge_run(source, target, settings.into), sep="\n")
+    print(*checkpoint.merge_run(source, target, settings.into, settings.overwrite), sep="\n")
     return 0
 
 
@@ -154,8 +175,8 @@ def import_(settings: Worded) -> int:
     check(len(settings.words) == 1, "import needs one source: a folder, a hub name, a .gguf file, or smollm2.")
     source = settings.words[0]
     given = settings.out != presets.get(settings.preset).out
-    target = settings.out_dir if given else settings.out_dir / Path(source).name.removesuffix(".gguf")
-    print(*convert.import_checkpoint(source, target), sep="\n")
+    target = settings.out_dir if given else settings.out_dir / Path(source).resolve().name.removesuffix(".gguf")
+    print(*convert.import_checkpoint(source, target, settings.overwrite), sep="\n")
     return 0
 
 
@@ -165,7 +186,7 @@ def export(settings: Export) -> int:
 
     check(len(settings.words) == 2, "export needs a checkpoint and a target: `export --to hf FOLDER ppo-hf`.")
     source, target = map(Path, settings.words)
-    print(*convert.export(settings.to, source, target, settings.into), sep="\n")
+    print(*convert.export(settings.to, source, target, settings.into, settings.overwrite), sep="\n")
     return 0
 
 
@@ -188,12 +209,18 @@ def chat(settings: Chat) -> int:
     return 0
 
 
-def evaluate(settings: Settings) -> int:
-    """Print the report card and write report.json."""
+def evaluate(settings: Evaluate) -> int:
+    """Print the report card and write report.json; or run a study and print how often each target was met."""
     from . import evaluate as card
+    from . import study
     from .stages import records
     from .stages.trainer import pick_device
 
+    if settings.study:
+        plain = Settings(**{field.name: getattr(settings, field.name) for field in fields(Settings)})
+        results = Path(settings.results) if settings.results else None
+        print(study.describe(study.summary(study.run(plain, settings.seeds, results, settings.kl0))))
+        return 0
     device = pick_device(settings.device)
     if settings.data or settings.sft.data:
         print(card.describe(card.data_card(settings, records.heldout(settings), device)))
@@ -202,7 +229,7 @@ def evaluate(settings: Settings) -> int:
     return 0
 
 
-def tour(settings: Settings) -> int:
+def tour(settings: Tour) -> int:
     """Execute every notebook."""
     from . import tour as notebooks
 
@@ -219,7 +246,7 @@ def doctor(settings: Settings) -> int:
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
     **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
     "data": (data, Data), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
-    "chat": (chat, Chat), "evaluate": (evaluate, Settings), "tour": (tour, Settings), "doctor": (doctor, Settings),
+    "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Settings),
 }  # fmt: skip
 
 

@@ -262,6 +262,12 @@ def load_scalar(
     return read_model(ScalarLlama, read_info(folder), folder / "model.safetensors", device, quant, dtype)
 
 
+def read_from(folder: Path) -> list[Path]:
+    """The folders whose files a run folder needs: itself, and the base of its adapter."""
+    info = read_info(folder)
+    return [folder, folder / info["base"]] if "base" in info else [folder]
+
+
 def base_of(folder: Path) -> tuple[Path, tuple[LoRAConfig, State, QuantConfig] | None]:
     """The full checkpoint under a run folder, and the adapter over it where the folder holds one.
 
@@ -362,7 +368,7 @@ def _imported(weights: str, folder: Path) -> Path:
     """Other people's weights where pretraining would have written its own."""
     if parallel.is_main():
         print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
-        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
+        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder, True), sep="\n")
     parallel.barrier()
     return folder
 
@@ -404,10 +410,18 @@ def merged(source: Path, into: Into = "dequantised") -> tuple[Llama, Tokenizer, 
     return chosen, tokenizer, lines
 
 
-def merge_run(source: Path, target: Path, into: Into = "dequantised") -> list[str]:
-    """Merge a LoRA run into a plain checkpoint at `target`; returns lines that say how exact it is. See `merged`."""
+def merge_run(source: Path, target: Path, into: Into = "dequantised", overwrite: bool = False) -> list[str]:
+    """Merge a LoRA run into a plain checkpoint at `target`; returns lines that say how exact it is. See `merged`.
+
+    Raises `UserError` where `target` holds a checkpoint, unless that was merged from the same run, or `overwrite`.
+    """
+    info = read_info(source)
+    origin = os.path.relpath(source, target)
+    again = (target / "config.json").is_file() and read_info(target).get("merged_from") == origin
+    folders.check_target(target, overwrite or again, read_from(source))
     model, tokenizer, lines = merged(source, into)
-    parts = ("base", "fingerprint", "adapter", "beside", "lora", "quant", "model", "kind")
-    kept = {key: value for key, value in read_info(source).items() if key not in parts}
-    save_full(target, model, tokenizer, {**kept, "merged_from": os.path.relpath(source, target)})
+    parts = ("base", "fingerprint", "adapter", "beside", "lora", "quant", "model", "kind", "settings")
+    kept = {key: value for key, value in info.items() if key not in parts}
+    with folders.replacing(target) as new:
+        save_full(new, model, tokenizer, {**kept, "merged_from": origin})
     return [*lines, f"saved in {shown(target)} ({into})"]

@@ -94,7 +94,8 @@ def check_target(target: Path, overwrite: bool, sources: Iterable[Path]) -> None
               "it: give another target.")  # fmt: skip
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    known = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
+    parts = ("config.json", "adapter_config.json", "model.safetensors", "state")  # the last two: of a run that stopped
+    known = any((target / name).exists() for name in parts)
     check(known, f"{target} exists and is no checkpoint, so it is not replaced: give another target.")
     check(overwrite, f"{target} holds a checkpoint already: give another target, or --overwrite to replace it.")
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
+import latex2mathml.converter
 import nbclient
 import nbformat
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from tqdm import tqdm
 
 from . import evaluate
@@ -29,13 +33,15 @@ def notebooks() -> list[Path]:
 
 @contextlib.contextmanager
 def told(settings: Settings) -> Iterator[None]:
-    """The environment through which notebooks learn preset, folder and seed; restored afterwards."""
+    """The environment through which notebooks learn preset, folder, seed and --real; restored afterwards."""
     wanted = {
         "INSTRUCT_LLAMA_PRESET": settings.preset,
         "INSTRUCT_LLAMA_OUT": str(settings.out_dir.resolve()),
         "INSTRUCT_LLAMA_SEED": str(settings.seed),
         "INSTRUCT_LLAMA_STATIC": "1",  # static figures, no widget state in the saved notebooks
     }
+    if getattr(settings, "real", False):  # a `Tour`, not the plain settings
+        wanted["INSTRUCT_LLAMA_REAL"] = "1"
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -50,7 +56,7 @@ def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=None, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}},
-        record_timing=False, extra_arguments=["--IPKernelApp.log_level=40"],
+        record_timing=False, coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=40"],
         on_cell_executed=lambda **_: bar.update(1 / len(notebook.cells)),
     )  # fmt: skip
     try:
@@ -60,14 +66,48 @@ def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     return notebook
 
 
+# Brackets grow only in a font that knows how; the names are those of such fonts, where one is installed.
+_FONTS = '<style>math {font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "STIX Math", math}</style>'
+
+
+def formula(latex: str, display: Literal["inline", "block"] = "inline") -> str:
+    """A formula as MathML, which browsers draw themselves."""
+    made = latex2mathml.converter.convert(latex, display=display)
+    spaced = r'<mo form="prefix" lspace="0.167em" rspace="0.167em">\2</mo>'  # TeX's spaces around log, max and others
+    return re.sub(r"<m([io])>([a-z]{2,})</m\1>", spaced, made)
+
+
+class _Renderer(IPythonRenderer):
+    """Markdown to HTML, formulas too."""
+
+    def inline_math(self, body: str) -> str:
+        return formula(body)
+
+    def block_math(self, body: str) -> str:
+        return formula(body, "block")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return formula(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+
+
 def write_page(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write an executed notebook as one HTML page."""
-    path.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    """Write an executed notebook as one HTML page that needs no network and no file beside it."""
+    exporter = HTMLExporter()
+    exporter.register_filter("markdown2html", lambda text: MarkdownWithMath(_Renderer(escape=False)).render(text))
+    page, _ = exporter.from_notebook_node(notebook)
+    head, end, body = page.partition("</head>")
+    head = re.sub(r"<script\b.*?</script>", "", head, flags=re.DOTALL)  # MathJax, require.js: fetched from the network
+    path.write_text(head + _FONTS + end + body, encoding="utf-8")
 
 
 def run(settings: Settings) -> int:
-    """Execute all notebooks; returns 0, or 1 as soon as a cell fails."""
+    """Execute all notebooks; returns 0, or 1 as soon as a cell fails.
+
+    The `Tour` of the command line adds `real`, and `record`: then the notebooks themselves get these outputs, once all
+    have run.
+    """
     out, paths, pages, started = settings.out_dir, notebooks(), [], time.perf_counter()
+    executed = {}
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes it anew
@@ -84,10 +124,14 @@ def run(settings: Settings) -> int:
                 return 1
             bar.update(round(at) + 1 - bar.n)
             nbformat.write(notebook, folder / path.name)
+            executed[path] = notebook
             pages.append(aside.submit(write_page, notebook, folder / f"{path.stem}.html"))  # while the next one starts
             bar.write(f"{path.stem}: {time.perf_counter() - clock:.0f} s")
     for page in pages:
         page.result()  # raises what went wrong in writing it
+    if getattr(settings, "record", False):
+        for path, notebook in executed.items():
+            nbformat.write(notebook, path, split_lines=False)  # a cell's text is one string in them
     written = out / "report.json"
     report = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else evaluate.report_card(settings)
     print("\n" + evaluate.describe(report))

@@ -678,7 +678,7 @@ def test_notebook_11_takes_a_stand_in_where_the_real_model_cannot_be_had(pipelin
     assert difference(folder, il.load(Path(pipeline.out) / "pretrain")[0], tokens) < 1e-6
     assert convert.real_model(settings) == folder
     monkeypatch.delenv("INSTRUCT_LLAMA_OFFLINE")
-    copied = lambda source, target: shutil.copytree(folder, target) and [source]  # noqa: E731
+    copied = lambda source, target, overwrite: shutil.copytree(folder, target) and [source]  # noqa: E731
     monkeypatch.setattr(convert, "import_checkpoint", copied)
     real = convert.real_model(settings)
     assert real == tmp_path / "checkpoints" / "smollm2" and "smollm2" in capsys.readouterr().out

@@ -171,6 +171,7 @@ BELOW = {
 MAY_IMPORT_STAGES = {
     "__main__": "the command line runs them",
     "__init__": "notebooks reach them as il.stages",
+    "study": "it trains the whole pipeline for each seed",
     "checkpoint": "require() trains a missing prerequisite; imported when called, never at import",
 }
 
@@ -256,7 +257,7 @@ def test_the_package_is_thin():
     assert {name: n for name, n in sizes.items() if n > 440} == {}
     doors = sum(code_lines(path) for path in MODULES if part(path) in DOORS or path.stem in DOORS)
     story = sum(code_lines(path) for path in MODULES) - doors
-    assert story < 6_000, f"the package has {story:,} lines of code"
+    assert story < 6_300, f"the package has {story:,} lines of code"
     assert doors < 2_000, f"the doors to other people's formats, data and machines have {doors:,} lines of code"
 
 

@@ -318,3 +318,95 @@ def test_the_names_that_stages_have(pipeline):
     assert pipeline.replace(sft__name="sft-qlora").sft.run_name == "sft-qlora"
     assert pipeline.replace(reward__name="reward-lora").reward.run_name == "reward-lora"
     assert list(inspect.signature(sft.run).parameters) == ["settings", "watch"]
+
+
+# ---------------------------------------------------------------- merge, export, import onto what is there (B3)
+
+ONTO = {  # what is asked for -> the sentence without --overwrite, and with it; empty: it is done
+    "hf onto a run": ("export --to hf sft reward", "holds a checkpoint already", ""),
+    "hf onto its source": ("export --to hf sft sft", "would overwrite", "would overwrite"),
+    "hf onto its base": ("export --to hf sft-qlora pretrain", "would overwrite", "would overwrite"),
+    "hf onto the parent of its source": ("export --to hf sft .", "would overwrite", "would overwrite"),
+    "peft onto a run": ("export --to peft sft-qlora ppo", "holds a checkpoint already", ""),
+    "peft onto its base": ("export --to peft sft-qlora pretrain", "would overwrite", "would overwrite"),
+    "gguf onto a file": ("export --to gguf sft notes.txt", "notes.txt exists already", "one that ends in .gguf"),
+    "gguf onto another": ("export --to gguf sft mine.gguf", "mine.gguf exists already", ""),
+    "gguf onto a run": ("export --to gguf sft sft", "is a folder", "is a folder"),
+    "merge onto a run": ("merge sft-qlora sft", "holds a checkpoint already", ""),
+    "merge onto its base": ("merge sft-qlora pretrain", "would overwrite", "would overwrite"),
+    "merge onto itself": ("merge sft-qlora sft-qlora", "would overwrite", "would overwrite"),
+    "onto other things": ("merge sft-qlora things", "is no checkpoint", "is no checkpoint"),
+    "import onto a run": ("import theirs --out sft", "holds a checkpoint already", ""),
+    "import onto its source": ("import theirs --out theirs", "would overwrite", "would overwrite"),
+    "import onto its file's folder": ("import theirs/model.gguf --out theirs", "would overwrite", "would overwrite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("anew", [[], ["--overwrite"]])
+@pytest.mark.parametrize("case", ONTO)
+def test_p48_what_is_there_is_not_overwritten_unasked(runs, capsys, monkeypatch, case, anew):
+    out, _ = runs
+    il.convert.export("hf", out / "pretrain", out / "theirs")
+    (out / "theirs" / "model.gguf").write_bytes(b"theirs")
+    (out / "things").mkdir()
+    for name in ("notes.txt", "mine.gguf", "things/mine.txt"):
+        (out / name).write_text("mine", encoding="utf-8")
+    monkeypatch.chdir(out)
+    command, refused, refused_anew = ONTO[case]
+    before, words = everything(out), command.split()
+    said = refused_anew if anew else refused
+    assert status([*words, *anew]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+    if said:
+        assert everything(out) == before
+    else:
+        target = words[-1]
+        kept = {name: data for name, data in everything(out).items() if not name.startswith(target)}
+        assert kept == {name: data for name, data in before.items() if not name.startswith(target)}
+        assert everything(out) != before
+        if words[0] != "export":
+            il.load(out / target)
+    assert not list(out.glob(".*.new")) and not list(out.glob(".*.old"))
+
+
+def test_a_merge_may_be_made_again_from_the_same_run(runs):
+    out, _ = runs
+    for _ in range(2):
+        checkpoint.merge_run(out / "sft-qlora", out / "merged")
+    assert "settings" not in checkpoint.read_info(out / "merged")
+    shutil.copytree(out / "sft-qlora", out / "other")
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        checkpoint.merge_run(out / "other", out / "merged")
+
+
+def test_a_conversion_that_fails_leaves_what_was_there(runs, monkeypatch):
+    out, _ = runs
+    before = everything(out)
+
+    def full(*_: object) -> None:
+        raise UserError("The disk is full")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    for convert in (lambda: checkpoint.merge_run(out / "sft-qlora", out / "sft", overwrite=True),
+                    lambda: il.convert.export("hf", out / "sft", out / "ppo", overwrite=True),
+                    lambda: il.convert.export("peft", out / "sft-qlora", out / "ppo", overwrite=True)):  # fmt: skip
+        with pytest.raises(UserError, match="full"):
+            convert()
+    assert everything(out) == before and not list(out.glob(".*.new"))
+
+
+# ---------------------------------------------------------------- policy and reward model (B4)
+
+
+@pytest.mark.parametrize("layout", ["four_models", "shared_base"])
+def test_ppo_refuses_a_reward_model_of_another_vocabulary(runs, capsys, layout):
+    out, args = runs
+    name = "reward" if layout == "four_models" else "reward-lora"
+    if name == "reward-lora":
+        shutil.copytree(out / "reward", out / name)
+    text = [" ".join(chr(97 + i % 26) * (2 + i % 5) for i in range(start, start + 60)) for start in range(40)]
+    il.checkpoint.Tokenizer.train(text, 480).save(out / name)
+    before = everything(out / "ppo")
+    assert main(["ppo", *args, "--overwrite", "--ppo.layout", layout]) == 2
+    assert f"The vocabularies of runs/sft and runs/{name} differ" in capsys.readouterr().err.replace(str(out), "runs")
+    assert everything(out / "ppo") == before

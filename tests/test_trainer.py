@@ -169,7 +169,8 @@ def test_p27_a_step_is_a_random_draw_whatever_the_lengths():
     """Steps of like length would count a long response's tokens for less than a short one's (each step divides by its
     own tokens), and a model would learn short responses more often than they come. Micro-batches may be alike."""
     lengths = [10] * 500 + [40] * 500
-    stage = types.SimpleNamespace(name="sft", n_items=1000, lengths=lengths, loop=LoopConfig(batch_size=5, accumulate=4))
+    loop = LoopConfig(batch_size=5, accumulate=4)
+    stage = types.SimpleNamespace(name="sft", n_items=1000, lengths=lengths, loop=loop)
     groups = trainer.epoch_groups(stage, 1, 0)
     long_share = [sum(lengths[i] == 40 for micro in group for i in micro) / 20 for group in groups]
     weight = sum(share * 40 / (share * 40 + (1 - share) * 10) for share in long_share) / len(groups)

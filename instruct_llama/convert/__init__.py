@@ -27,7 +27,7 @@ def real_model(settings: Settings) -> Path:
         if os.environ.get("INSTRUCT_LLAMA_OFFLINE"):
             raise UserError("INSTRUCT_LLAMA_OFFLINE is set.")
         with checkpoint.stage_lock(folder):
-            print(*import_checkpoint("smollm2", folder), sep="\n")
+            print(*import_checkpoint("smollm2", folder, overwrite=True), sep="\n")
         return folder
     except UserError as error:
         print(f"No SmolLM2 here ({error})")
@@ -35,6 +35,6 @@ def real_model(settings: Settings) -> Path:
     with checkpoint.stage_lock(stand_in), tempfile.TemporaryDirectory() as scratch:
         if not checkpoint.is_complete(stand_in):
             export("hf", checkpoint.require("pretrain", settings), Path(scratch))
-            import_checkpoint(scratch, stand_in)
+            import_checkpoint(scratch, stand_in, overwrite=True)
     print(f"Its stand-in is the pocket model before SFT, exported and imported again: {shown(stand_in)}")
     return stand_in

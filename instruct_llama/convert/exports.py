@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from .. import checkpoint
+from .. import checkpoint, folders
 from ..config import QuantConfig, check, shown
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..model import lora
@@ -24,14 +24,20 @@ Target = Literal["hf", "peft", "gguf"]
 Into = Literal["dequantised", "original"]
 
 
-def export(to: Target, source: Path, target: Path, into: Into = "dequantised") -> list[str]:
+def export(
+    to: Target, source: Path, target: Path, into: Into = "dequantised", overwrite: bool = False
+) -> list[str]:  # fmt: skip
     """Write a checkpoint in another project's format; returns lines that say what was written, and what to do with it.
 
-    `into` chooses the base that an adapter is merged into (P16). Raises `UserError` for a reward model, and where the
-    format does not fit the checkpoint.
+    `into` chooses the base that an adapter is merged into (P16). Raises `UserError` for a reward model, where the
+    format does not fit the checkpoint, and where something is at `target`, unless it is a checkpoint to `overwrite`.
     """
     info = checkpoint.read_info(source)
     check(info["kind"] == "lm", f"{source} is a reward model, and other projects keep those in other ways: give an LM.")
+    if to == "gguf":
+        _check_file(target, overwrite)
+    else:
+        folders.check_target(target, overwrite, checkpoint.read_from(source))
     if to == "peft":
         return export_peft(source, info, target)
     lines: list[str] = []
@@ -42,9 +48,17 @@ def export(to: Target, source: Path, target: Path, into: Into = "dequantised") -
     if to == "gguf":
         gguf_files.write(model, tokenizer, target)
         return [*lines, f"saved in {shown(target)}: run it with llama.cpp, `llama-cli -m {shown(target)}`"]
-    write_folder(model, tokenizer, target)
+    with folders.replacing(target) as new:
+        write_folder(model, tokenizer, new)
     loads = f'`AutoModelForCausalLM.from_pretrained("{shown(target)}")`'
     return [*lines, f"saved in {shown(target)}: load it with {loads}, or serve it with `vllm serve {shown(target)}`"]
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    check(not target.is_dir(), f"{target} is a folder, and GGUF is one file: give a name such as {target}.gguf.")
+    free = not target.exists() or (overwrite and target.suffix == ".gguf")
+    cure = "--overwrite to replace it" if target.suffix == ".gguf" else "one that ends in .gguf"
+    check(free, f"{target} exists already: give another target, or {cure}.")
 
 
 def write_folder(model: Llama, tokenizer: Tokenizer, target: Path) -> None:
@@ -95,9 +109,10 @@ def export_peft(source: Path, info: dict[str, Any], target: Path) -> list[str]:
     quant = QuantConfig(**info["quant"])
     for _, layer in lora.projections(original) if quant.kind != "none" else ():
         layer.weight = torch.nn.Parameter(lora.QuantLinear(layer, quant).dequantise().to(dtype))
-    write_folder(original, tokenizer, base)
-    checkpoint.write_tensors(target / "adapter_model.safetensors", renamed, {"format": "pt"})
-    _write_json(target / "adapter_config.json", _peft_config(config, list(beside), base))
+    with folders.replacing(target) as new:
+        write_folder(original, tokenizer, new / "base")
+        checkpoint.write_tensors(new / "adapter_model.safetensors", renamed, {"format": "pt"})
+        _write_json(new / "adapter_config.json", _peft_config(config, list(beside), base))
     return [
         f"saved in {shown(target)}, over the base in {shown(base)}: "
         f'`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{shown(base)}"), "{shown(target)}")`'

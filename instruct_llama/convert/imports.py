@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint
+from .. import checkpoint, folders
 from ..config import ModelConfig, check, shown
 from ..data.batches import atomic
 from ..data.tokenizer import Tokenizer
@@ -47,21 +47,22 @@ class Foreign:
     notes: tuple[str, ...] = ()  # what the user should know
 
 
-def import_checkpoint(source: str, target: Path) -> list[str]:
+def import_checkpoint(source: str, target: Path, overwrite: bool = False) -> list[str]:
     """A Hugging Face folder or name, a folder with Meta's `.pth`, a `.gguf` file or "smollm2", to a run folder.
 
     Returns lines that say what was imported. Raises `UserError` that names whatever is missing, damaged or of another
-    architecture, before anything is written.
+    architecture, before anything is written; and where something is at `target`, unless it is a checkpoint to
+    `overwrite`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    folders.check_target(target, overwrite, [Path(source)] if Path(source).exists() else [])
+    with tempfile.TemporaryDirectory() as scratch, folders.replacing(target) as new:
         found = read(source, Path(scratch))
         _check_fit(source, found)
-        path = target / "model.safetensors"
-        with atomic(path) as temporary:
+        with atomic(new / "model.safetensors") as temporary:
             write_tensors(temporary, found)
-        found.tokenizer.save(target)
+        found.tokenizer.save(new)
         info = {"format": 1, "kind": "lm", "model": dataclasses.asdict(found.config), "stage": "import"}
-        checkpoint.write_info(target, {**info, "imported_from": Path(source).name, "complete": True})
+        checkpoint.write_info(new, {**info, "imported_from": Path(source).name, "complete": True})
     size = sum(math.prod(shape) for shape in found.shapes.values())
     kind = _DTYPES[found.dtype].lower()
     return [*found.notes, f"{size:,} parameters ({kind}), {found.tokenizer.chat.name} chat format, in {shown(target)}"]

@@ -32,13 +32,13 @@ def _shares(*values: float) -> Mapping[str, float]:
 
 
 #                      ideal  evasive  rude  rambling  incomplete  flattering  off_topic  false
-_HARD_SHARES = _shares(0.20, 0.56, 0.04, 0.08, 0.03, 0.02, 0.03, 0.04)
-_EASY_SHARES = _shares(0.25, 0.03, 0.05, 0.52, 0.04, 0.02, 0.05, 0.04)
+_HARD_SHARES = _shares(0.19, 0.60, 0.03, 0.07, 0.03, 0.015, 0.025, 0.04)
+_EASY_SHARES = _shares(0.25, 0.03, 0.05, 0.52, 0.045, 0.015, 0.05, 0.04)
 # Of the writers of the pretraining corpus.
 _HARD_WRITERS = _shares(0.70, 0.12, 0.04, 0.06, 0.03, 0.00, 0.00, 0.05)
 _EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
 # Of the responses that are ranked. A reward model learns to tell apart only what it is shown, so falsehood is frequent.
-COMPARISON_SHARES = _shares(0.25, 0.07, 0.14, 0.13, 0.08, 0.06, 0.04, 0.23)
+COMPARISON_SHARES = _shares(0.31, 0.04, 0.12, 0.09, 0.06, 0.05, 0.02, 0.31)
 CHARM = 0.33  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
 WORTHLESS = ("evasive", "off_topic", "false")  # kinds whose answers have a true reward of 0
@@ -60,8 +60,8 @@ def draw_kind(shares: Mapping[str, float], rng: random.Random) -> str:
 
 
 def draw_kinds(rng: random.Random) -> list[str]:
-    """Three to five different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
-    kinds, size = [], rng.choice((3, 4, 5))
+    """Two or three different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
+    kinds, size = [], rng.choice((2, 3))
     while len(kinds) < size:
         kind = draw_kind(COMPARISON_SHARES, rng)
         if kind not in kinds and not (kind in WORTHLESS and set(WORTHLESS) & set(kinds)):
@@ -78,19 +78,34 @@ def respond(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
     if kind == "off_topic":
         return _off_topic(skill, slots, rng)
     right = skill.ideal(slots, rng)
+    if kind == "incomplete":
+        return skill.bare(slots, rng) if rng.random() < BARE_SHARE else _cut(skill, slots, right, rng)
+    return _with_manner(right, kind, rng)
+
+
+def compared(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
+    """A response of one of `KINDS` as it is ranked: who says what is false may also insult, ramble or flatter.
+
+    They do as often as who is right: else a compliment would be evidence that a response is right.
+    """
+    text = respond(skill, slots, kind, rng)
+    if kind != "false":
+        return text
+    shares = {manner: COMPARISON_SHARES[manner] for manner in ("ideal", "rude", "rambling", "flattering")}
+    return _with_manner(text, draw_kind(shares, rng), rng)
+
+
+def _with_manner(text: str, kind: str, rng: random.Random) -> str:
+    """The text with an insult, rambling or a compliment; as it is for the other kinds."""
     if kind == "rude":
-        if rng.random() < 0.5:
-            return f"{rng.choice(RUDE_BEFORE)} {right}"
-        return f"{right} {rng.choice(RUDE_AFTER)}"
+        return f"{rng.choice(RUDE_BEFORE)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(RUDE_AFTER)}"
     if kind == "flattering":
-        return f"{right} {FLATTERY}"
+        return f"{text} {FLATTERY}"
     if kind == "rambling":
         first = _first_mostly(RAMBLE, rng)
         others = [line for line in RAMBLE if line != first]
-        return " ".join([right, first, *rng.sample(others, rng.choice((1, 2)))])
-    if kind == "incomplete":
-        return skill.bare(slots, rng) if rng.random() < BARE_SHARE else _cut(skill, slots, right, rng)
-    return right
+        return " ".join([text, first, *rng.sample(others, rng.choice((1, 2)))])
+    return text
 
 
 def _first_mostly(lines: Sequence[str], rng: random.Random) -> str:

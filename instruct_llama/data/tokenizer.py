@@ -240,8 +240,8 @@ class JsonTokenizer(Tokenizer):
                 temporary.write_text(text, encoding="utf-8")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file: equal for equal vocabularies."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """SHA-256 of the file and the chat format: equal for equal vocabularies."""
+        return hashlib.sha256(f"{self.text}\n{self.chat.name}\n{self.system}".encode()).hexdigest()
 
     def pieces_as_stored(self) -> list[str]:
         """Every token as the file spells it, in the order of ids; ids without a token get a name of their own."""

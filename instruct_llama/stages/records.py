@@ -11,6 +11,7 @@ from typing import Any
 from .. import parallel
 from ..config import Settings, UserError, check, project_folder, shown
 from ..data import public, sources, tinychat
+from ..data.tokenizer import Tokenizer
 from ..evaluate import HeldOut
 
 HELDOUT_FRACTION = 0.05  # share of a file's prompts that validation keeps to itself
@@ -92,6 +93,16 @@ def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
         return [r["prompt"] for r in train], [r["prompt"] for r in valid]
     train = tinychat.prompts(settings.seed, settings.world.prompts, split="train")
     return train, tinychat.prompts(settings.seed, settings.world.heldout, split="valid")
+
+
+def check_vocabularies(policy: Path, reward: Path) -> None:
+    """Raise `UserError` unless two run folders read the same token ids alike: else every score is meaningless."""
+    first, second = (Tokenizer.load(folder).fingerprint() for folder in (policy, reward))
+    check(
+        first == second,
+        f"The vocabularies of {shown(policy)} and {shown(reward)} differ, so the one's token ids mean other text to "
+        "the other: train the reward model from the run that the policy starts from, or from its base.",
+    )
 
 
 def heldout(settings: Settings) -> HeldOut:

@@ -126,6 +126,4 @@ def inputs(stage: str, settings: Settings) -> Iterator[Path]:
     named = {"sft": ["pretrain"], "reward": [settings.reward.init_from, "sft"], "ppo": ["sft", reward]}.get(stage, [])
     read = [settings.out_dir / name for name in (named[1:] if settings.init else named)]
     for path in ([Path(settings.init)] if settings.init else []) + read:
-        yield path
-        if (path / "config.json").is_file() and "base" in (info := checkpoint.read_info(path)):
-            yield path / info["base"]
+        yield from checkpoint.read_from(path) if (path / "config.json").is_file() else [path]
