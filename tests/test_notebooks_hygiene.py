@@ -96,6 +96,13 @@ def ideas_are_short(notebook: dict, name: str) -> list[str]:
     return [f"an idea of {len(p.split())} words: {p[:40]}" for p in found if len(p.split()) > 80]
 
 
+def ideas_are_labelled(notebook: dict, name: str) -> list[str]:
+    """Every notebook marks its ideas, and all mark them alike."""
+    label, text = "**Idea.**", "\n\n".join(cells(notebook, "markdown"))
+    wrong = [found for found in re.findall(r"^[*#_ ]*Idea\b[^\w\s]*", text, flags=re.M) if found.strip() != label]
+    return wrong + ([f"{text.count(label)} paragraphs begin with {label}"] if text.count(label) < 4 else [])
+
+
 def no_shell_or_install(notebook: dict, name: str) -> list[str]:
     bad = re.compile(r"^\s*[!%]|get_ipython|os\.system|subprocess|pip\.main", re.M)
     return [match.group().strip() for source in cells(notebook, "code") for match in bad.finditer(source)]
@@ -164,9 +171,9 @@ def asserts(notebook: dict, name: str) -> list[str]:
     return [] if count >= 2 else [f"only {count} assert: what is built is also proved"]
 
 
-RULES = [opening, the_map, links, closing, code_cell_sizes, words, ideas_are_short, no_shell_or_install,
-         no_remote_images, no_stars_or_dead_code, every_cell_runs, no_widget_state, no_times, no_absolute_paths,
-         small_pictures, nothing_left_to_fill_in, one_code_for_every_preset, asserts]  # fmt: skip
+RULES = [opening, the_map, links, closing, code_cell_sizes, words, ideas_are_short, ideas_are_labelled,
+         no_shell_or_install, no_remote_images, no_stars_or_dead_code, every_cell_runs, no_widget_state, no_times,
+         no_absolute_paths, small_pictures, nothing_left_to_fill_in, one_code_for_every_preset, asserts]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -233,6 +240,8 @@ PLANTED = [
     (code_cell_sizes, with_cell(code_cell(""))),
     (words, with_cell(text_cell("word " * 3_000))),
     (ideas_are_short, with_cell(text_cell("**Idea.** " + "word " * 80))),
+    (ideas_are_labelled, with_cell(text_cell("**Idea:** a model predicts."))),
+    (ideas_are_labelled, all_text("**Idea.**", "")),
     (no_shell_or_install, with_cell(code_cell("!pip install torch"))),
     (no_shell_or_install, with_cell(code_cell("x = 1\n%matplotlib inline"))),
     (no_remote_images, with_cell(text_cell("![x](https://example.com/x.png)"))),
