@@ -230,17 +230,22 @@ def intervals(rows: Mapping[str, Mapping[str, float]], *, xlabel: str = "true re
 @style()
 def bars(values: Mapping[str, float | Sequence[float]], *, ylabel: str, series: Sequence[str] = ("",), title: str = "",
          xlabel: str = "", number: str = "{:.3g}") -> Picture:  # fmt: skip
-    """Named bars with their numbers; several values to a name stand side by side, and `series` names them."""
+    """Named bars with their numbers; several values to a name stand side by side, and `series` names them.
+
+    Numbers wider than their bars stand upright, so that neighbours do not run together.
+    """
     table = np.array([np.atleast_1d(value) for value in values.values()], dtype=float)  # (names, series)
     figure, ax = panels()
+    room = 5.5 / (len(table) * table.shape[1])  # inches of a bar
+    upright = max(len(number.format(value)) for value in table.flat) * 0.065 > room
     for i, column in enumerate(table.T):
         at = np.arange(len(table)) + (i + 0.5) * 0.8 / table.shape[1] - 0.4
         drawn = ax.bar(at, column, 0.8 / table.shape[1], color=COLOURS[i], alpha=0.75, hatch=HATCHES[i],
                        edgecolor="white", label=series[i])  # fmt: skip
-        ax.bar_label(drawn, [number.format(v) for v in column], padding=2, fontsize=7.5)
+        ax.bar_label(drawn, [number.format(v) for v in column], padding=2, fontsize=7.5, rotation=90 * upright)
     ax.set_xticks(range(len(values)), list(values), parse_math=False)
     ax.grid(False, axis="x")
-    ax.margins(y=0.15)
+    ax.margins(y=0.3 if upright else 0.15)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if any(series):
         ax.legend()
@@ -248,17 +253,20 @@ def bars(values: Mapping[str, float | Sequence[float]], *, ylabel: str, series: 
 
 
 @style()
-def token_heat(pieces: Sequence[str], values: Sequence[float], title: str = "", *, number: str = "{:+.2f}") -> Picture:
+def token_heat(pieces: Sequence[str], values: Sequence[float], title: str = "", *, number: str = "{:+.2f}",
+               under: Sequence[Any] = ()) -> Picture:  # fmt: skip
     """Tokens as cells, coloured by one value each and with its number under it (none for nan); masks are 0 and 1.
 
-    Signed values go from orange (negative) over white to violet; the numbers say the same in grey.
+    Signed values go from orange (negative) over white to violet; the numbers say the same in grey. `under` is written
+    in the cells instead of the values, such as the tokens' ids.
     """
     numbers = array(values)
     scale = np.nanmax(np.abs(numbers), initial=1e-9)
     figure, ax = panels()
     x, y, width = 0.0, 0, 92.0  # characters
-    for piece, value in zip(pieces, numbers, strict=True):
-        text = visible(piece), "" if np.isnan(value) else number.format(value)
+    written = list(map(str, under)) or ["" if np.isnan(value) else number.format(value) for value in numbers]
+    for piece, value, below in zip(pieces, numbers, written, strict=True):
+        text = visible(piece), below
         cell = max(map(len, text)) + 1.2
         if x + cell > width:
             x, y = 0.0, y + 1
@@ -271,6 +279,28 @@ def token_heat(pieces: Sequence[str], values: Sequence[float], title: str = "", 
     ax.set(xlim=(0, width), ylim=(y + 1, 0))
     ax.set_axis_off()
     ax.set_title(title, loc="left", parse_math=False)
+    return figure
+
+
+@style()
+def flow(boxes: Mapping[str, tuple[float, float, str]], arrows: Sequence[tuple[Any, ...]]) -> Picture:
+    """Boxes {text: (x, y, colour)} joined by arrows: pairs of the boxes' numbers, counted from 0.
+
+    An arrow (start, end, note) is bent below the boxes between its ends, and has its note beside it.
+    """
+    figure, ax = panels(size=(8.6, 3.4))
+    drawn = [ax.text(x, y, text, ha="center", va="center", bbox={"boxstyle": "round,pad=0.4", "fc": colour})
+             for text, (x, y, colour) in boxes.items()]  # fmt: skip
+    for start, end, *note in arrows:
+        here, there = drawn[start], drawn[end]
+        ax.annotate("", there.get_position(), here.get_position(), arrowprops={
+            "arrowstyle": "-|>", "color": "0.3", "shrinkA": 2, "shrinkB": 2, "patchA": here.get_bbox_patch(),
+            "patchB": there.get_bbox_patch(), "connectionstyle": f"arc3,rad={0.35 if note else 0}"})  # fmt: skip
+        x, y = np.mean((here.get_position(), there.get_position()), axis=0)
+        ax.text(x, y - 0.6, "".join(note), ha="center", fontsize=8, color="0.3")
+    x, y, _ = zip(*boxes.values(), strict=True)
+    ax.set(xlim=(min(x) - 0.5, max(x) + 0.6), ylim=(min(y) - 0.35, max(y) + 0.35))
+    ax.set_axis_off()
     return figure
 
 

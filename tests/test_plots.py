@@ -39,6 +39,8 @@ MADE = {
     "intervals": lambda: plots.intervals(ROWS, title="report card"),
     "intervals with ranges": lambda: plots.intervals(ROWS, expected={"ppo": (0.9, 1.0)}),
     "bars": lambda: plots.bars({"sums": (0.5, 0.6), "$x$": (1.0, 0.0)}, ylabel="share (of answers)", series=("a", "b")),
+    "many bars": lambda: plots.bars({f"kind {i}": (0.25, 0.45, 0.125) for i in range(8)}, ylabel="share (of answers)",
+                                    series=("a", "b", "c"), number="{:.2f}"),
     "attention_grid": lambda: plots.attention_grid(ATTENTION, PIECES, title="layer 0"),
     "attention_grid of five": lambda: plots.attention_grid(ATTENTION[[0] * 5], PIECES),
     "rope_picture": lambda: plots.rope_picture(16, 500_000.0, 40),
@@ -146,6 +148,34 @@ def test_token_heat_writes_the_numbers_and_takes_dollars_as_text():
     assert not any(text.get_parse_math() for text in ax.texts)
     with pytest.raises(ValueError):
         plots.token_heat(PIECES, values[1:])
+
+
+@pytest.mark.parametrize("names, columns", [(8, 3), (7, 3), (8, 2), (4, 5), (8, 1)])
+def test_numbers_of_neighbouring_bars_do_not_run_together(names, columns):
+    values = {f"kind {i}": [0.44 - 0.0001 * i] * columns for i in range(names)}  # all of one height
+    figure = plots.bars(values, ylabel="share (of answers)", series=[""] * columns, number="{:.2f}")
+    figure._repr_png_()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.x0)
+    assert len(boxes) == names * columns
+    assert all(one.x1 <= other.x0 for one, other in zip(boxes, boxes[1:], strict=False))
+
+
+def test_token_heat_writes_what_it_is_told_under_the_pieces():
+    figure = plots.token_heat(["▁a", "<0x4B>"], [0, 1], under=[270, 83])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["▁a", "270", "<0x4B>", "83"]
+    plain, marked = (patch.get_facecolor() for patch in figure.axes[0].patches)
+    assert plain != marked == matplotlib.colors.to_rgba(plots.shade(1.0))
+
+
+def test_flow_joins_its_boxes_and_writes_the_note_beside_its_arrow():
+    boxes = {"data": (0, 1, "white"), "model": (1, 1, "#dce6f4"), "result": (2, 0, "white")}
+    figure = plots.flow(boxes, [(0, 1), (0, 2, "also")])
+    (ax,) = figure.axes
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert [(t.get_text(), t.get_position()) for t in ax.texts[:3]] == [(k, v[:2]) for k, v in boxes.items()]
+    ends = [(t.xyann, t.xy) for t in ax.texts if hasattr(t, "xyann")]
+    assert ends == [((0, 1), (1, 1)), ((0, 1), (2, 0))]
+    assert ["also"] == [t.get_text() for t in ax.texts[3:] if t.get_text()]
 
 
 def test_token_heat_wraps_and_stays_in_the_picture():
