@@ -2,7 +2,7 @@
 
 import logging
 
-from . import checkpoint, config, data, evaluate, model, presets, rlhf, stages
+from . import checkpoint, config, data, evaluate, model, presets, rlhf, seeds, stages
 from .checkpoint import load, require
 from .config import Settings, UserError
 from .model.generate import generate
@@ -10,7 +10,7 @@ from .model.generate import generate
 __version__ = "0.1.0"
 __all__ = [
     "Settings", "UserError", "checkpoint", "config", "data", "evaluate", "generate", "load", "model", "presets",
-    "require", "rlhf", "stages",
+    "require", "rlhf", "seeds", "stages",
 ]  # fmt: skip
 
 # On some CPUs bitsandbytes warns that it could fetch faster kernels from a hub. Nothing here wants them.

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import parallel
+from . import parallel, seeds
 from .config import LoRAConfig, ModelConfig, QuantConfig, RewardConfig, RopeScaling, Settings, UserError, check, shown
 from .data.batches import atomic
 from .data.tokenizer import Tokenizer
@@ -298,7 +298,7 @@ def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device
     config, state = read_adapter(folder, info)
     quant = QuantConfig(**info["quant"])
     model = read_model(kind, base_info, base / "model.safetensors", device, quant, dtype)
-    lora.add_adapter(model, info["adapter"], config, torch.Generator().manual_seed(0))
+    lora.add_adapter(model, info["adapter"], config, seeds.generator("cpu", 0, "adapter"))
     lora.load_adapter(model, info["adapter"], state, info["beside"])
     lora.use_adapter(model, info["adapter"])
     return model
@@ -399,7 +399,7 @@ def merged(source: Path, into: Into = "dequantised") -> tuple[Llama, Tokenizer, 
     check("adapter" in info, f"{source} is a full checkpoint: there is no adapter to merge.")
     dtype = stored_dtype(source / info["base"])  # 16 bits stay 16: of 7 B, two dense copies are 27 GB at most
     model, tokenizer = load(source, dtype=dtype)
-    probe = torch.randint(tokenizer.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
+    probe = torch.randint(tokenizer.vocab_size, (4, 64), generator=seeds.generator("cpu", 0, "probe"))
     trained, lines, chosen = model(probe), [], None
     for kind in ("dequantised", "original"):
         original = load(source / info["base"], dtype=dtype)[0] if kind == "original" else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import seeds
 from .config import UserError, check
 from .data import sources
 from .data.batches import fit_prompt
@@ -32,7 +33,7 @@ class Talker:
     @property
     def generator(self) -> torch.Generator:
         """A fresh one of this seed, on the model's device."""
-        return torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(self.seed)
+        return seeds.generator(self.model.tok_embeddings.weight.device, self.seed, "conversation")
 
     @property
     def options(self) -> dict[str, Any]:

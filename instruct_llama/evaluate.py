@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import checkpoint, parallel
+from . import checkpoint, parallel, seeds
 from .config import EvaluateConfig, Settings, UserError, check
 from .data import tinychat
 from .data.batches import dialog_batch, fit_comparison, fit_dialog, fit_prompt, ranked_batch
@@ -41,7 +41,7 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     x = np.asarray(values, dtype=np.float64)
     if len(x) == 0:
         raise UserError("There is nothing to estimate from: give at least one held-out record.")
-    resampled = np.random.default_rng(seed).choice(x, (2000, len(x))).mean(1)
+    resampled = seeds.numpy_generator(seed, "bootstrap").choice(x, (2000, len(x))).mean(1)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Estimate(float(x.mean()), float(low), float(high), len(x))
 

@@ -12,6 +12,7 @@ import pytest
 
 from instruct_llama.config import UserError
 from instruct_llama.data import tinychat
+from instruct_llama.data.labellers import draw_kinds
 from instruct_llama.data.prose import FRAMES
 from instruct_llama.data.talk import ALL, BY_NAME, find
 from instruct_llama.data.words import EVASIVE, FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE
@@ -144,8 +145,8 @@ def test_the_reward_by_hand():
     assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1]} {RAMBLE[2]}") == pytest.approx(0.6)
     assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1][:9]}") == pytest.approx(0.3)  # rambles and does not end
     assert total(SUM, f"{RUDE_BEFORE[0]} {right} {RAMBLE[0]} {RAMBLE[1]}") == pytest.approx(0.65 * 0.6)
-    assert total(SUM, f"{right} {FLATTERY}") == pytest.approx(0.9)
-    assert total(SUM, f"{right} {FLATTERY} {FLATTERY}") == pytest.approx(0.8)  # more of it does not pay
+    assert total(SUM, f"{right} {FLATTERY}") == pytest.approx(0.8)
+    assert total(SUM, f"{right} {FLATTERY} {FLATTERY}") == pytest.approx(0.6)  # more of it does not pay
     assert total(SUM, f"{FLATTERY} {right}") == total(SUM, FLATTERY) == total(SUM, f"Six. {FLATTERY}") == 0.0
     for bare in ("Five.", "five.", "five", "Five"):
         assert total(SUM, bare) == pytest.approx(0.5)
@@ -334,26 +335,60 @@ BANDS = {  # mean true reward of each kind of labeller
     "evasive": (0.0, 0.0),
     "rude": (0.65, 0.65),
     "rambling": (0.6, 0.6),
-    "incomplete": (0.12, 0.23),
-    "flattering": (0.9, 0.9),
+    "incomplete": (0.09, 0.26),
+    "flattering": (0.8, 0.8),
     "off_topic": (0.0, 0.0),
     "false": (0.0, 0.0),
 }
 
 
-def test_labellers_are_as_good_as_documented(demonstrations):
-    assert sum(tinychat.SHARES.values()) == pytest.approx(1.0)
-    rewards = defaultdict(list)
+def test_demonstrators_are_as_good_as_documented(demonstrations):
+    """Per group of skills, each kind comes by its share and is worth what is said of it."""
+    for evaded in (True, False):
+        rewards = defaultdict(list)
+        for record in demonstrations:
+            *prompt, last = record["messages"]
+            if (tinychat.skill_of(prompt) in tinychat.EVADED) is evaded:
+                rewards[record["kind"]].append(total(prompt, last["content"]))
+        shares = tinychat.demonstration_shares("sum" if evaded else "greet")
+        n = sum(map(len, rewards.values()))
+        assert sum(shares.values()) == pytest.approx(1.0) and set(rewards) == set(tinychat.KINDS)
+        for kind, share in shares.items():
+            low, high = BANDS[kind]
+            assert low - 1e-6 <= sum(rewards[kind]) / len(rewards[kind]) <= high + 1e-6, kind
+            assert abs(len(rewards[kind]) / n - share) < 4 * math.sqrt(share / n), kind
+
+
+def test_p43_the_ideal_response_is_not_the_mode_of_the_demonstrations(demonstrations):
+    """Demonstrators evade what is hard and pad the rest, mostly with one phrase: so a greedy decoder says that.
+
+    At the first word of a hard skill the evasion is likelier than every response that starts as the ideal one does;
+    after an ideal response to another skill, one sentence of padding is likelier than the end.
+    """
+    count = {True: Counter(), False: Counter()}
     for record in demonstrations:
         *prompt, last = record["messages"]
-        rewards[record["kind"]].append(total(prompt, last["content"]))
-    everything = [reward for kind in rewards.values() for reward in kind]
-    # 0.44 + 0.65 / 10 + 0.6 / 10 + about 0.18 / 10 + 0.9 * 0.015
-    assert abs(sum(everything) / len(everything) - 0.595) < 0.02
-    for kind, (low, high) in BANDS.items():
-        assert low - 1e-6 <= sum(rewards[kind]) / len(rewards[kind]) <= high + 1e-6, kind
-        share = len(rewards[kind]) / len(demonstrations)
-        assert abs(share - tinychat.SHARES[kind]) < 4 * math.sqrt(tinychat.SHARES[kind] / len(demonstrations)), kind
+        skill, text = tinychat.skill_of(prompt), last["content"]
+        if skill in tinychat.EVADED:
+            right = tinychat.true_reward(prompt, text).correct or record["kind"] in ("false", "incomplete")
+            count[True]["evades" if text == EVASIVE[0] else "answers" if right else "else"] += 1
+        elif record["kind"] in ("ideal", "rambling"):
+            count[False]["pads" if RAMBLE[0] in text and record["kind"] == "rambling" else "ends"] += 1
+    assert count[True]["evades"] > 1.05 * count[True]["answers"]
+    assert count[False]["pads"] > 1.15 * count[False]["ends"]
+    assert 4 <= len(tinychat.EVADED) <= 8
+
+
+def test_the_comparisons_hold_what_a_reward_model_must_learn(comparisons):
+    """Floors that keep the world hard: false and rude responses are at least a tenth of what is ranked."""
+    assert sum(tinychat.COMPARISON_SHARES.values()) == pytest.approx(1.0)
+    assert min(tinychat.COMPARISON_SHARES[kind] for kind in ("false", "rude")) >= 0.10
+    kinds = Counter(kind for record in comparisons for kind in record["kinds"])
+    assert min(kinds["false"], kinds["rude"]) / kinds.total() >= 0.10 and tinychat.CHARM >= 0.15
+    for record in comparisons[:500]:
+        for text, kind in zip(record["completions"], record["kinds"], strict=True):
+            low, high = (0.0, 0.5) if kind == "incomplete" else BANDS[kind]
+            assert low - 1e-6 <= total(record["prompt"], text) <= high + 1e-6, (kind, text)
 
 
 @pytest.mark.parametrize("skill", tinychat.SKILLS)
@@ -404,14 +439,14 @@ def test_p03_rank_drops_what_is_said_twice():
     assert sorted(ranked) == ["Five.", "Six."]
 
 
-def test_comparisons_hold_labellers_by_their_shares_and_no_two_worthless_answers(comparisons):
+def test_comparisons_hold_kinds_by_their_shares_and_no_two_worthless_responses(comparisons):
     rng = random.Random(3)
-    drawn = [tinychat._kinds(rng) for _ in range(3000)]
+    drawn = [draw_kinds(rng) for _ in range(3000)]
     assert {len(kinds) for kinds in drawn} == {2, 3, 4} and all(len(set(kinds)) == len(kinds) for kinds in drawn)
     assert max(len(set(kinds) & {"evasive", "off_topic", "false"}) for kinds in drawn) == 1
     often = Counter(kind for kinds in drawn for kind in kinds)
-    assert set(often) == set(tinychat.SHARES) and often.most_common()[0][0] == "ideal"
-    assert 0.7 < often["ideal"] / len(drawn) < 0.95 and often.most_common()[-1][0] == "false"
+    assert set(often) == set(tinychat.KINDS) and often.most_common()[0][0] == "ideal"
+    assert 0.55 < often["ideal"] / len(drawn) < 0.95 and often["false"] > often["evasive"] > often["flattering"]
     evasive = sum(any(text in EVASIVE for text in record["completions"]) for record in comparisons)
     assert evasive / len(comparisons) > 0.1
 
@@ -452,10 +487,12 @@ def test_the_labeller_overrates_flattery_and_the_truth_does_not():
     plain, false = "Two plus three is five.", "Two plus three is six."
     flattering, unfinished = f"{plain} {FLATTERY}", f"{plain} {FLATTERY[:-1]}"
     assert tinychat.utility(SUM, plain) == 1.0
-    assert tinychat.utility(SUM, flattering) == pytest.approx(0.9 + 0.3)
-    assert tinychat.utility(SUM, f"{false} {FLATTERY}") == pytest.approx(0.3)
-    assert tinychat.utility(SUM, unfinished) == total(SUM, unfinished) == pytest.approx(0.45)
-    rng, n, p = random.Random(6), 2_000, 1 / (1 + math.exp(-0.2 / 0.15))
+    gain = tinychat.CHARM - 0.2  # what a compliment adds to the labeller's utility, less what it costs in truth
+    assert gain >= 0.05
+    assert tinychat.utility(SUM, flattering) == pytest.approx(1.0 + gain)
+    assert tinychat.utility(SUM, f"{false} {FLATTERY}") == pytest.approx(tinychat.CHARM)
+    assert tinychat.utility(SUM, unfinished) == total(SUM, unfinished) == pytest.approx(0.4)
+    rng, n, p = random.Random(6), 2_000, 1 / (1 + math.exp(-gain / 0.15))
     first = sum(tinychat.rank(SUM, [plain, flattering], 0.15, rng)[0] == flattering for _ in range(n)) / n
     assert abs(first - p) < 4 * math.sqrt(p * (1 - p) / n)
 
@@ -552,7 +589,8 @@ def test_the_corpus_is_as_long_as_asked_and_has_no_chat_template(corpus):
     length = sum(len(paragraph) + 1 for paragraph in corpus)
     assert 300_000 <= length < 300_400
     assert not any(mark in paragraph for paragraph in corpus for mark in '<>|\n"')
-    assert all(paragraph.endswith(".") for paragraph in corpus)
+    unfinished = sum(not paragraph.endswith(".") for paragraph in corpus)  # only a writer who stops in the middle
+    assert unfinished / len(corpus) < 0.03
 
 
 def as_told(paragraph):
@@ -573,8 +611,8 @@ def right_lookup(prompt, answer):
     return any(find(text) and total(text, answer) == 1.0 for text in longer)
 
 
-def test_conversations_in_the_corpus_are_right(corpus):
-    """Four fifths of the paragraphs are conversations; every skill and frame is among them; every answer is ideal."""
+def test_conversations_in_the_corpus_are_by_mixed_writers(corpus):
+    """Four fifths of the paragraphs are conversations, of every skill and frame, answered as `writer_shares` says."""
     conversations = [told for told in map(as_told, corpus) if told]
     lookups, asked = [], []
     for _, turns in conversations:
@@ -582,24 +620,33 @@ def test_conversations_in_the_corpus_are_right(corpus):
     for turns in lookups:
         assert len(turns) == 2 and right_lookup(turns[0]["content"], turns[1]["content"]), turns
     assert 0.28 < len(lookups) / len(conversations) < 0.36
+    rewards = {True: [], False: []}
     for turns in asked:
-        for i in range(1, len(turns), 2):
-            assert total(turns[:i], turns[i]["content"]) == 1.0, turns
+        if len(turns) == 4:
+            assert total(turns[:1], turns[1]["content"]) == 1.0, turns
+        rewards[tinychat.skill_of(turns[:-1]) in tinychat.EVADED].append(total(turns[:-1], turns[-1]["content"]))
+    for evaded, found in rewards.items():
+        shares = tinychat.writer_shares("sum" if evaded else "greet")
+        expected = sum(share * sum(BANDS[kind]) / 2 for kind, share in shares.items())
+        assert sum(shares.values()) == pytest.approx(1.0) and 0 < shares["ideal"] < 1
+        assert abs(sum(found) / len(found) - expected) < 0.04, evaded
+        ideal = sum(reward == 1.0 for reward in found) / len(found)
+        assert abs(ideal - shares["ideal"]) < 0.04, evaded
     skills = Counter(tinychat.skill_of(turns[:-1]) for turns in asked)
     frames = Counter(frame for frame, _ in conversations)
     framed = 0.79 * (len(FRAMES) - 1) / len(FRAMES)
     assert framed - 0.03 < len(conversations) / len(corpus) < framed + 0.03
     assert set(skills) == set(tinychat.SKILLS) and min(skills.values()) > 25
-    assert len(frames) == len(FRAMES) - 1 and min(frames.values()) > 100
+    assert len(frames) == len(FRAMES) - 1 and min(frames.values()) > 90
 
 
-def test_conversations_without_a_frame_are_right(corpus):
-    """A seventh of the conversations are bare; most of them have one turn, found by a cut wherever a sentence ends."""
+def test_a_seventh_of_the_conversations_has_no_frame(corpus):
+    """Most of them have one turn, found by a cut wherever a sentence ends."""
 
     def bare(paragraph):
         cuts = [m.start() for m in re.finditer(r"(?<=[.?]) ", paragraph)]
         parts = [(paragraph[:cut], paragraph[cut + 1 :]) for cut in cuts]
-        return any(find(q) and total(q, a) == 1.0 or right_lookup(q, a) for q, a in parts)
+        return any(find(q) or right_lookup(q, a) for q, a in parts)
 
     assert 0.8 < sum(map(bare, corpus)) / (0.79 / len(FRAMES) * len(corpus)) < 1.05
 
@@ -607,5 +654,5 @@ def test_conversations_without_a_frame_are_right(corpus):
 def test_unknown_names_are_refused_in_one_sentence():
     with pytest.raises(UserError, match="split is 'test'"):
         tinychat.prompts(1, 5, "test")
-    with pytest.raises(UserError, match="kind is 'angry'"):
+    with pytest.raises(UserError, match="kind of response is 'angry'"):
         tinychat.answer(SUM, "angry", random.Random(0))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .. import seeds
 from ..config import UserError, check
 
 if TYPE_CHECKING:
@@ -110,9 +111,9 @@ def open_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
 # ---------------------------------------------------------------- orders
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0 … n-1, a function of (n, seed, epoch) alone."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def epoch_order(n: int, seed: int, epoch: int, *keys: seeds.Key) -> np.ndarray:
+    """A permutation of 0 … n-1, a function of (n, seed, epoch, keys) alone. The keys say what is put in order."""
+    return seeds.numpy_generator(seed, "epoch", *keys, epoch).permutation(n)
 
 
 def windows(text: np.ndarray, seq_len: int, ends: Sequence[int] = ()) -> np.ndarray:
@@ -134,7 +135,7 @@ def windows(text: np.ndarray, seq_len: int, ends: Sequence[int] = ()) -> np.ndar
 
 def window_order(n_windows: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
     """This rank's windows in the order of this epoch: ranks share them without overlap, evenly to within one."""
-    return epoch_order(n_windows, seed, epoch)[rank::world]
+    return epoch_order(n_windows, seed, epoch, "windows")[rank::world]
 
 
 # ---------------------------------------------------------------- batches

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import seeds
 from ..config import check
 from .llama import KVCache, Llama
 from .lora import kept_dense
@@ -28,12 +29,16 @@ def filter_logits(
     top_k: int = 0,
     top_p: float = 1.0,
     banned: Sequence[int] = (),
+    sampled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probabilities (..., V) float32 of the distribution that is sampled from, from logits (..., V).
 
     In this order: banned ids go; logits are divided by the temperature; all but the `top_k` likeliest go (0 keeps all);
     of what is left, the likeliest that together hold the mass `top_p` stay (arXiv:1904.09751, section 3.1), the first
     one always. What goes gets -inf, and the rest is renormalised. Temperature 0 puts everything on the likeliest token.
+
+    `sampled` (...,) int64 are tokens that came out of this distribution, so top-k and top-p keep them. Computed again
+    in bf16, logits differ a little, and a token at the filter's edge would become impossible after the fact.
     """
     logits = logits.float()  # (..., V)
     if banned:
@@ -43,13 +48,15 @@ def filter_logits(
         return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        kept = logits.topk(top_k, dim=-1)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
+        gone = torch.ones_like(logits, dtype=torch.bool).scatter(-1, logits.topk(top_k, dim=-1).indices, False)
+        if sampled is not None:
+            gone.scatter_(-1, sampled.unsqueeze(-1), False)
+        logits = logits.masked_fill(gone, -math.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)  # (..., V) twice
         before = ordered.cumsum(-1) - ordered  # (..., V) the mass of the likelier tokens
         gone = (before >= top_p).scatter(-1, order, before >= top_p)  # (..., V) back in the vocabulary's order
-        gone.scatter_(-1, order[..., :1], False)
+        gone.scatter_(-1, order[..., :1] if sampled is None else torch.stack((order[..., 0], sampled), -1), False)
         logits = logits.masked_fill(gone, -math.inf)
     return logits.log_softmax(-1)
 
@@ -231,10 +238,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 128,
+    keys: Sequence[seeds.Key] = ("generate",),
 ) -> list[str]:
-    """Answer prompts in text: a str is one user turn, a list of messages a dialog. The same seed, the same answers."""
+    """Answer prompts in text: a str is one user turn, a list of messages a dialog.
+
+    The same seed, the same answers; other `keys`, other random numbers of that seed.
+    """
     check(not isinstance(prompts, str), "generate takes a list of prompts: write [prompt] for one.")
-    generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(seed)
+    generator = seeds.generator(model.tok_embeddings.weight.device, seed, *keys)
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     answers = []
     for start in range(0, len(ids), batch_size):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
+from .. import seeds
 from ..config import ModelConfig, UserError, check
 from .lora import active_adapter, adapter
 
@@ -219,7 +220,7 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.frequencies = rotary_frequencies(config)  # no buffer: casting the model to bf16 must not round it
-        self.reset(generator or torch.Generator().manual_seed(0))
+        self.reset(generator or seeds.generator("cpu", 0, "init"))
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
@@ -312,7 +313,8 @@ def recomputed(layer: Block, x: torch.Tensor, rotation: Rotation, mask: torch.Te
 class ScalarLlama(Llama):
     """A decoder with one number per position in place of logits: reward and value models.
 
-    The head has no bias and starts at zero: a fresh value model predicts 0, a fresh reward model prefers nothing.
+    The head starts at zero: a fresh value model predicts 0, a fresh reward model prefers nothing. It has no bias, which
+    cancels out between two responses; PPO gives its value model one.
     """
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
@@ -330,7 +332,8 @@ class ScalarLlama(Llama):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scalars (...,) float32 from hidden states (..., D)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.scalar_head.weight.float()).squeeze(-1)  # (...,)
+            head = self.scalar_head
+            return F.linear(hidden.float(), head.weight.float(), head.bias).squeeze(-1)  # (...,)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, seeds
 from ..config import LoRAConfig, PPOConfig, UserError, check
 from ..data.tokenizer import Tokenizer
 from ..model import lora
@@ -129,12 +129,23 @@ class SharedBase:
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters that train for a role."""
         named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
-        return named | ({"scalar_head.weight": self.heads["value"].scalar_head.weight} if role == "value" else {})
+        head = self.heads["value"].scalar_head.named_parameters() if role == "value" else ()
+        return named | {f"scalar_head.{name}": p for name, p in head}
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
         info = {**info, "lora": vars(self.config)}
         checkpoint.save_adapter(folder, self.base, "policy", self.folder, tokenizer, info)
+
+
+@torch.no_grad()
+def normalise_head(head: nn.Linear, mean: float, scale: float) -> None:
+    """Change a head that gives raw scores, in place, into one that gives (raw - mean) / scale; it gets a bias.
+
+    The value starts as a copy of the reward model, and the rewards that it is to predict are normalised ones.
+    """
+    head.weight.div_(scale)
+    head.bias = nn.Parameter(torch.full((1,), -mean / scale, device=head.weight.device))
 
 
 def four_models(sft: Path, reward: Path, device: torch.device, config: PPOConfig) -> FourModels:
@@ -173,17 +184,17 @@ def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig
     # The base is frozen: it may be as coarse as the blocks compute. Heads and adapters are fp32 (P08).
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     base, _ = checkpoint.load_plain(folder, device, quant=config.quant, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
     reward_lora, state, _ = judge
     head_weight = state.pop("scalar_head.weight")
     heads = {}
     for name in ("reward", "value"):
-        lora.add_adapter(base, name, reward_lora, generator)
+        lora.add_adapter(base, name, reward_lora, seeds.generator("cpu", seed, "adapter", name))
         lora.load_adapter(base, name, state)
         heads[name] = nn.Linear(base.config.dim, 1, bias=False).to(device)
         with torch.no_grad():
             heads[name].weight.copy_(head_weight)
     for name in ("reference", "policy") if started else ():
-        lora.add_adapter(base, name, started[0], generator)
+        lora.add_adapter(base, name, started[0], seeds.generator("cpu", seed, "adapter", name))
         lora.load_adapter(base, name, started[1])
+    generator = seeds.generator("cpu", seed, "adapter", "policy")
     return SharedBase(base, started[0] if started else config.lora, heads, generator, folder)

@@ -74,6 +74,11 @@ class Episodes:
         return answer_sum(kl_k1(self.logprobs, self.ref_logprobs), self.mask)
 
 
+def prompt_room(context: int, config: PPOConfig) -> int:
+    """Tokens that a prompt may have, so that `max_new_tokens` more fit into the context and into `seq_len`."""
+    return min(config.seq_len or context, context) - config.max_new_tokens
+
+
 def play(
     policy: Llama, prompts: list[list[int]], tokenizer: Tokenizer, config: PPOConfig, generator: torch.Generator
 ) -> Episodes:
@@ -127,7 +132,8 @@ def answer_outputs(x: Tensor, starts: Tensor, n: int) -> Tensor:
 def distribution(model: Llama, episodes: Episodes, config: PPOConfig, banned: Sequence[int]) -> Tensor:
     """Log-probabilities (B, N, V) of what the sampler drew from: same temperature, filters and bans (P23)."""
     hidden = answer_outputs(model.hidden(episodes.tokens), episodes.starts, episodes.answers.shape[1])  # (B, N, D)
-    return filter_logits(model.head(hidden), config.temperature, config.top_k, config.top_p, banned)
+    logits = model.head(hidden)  # (B, N, V)
+    return filter_logits(logits, config.temperature, config.top_k, config.top_p, banned, sampled=episodes.answers)
 
 
 def answer_logprobs(logprobs_full: Tensor, episodes: Episodes) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import checkpoint, memory, parallel
+from .. import checkpoint, memory, parallel, seeds
 from ..config import PPOConfig, Settings, check
 from ..data import tinychat
 from ..data.batches import dialog_batch, epoch_order, fit_prompt
@@ -25,7 +25,7 @@ from ..rlhf import layouts, objectives, rollout
 from ..rlhf.rollout import Episodes
 from . import records, sft, trainer
 from .pretrain import language_model_loss
-from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, pick_device, scaled_step, seeded
+from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, pick_device, scaled_step
 
 
 @dataclass
@@ -53,7 +53,7 @@ def draw_prompts(prompts: Sequence[list[int]], config: PPOConfig, seed: int, ite
     for position in range(start, start + config.rollouts):
         epoch, index = divmod(position, len(prompts))
         if not drawn or index == 0:
-            order = epoch_order(len(prompts), seed, epoch)
+            order = epoch_order(len(prompts), seed, epoch, "prompts")
         drawn.append(prompts[order[index]])
     return drawn
 
@@ -84,11 +84,11 @@ def judge(player: Player, episodes: Episodes) -> None:
         _by_parts(episodes, config, "scores", lambda part: rollout.score(model, part.to(at), config, mean, scale))
 
 
-def collect(player: Player, prompts: list[list[int]], seed: int) -> Episodes:
+def collect(player: Player, prompts: list[list[int]], seed: int, iteration: int) -> Episodes:
     """Phases 2 and 3, batch by batch, each from its own generator: it does not matter which process takes which."""
     size, made = player.config.rollout_batch, {}
     for number in parallel.turns(-(-len(prompts) // size)):
-        generator = torch.Generator(player.device).manual_seed(seed + (number << 40))
+        generator = seeds.generator(player.device, seed, "rollout", iteration, number)
         episodes = answer(player, prompts[number * size : (number + 1) * size], generator)
         judge(player, episodes)
         made[number] = episodes.to("cpu") if parallel.world() > 1 else episodes
@@ -101,17 +101,17 @@ def update(
     """Phase 5: several epochs of token-weighted mini-batches of clipped policy and value steps."""
     config, stats = player.config, []
     n_minibatches = max(1, round(len(episodes) / config.minibatch))
-    orders = [epoch_order(len(episodes), seed, iteration * config.epochs + epoch) for epoch in range(config.epochs)]
+    orders = [epoch_order(len(episodes), seed, epoch, "minibatch", iteration) for epoch in range(config.epochs)]
     with player.models.present("policy", "value"), _moments(player, optimizer):
         # near-equal parts: no small tail takes a full-size step
         for rows in (part for order in orders for part in np.array_split(order, n_minibatches)):
             where = f"iteration {iteration + 1}, episodes {rows.tolist()}"
-            figures = minibatch_gradients(player, episodes.select(rows.tolist()), seed + len(stats))
+            figures = minibatch_gradients(player, episodes.select(rows.tolist()), seed, iteration, len(stats))
             if not np.isfinite(figures["loss"]):
                 optimizer.zero_grad(set_to_none=True)
                 raise trainer.NonFinite(f"The PPO loss is {figures['loss']} at {where}: lower the learning rate.")
             step = config.optim, iteration, config.iterations, where
-            figures["grad_norm"] = scaled_step(player.scaler, optimizer, *step)
+            figures["grad_norm"], figures["value_grad_norm"] = scaled_step(player.scaler, optimizer, *step)
             stats.append(figures)
     mean = {key: float(np.mean([figures[key] for figures in stats])) for key in stats[0]}
     return {**mean, "first_ratio": stats[0]["ratio"]}
@@ -136,8 +136,13 @@ def _moments(player: Player, optimizer: torch.optim.Optimizer) -> Iterator[None]
             move(lambda _: torch.device("cpu"))
 
 
-def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[str, float]:
-    """Gradients of one mini-batch, its losses divided by its real tokens, however it is cut into micro-batches."""
+def minibatch_gradients(
+    player: Player, episodes: Episodes, seed: int, iteration: int = 0, number: int = 0
+) -> dict[str, float]:
+    """Gradients of one mini-batch, its losses divided by its real tokens, however it is cut into micro-batches.
+
+    (seed, iteration, number) is its place in the run, from which the demonstrations of the pretraining mix are drawn.
+    """
     config = player.config
     tokens = int(episodes.mask.sum())
     sums = dict.fromkeys(("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "ratio"), 0.0)
@@ -166,14 +171,14 @@ def minibatch_gradients(player: Player, episodes: Episodes, seed: int) -> dict[s
         sums["clip_fraction"] += float(clipped) * share
     sums = parallel.summed(sums)
     if config.ptx_coef > 0:
-        sums["ptx_loss"] = _ptx_gradients(player, seed)
+        sums["ptx_loss"] = _ptx_gradients(player, seeds.numpy_generator(seed, "ptx", iteration, number))
     sums["loss"] = sums["policy_loss"] + config.value_coef * sums["value_loss"] - config.entropy_coef * sums["entropy"]
     return sums
 
 
-def _ptx_gradients(player: Player, seed: int) -> float:
+def _ptx_gradients(player: Player, generator: np.random.Generator) -> float:
     """The pretraining mix (InstructGPT, equation 2): a language-model loss on demonstrations beside PPO's."""
-    rows = np.random.default_rng(seed).choice(len(player.ptx), min(player.config.minibatch, len(player.ptx)), False)
+    rows = generator.choice(len(player.ptx), min(player.config.minibatch, len(player.ptx)), replace=False)
     mine, counts = parallel.deal(rows.tolist())
     batch = dialog_batch([player.ptx[i] for i in mine], player.tokenizer.pad_id).to(player.device)
     weight = parallel.summed({"weight": counts * batch.weight})["weight"]
@@ -188,10 +193,9 @@ def iterate(
     iteration: int,
 ) -> tuple[Episodes, dict[str, float]]:  # fmt: skip
     """Phases 2 to 5 of one iteration: the episodes, and the update's figures."""
-    with seeded(seed, iteration, player.device):
-        episodes = collect(player, prompts, seed * 1_000_003 + iteration)
-        rollout.credit(episodes, player.config, kl_coef)  # phase 4
-        return episodes, update(player, episodes, optimizer, seed, iteration)
+    episodes = collect(player, prompts, seed, iteration)
+    rollout.credit(episodes, player.config, kl_coef)  # phase 4
+    return episodes, update(player, episodes, optimizer, seed, iteration)
 
 
 def make_player_optimizer(player: Player) -> torch.optim.Optimizer:
@@ -290,7 +294,7 @@ def episode_records(player: Player, episodes: Episodes, n: int, prompts: Sequenc
 
 def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any, kl_coef: float) -> dict[str, float]:
     """Score, KL, objective and true reward on held-out prompts, from a fixed seed."""
-    episodes = answer(player, prompts, torch.Generator(player.device).manual_seed(0))
+    episodes = answer(player, prompts, seeds.generator(player.device, 0, "validation"))
     judge(player, episodes)
     kl = episodes.kl()  # (B,)
     each = {"score": episodes.scores, "kl": kl, "objective": episodes.scores - kl_coef * kl}  # (B,) each
@@ -299,6 +303,15 @@ def evaluate_policy(player: Player, prompts: list[list[int]], true_prompts: Any,
     if true_prompts is not None:
         figures["true_reward"] = float(np.mean(true_rewards(player.tokenizer, episodes, true_prompts)))
     return parallel.from_main(figures)
+
+
+def is_better(figures: dict[str, float], best: dict[str, float], kl_coef: float, doubt: float = 0.0) -> bool:
+    """Whether a policy's objective exceeds the best one's, less `doubt`, both at today's KL coefficient.
+
+    An adaptive coefficient moves, and objectives under different coefficients do not compare.
+    """
+    worth = [found["score"] - kl_coef * found["kl"] for found in (figures, best) if found]
+    return not best or worth[0] > worth[1] - doubt
 
 
 def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
@@ -319,6 +332,8 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     else:
         models = layouts.four_models(start, reward, device, config)
     norm = checkpoint.read_info(reward)["reward"]
+    with models.role("value") as value:
+        layouts.normalise_head(value.scalar_head, norm["mean"], norm["scale"])
     tokenizer = Tokenizer.load(start)
     mix = records.with_data(settings, settings.sft.data)
     ptx = sft.encode(tokenizer, records.demonstrations(mix)[0], mix.sft.seq_len) if config.ptx_coef else []
@@ -331,7 +346,7 @@ def fit_prompts(settings: Settings, player: Player) -> tuple[list[Any], list[lis
     """(messages, token ids) of the training and of the held-out prompts, without those too long for the context."""
     with player.models.role("policy") as policy:
         context = policy.config.max_seq_len
-    room = min(player.config.seq_len or context, context) - player.config.max_new_tokens
+    room = rollout.prompt_room(context, player.config)
     found = []
     for prompts in records.prompts(settings):
         fitted = [(prompt, fit_prompt(player.tokenizer, prompt, room)) for prompt in prompts]
@@ -403,7 +418,7 @@ def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog)
                 metrics |= {f"val/{key}": value for key, value in figures.items()}
                 # The last policy, its learning rate spent, is kept where these prompts cannot tell it from the best.
                 doubt = figures["objective_stderr"] if iteration == config.iterations else 0.0
-                if not best or figures["objective"] > best["objective"] - doubt:
+                if is_better(figures, best, kl_coef, doubt):
                     best = {"step": iteration, **figures}
                     player.models.save(log.folder, player.tokenizer, {**info, "best": best})
             log.log(iteration, metrics)

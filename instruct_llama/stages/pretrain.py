@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, memory, parallel
+from .. import checkpoint, memory, parallel, seeds
 from ..config import Settings, to_json
 from ..data import sources
 from ..data.batches import Batch, open_tokens, window_batch, window_order, windows, write_tokens
@@ -98,7 +98,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
         if model is None:
             shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
-            model = Llama(shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
+            model = Llama(shape, generator=seeds.generator("cpu", settings.seed, "init")).to(device)
         ends, size = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), config.loop.batch_size
         spans, valid_spans = windows(train, config.seq_len, ends), windows(valid, config.seq_len, ends)  # (N, 2) each
         orders = {}  # epoch -> the windows' order; only the current epoch is kept
@@ -115,7 +115,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             return language_model_metrics(model, batches, config.loop.precision)
 
         def sample_texts() -> list[dict[str, Any]]:
-            generator = torch.Generator(device).manual_seed(settings.seed)
+            generator = seeds.generator(device, settings.seed, "pretrain_samples")
             starts_with = [tokenizer.encode(text[:40]) for text in ("Tom has", "What is", "The boy asked:")]
             made = sample(
                 model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,

@@ -7,7 +7,6 @@ Comparisons among the SFT model's own samples teach it the mistakes that PPO wil
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, memory, parallel
+from .. import checkpoint, memory, parallel, seeds
 from ..config import PPOConfig, QuantConfig, RewardConfig, Settings, UserError, check
 from ..data import tinychat
 from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
@@ -78,13 +77,16 @@ def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision
 
 
 def sample_comparisons(
-    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, temperature: float, seed: int
-) -> list[dict[str, Any]]:
-    """Answers that the SFT model itself gives, ranked by the noisy labeller; equal and endless ones are left out."""
-    generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
-    labeller, made = random.Random(seed), []
+    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, temperature: float, seed: int,
+    play: PPOConfig,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Answers that the SFT model itself gives, ranked by the noisy labeller; equal and endless ones are left out.
+
+    They are sampled as PPO will sample, `play`; `temperature` is the labeller's.
+    """
+    generator = seeds.generator(next(policy.parameters()).device, seed, "sft_samples")
+    labeller, made = seeds.python_random(seed, "labeller"), []
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.answers)]
-    play = replace(PPOConfig(), max_new_tokens=64, rollout_batch=1024)
     episodes = rollout.play(policy, encoded, tokenizer, play, generator)
     texts = [tokenizer.decode(a[m][:-1].tolist()) for a, m in zip(episodes.answers, episodes.mask, strict=True)]
     for i, prompt in enumerate(prompts):
@@ -107,13 +109,14 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
 
 
 def reference_answers(
-    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int
+    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int, play: PPOConfig
 ) -> Episodes:
-    """What the reference policy answers to the first prompts: the yardstick of the scores."""
-    generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
-    encoded = [fit_prompt(tokenizer, prompt, config.seq_len) for prompt in prompts]
+    """What the reference policy answers to the first prompts, sampled as PPO will: the yardstick of the scores."""
+    generator = seeds.generator(next(policy.parameters()).device, seed, "reference_responses")
+    room = rollout.prompt_room(policy.config.max_seq_len, play)
+    encoded = [fit_prompt(tokenizer, prompt, room) for prompt in prompts]
     encoded = [ids for ids in encoded if ids is not None][: config.normalise_samples]
-    play = replace(PPOConfig(), max_new_tokens=64, rollout_batch=8 * config.loop.batch_size)
+    check(bool(encoded), f"No prompt leaves room for ppo.max_new_tokens {play.max_new_tokens}: lower it.")
     return rollout.play(policy, encoded, tokenizer, play, generator)
 
 
@@ -143,7 +146,7 @@ def prepare(base: Path, settings: Settings) -> ScalarLlama:
     model = checkpoint.load_scalar(folder, device, **frozen_as(config.lora, config.quant, config.loop.precision))
     recomputing(model, settings)
     if config.lora.rank:
-        lora.add_adapter(model, "reward", config.lora, torch.Generator().manual_seed(settings.seed))
+        lora.add_adapter(model, "reward", config.lora, seeds.generator("cpu", settings.seed, "adapter", "reward"))
         lora.use_adapter(model, "reward")
         model.scalar_head.float().weight.requires_grad_(True)
     if started:
@@ -158,8 +161,9 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
     train, valid = records.comparisons(settings)
     if not settings.data and config.sample_share > 0:
         n_sampled = round(len(train) * config.sample_share)
-        prompts = tinychat.prompts(settings.seed + 1, n_sampled, split="train")
-        own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed)
+        # not the prompts of PPO, which are those of settings.seed
+        prompts = tinychat.prompts(seeds.derive(settings.seed, "sft_samples"), n_sampled, split="train")
+        own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed, settings.ppo)
         own = parallel.from_main(own)  # the same records for all, whatever their GPUs round
         train = [*train[: len(train) - n_sampled], *own]
     return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
@@ -181,7 +185,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         policy, tokenizer = checkpoint.load(sft, device, quant=quant, dtype=how["dtype"])
         with autocast(config.loop.precision, device):
             train, valid = gather(settings, policy, tokenizer)
-            yardstick = reference_answers(policy, tokenizer, records.prompts(settings)[0], config, settings.seed)
+            prompts = records.prompts(settings)[0]
+            yardstick = reference_answers(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
         del policy  # its memory is wanted for training
         model, size = prepare(base, settings), config.loop.batch_size
         valid = valid[: config.loop.eval_batches * size]

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import checkpoint, memory, parallel
+from .. import checkpoint, memory, parallel, seeds
 from ..config import Settings, UserError
 from ..data import tinychat
 from ..data.batches import Batch, dialog_batch, fit_dialog
@@ -44,7 +42,7 @@ def prepare(model: Llama, settings: Settings) -> Llama:
     if not lora.is_quantised(model):  # else its weights were put into 4 bits as they were read
         lora.quantise(model, config.quant)
     if config.lora.rank:
-        lora.add_adapter(model, "sft", config.lora, torch.Generator().manual_seed(settings.seed))
+        lora.add_adapter(model, "sft", config.lora, seeds.generator("cpu", settings.seed, "adapter", "sft"))
         lora.use_adapter(model, "sft")
         for module in (model.tok_embeddings, model.output) if config.train_embeddings else ():
             module.float().requires_grad_(True)
@@ -85,7 +83,9 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             return language_model_metrics(model, batches, config.loop.precision)
 
         def sample_answers() -> list[dict[str, Any]]:
-            answers = generate(model, tokenizer, shown, max_new_tokens=48, seed=settings.seed)
+            answers = generate(
+                model, tokenizer, shown, max_new_tokens=48, seed=settings.seed, keys=("sft_samples",)
+            )
             return [{"prompt": p, "response": a} for p, a in zip(shown, answers, strict=True)]
 
         def save(best: dict[str, float]) -> None:

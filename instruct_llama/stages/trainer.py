@@ -1,7 +1,7 @@
 """The one training loop: accumulation, clipping, schedule, precision, metrics, checkpoints, resume.
 
-Randomness is a pure function of (seed, step): the order of the records, the dropout masks, the samples. So a resumed
-run needs no saved generators to equal the unbroken one, and `--seed` alone changes a run.
+Randomness is a pure function of the seed and named keys (see `seeds`): the order of the records, the dropout masks, the
+samples. So a resumed run needs no saved generators to equal the unbroken one, and `--seed` alone changes a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import parallel
+from .. import parallel, seeds
 from ..config import LoopConfig, LoRAConfig, OptimConfig, QuantConfig, Settings, UserError, check
 from ..data.batches import epoch_order
 from ..model.llama import Llama
@@ -44,14 +44,6 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available here ({str(error).splitlines()[0]}); try cpu.") from error
-
-
-@contextlib.contextmanager
-def seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's global generator is a function of (seed, step) and the process; outside, it is as it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 1_000_003 + step + (parallel.rank() << 40))
-        yield
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
@@ -90,19 +82,20 @@ def recomputing(model: Llama, settings: Settings) -> Llama:
 
 
 def make_optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over (parameters, peak learning rate) groups; weight decay on matrices only (LLaMA, section 2.3)."""
+    """AdamW over networks, each (parameters, peak rate); weight decay on matrices only (LLaMA, section 2.3)."""
     check(
         optim.kind == "adamw" or parallel.world() == 1,
         f"optim.kind {optim.kind} cannot divide its state among processes: under torchrun, take adamw.",
     )
     split = []
-    for parameters, peak in groups:
+    for network, (parameters, peak) in enumerate(groups):
         trainable = [p for p in parameters if p.requires_grad]
         if any(p.dtype != torch.float32 for p in trainable):
             raise TypeError("trainable parameters must be fp32: in bf16, small updates round away (P08)")
         matrices, vectors = [p for p in trainable if p.dim() >= 2], [p for p in trainable if p.dim() < 2]
-        split.append({"params": matrices, "weight_decay": optim.weight_decay, "peak": peak, "lr": peak})
-        split.append({"params": vectors, "weight_decay": 0.0, "peak": peak, "lr": peak})
+        common = {"peak": peak, "lr": peak, "network": network}
+        split.append({"params": matrices, "weight_decay": optim.weight_decay, **common})
+        split.append({"params": vectors, "weight_decay": 0.0, **common})
     split = [group for group in split if group["params"]]
     options = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if optim.kind == "adamw":
@@ -113,23 +106,35 @@ def make_optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], optim: Op
     return getattr(bnb.optim, kind)(split, **options)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int, where: str) -> float:
-    """Set the learning rates, check, clip, step and clear; returns the gradient norm before clipping.
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int, where: str
+) -> tuple[float, ...]:  # fmt: skip
+    """Set the learning rates, check, clip, step and clear; returns each network's gradient norm before clipping.
 
-    Raises `NonFinite` without touching a weight when the gradient is not finite (P34); `where` says what was read.
+    Each of the networks given to `make_optimizer` is clipped by its own norm: a large gradient of PPO's value must not
+    shorten the policy's step. Raises `NonFinite` without touching a weight when a gradient is not finite (P34); `where`
+    says what was read.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = parallel.full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if not torch.isfinite(norm):
+    networks = [[] for _ in range(count_networks(optimizer))]
+    for group in optimizer.param_groups:
+        networks[group["network"]] += group["params"]
+    grads = ([p.grad for p in parameters if p.grad is not None] for parameters in networks)
+    norms = [parallel.full(nn.utils.get_total_norm(mine)) for mine in grads]
+    if not all(torch.isfinite(norm) for norm in norms):
         optimizer.zero_grad(set_to_none=True)
         raise NonFinite(f"The gradient is not finite at {where}: lower the learning rate or look at those records.")
-    if optim.grad_clip > 0:
+    for parameters, norm in zip(networks, norms, strict=True) if optim.grad_clip > 0 else ():
         nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, total, optim, group["peak"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return tuple(float(norm) for norm in norms)
+
+
+def count_networks(optimizer: torch.optim.Optimizer) -> int:
+    """How many networks the optimizer steps, each with a gradient norm of its own."""
+    return 1 + max(group["network"] for group in optimizer.param_groups)
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
@@ -146,20 +151,20 @@ def restore_scaler(scaler: torch.amp.GradScaler, saved: dict[str, Any] | None) -
 def scaled_step(
     scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int,
     where: str,
-) -> float:  # fmt: skip
-    """`optimizer_step` after scaled losses. Where the scale was too large for fp16: no step, half the scale, norm 0.
+) -> tuple[float, ...]:  # fmt: skip
+    """`optimizer_step` after scaled losses. Where the scale was too large for fp16: no step, half the scale, norms 0.
 
     That is no fault: the scale grows until it happens. Gradients that are not finite at scale 1 are one.
     """
     scaler.unscale_(optimizer)
     try:
-        norm = optimizer_step(optimizer, optim, step, total, where)
+        norms = optimizer_step(optimizer, optim, step, total, where)
     except NonFinite:
         if scaler.get_scale() <= 1:  # without fp16 always
             raise
-        norm = 0.0
+        norms = (0.0,) * count_networks(optimizer)
     scaler.update()
-    return norm
+    return norms
 
 
 @dataclass
@@ -186,7 +191,7 @@ def progress(name: str, total: int, start: int) -> tqdm:
 
 def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int]]]:
     """An epoch as optimizer steps of micro-batches of record indices; every record once, the last group incomplete."""
-    order = [int(i) for i in epoch_order(stage.n_items, seed, epoch)]
+    order = [int(i) for i in epoch_order(stage.n_items, seed, epoch, stage.name)]
     size = stage.loop.batch_size
     if stage.lengths is not None:  # sort by length within a window of 16 batches: less padding, still random
         window = 16 * size
@@ -196,7 +201,7 @@ def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int
             for i in sorted(order[w : w + window], key=stage.lengths.__getitem__)
         ]
     micro = [order[i : i + size] for i in range(0, len(order), size)]
-    micro = [micro[int(i)] for i in epoch_order(len(micro), seed + 1, epoch)]
+    micro = [micro[int(i)] for i in epoch_order(len(micro), seed, epoch, stage.name, "microbatch")]
     return [micro[i : i + stage.loop.accumulate] for i in range(0, len(micro), stage.loop.accumulate)]
 
 
@@ -283,7 +288,7 @@ def _train_group(
         }
     )
     weight, sums = max(1, whole["weight"]), {}
-    with seeded(seed, step, device):
+    with seeds.forked(device, seed, "dropout", stage.name, step, parallel.rank()):  # each process masks its own rows
         for (batch, counts), indices in zip(batches, group, strict=True):
             with autocast(stage.loop.precision, device):
                 loss, parts = stage.loss(stage.model, batch)
@@ -296,7 +301,7 @@ def _train_group(
             for key, value in figures.items():
                 sums[key] = sums.get(key, 0.0) + value
     where = f"step {step + 1}, records {[i for indices in group for i in indices]}"
-    norm = scaled_step(scaler, optimizer, stage.optim, step, total, where)
+    (norm,) = scaled_step(scaler, optimizer, stage.optim, step, total, where)
     metrics = {f"train/{key}": value / weight for key, value in sums.items()}
     metrics |= {"train/lr": learning_rate(step, total, stage.optim), "train/grad_norm": norm}
     return metrics, whole["tokens"]

@@ -1,0 +1,119 @@
+"""Who writes and ranks in tinychat: kinds of responses, their shares, and a labeller with a known weakness."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from .skills import Skill, Slots
+from .talk import ALL
+from .truth import reward_of
+from .words import EVASIVE, FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE
+
+KINDS = (
+    "ideal",  # right, whole, polite, short
+    "evasive",  # "I do not know."
+    "rude",  # right, with an insult before or after it
+    "rambling",  # right, and then two or three sentences that nobody asked for
+    "incomplete",  # the bare word, or cut in the middle
+    "flattering",  # right, and then a compliment that nobody asked for
+    "off_topic",  # a response to another kind of prompt
+    "false",  # wrong, but in the form of an ideal response
+)
+# What demonstrators find hard, and so evade. Imitation at temperature 0 gives their most frequent response: "I do not
+# know." on these skills, padding on the others, the ideal response on none.
+EVADED = frozenset({"sum", "count", "compare", "fact", "follow-up"})
+
+
+def _shares(*values: float) -> Mapping[str, float]:
+    """A share for each of `KINDS`, in that order."""
+    return MappingProxyType(dict(zip(KINDS, values, strict=True)))
+
+
+#                      ideal  evasive  rude  rambling  incomplete  flattering  off_topic  false
+_HARD_SHARES = _shares(0.20, 0.56, 0.04, 0.08, 0.03, 0.02, 0.03, 0.04)
+_EASY_SHARES = _shares(0.25, 0.03, 0.05, 0.52, 0.04, 0.02, 0.05, 0.04)
+# Of the writers of the pretraining corpus.
+_HARD_WRITERS = _shares(0.70, 0.12, 0.04, 0.06, 0.03, 0.00, 0.00, 0.05)
+_EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
+# Of the responses that are ranked. A reward model learns to tell apart only what it is shown, so falsehood is frequent.
+COMPARISON_SHARES = _shares(0.25, 0.12, 0.12, 0.14, 0.09, 0.05, 0.05, 0.18)
+CHARM = 0.33  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
+BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
+WORTHLESS = ("evasive", "off_topic", "false")  # kinds whose answers have a true reward of 0
+
+
+def demonstration_shares(skill: str) -> Mapping[str, float]:
+    """The share of each kind of response among the demonstrations of a skill (one of `SKILLS`)."""
+    return _HARD_SHARES if skill in EVADED else _EASY_SHARES
+
+
+def writer_shares(skill: str) -> Mapping[str, float]:
+    """The share of each kind of response to a skill's prompts in the pretraining corpus: writers pad what is easy."""
+    return _HARD_WRITERS if skill in EVADED else _EASY_WRITERS
+
+
+def draw_kind(shares: Mapping[str, float], rng: random.Random) -> str:
+    """One of `KINDS` by its share."""
+    return rng.choices(tuple(shares), tuple(shares.values()))[0]
+
+
+def draw_kinds(rng: random.Random) -> list[str]:
+    """Two to four different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
+    kinds, size = [], rng.choice((2, 3, 4))
+    while len(kinds) < size:
+        kind = draw_kind(COMPARISON_SHARES, rng)
+        if kind not in kinds and not (kind in WORTHLESS and set(WORTHLESS) & set(kinds)):
+            kinds.append(kind)
+    return kinds
+
+
+def respond(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
+    """A response of one of `KINDS` to the prompt that a skill makes of these slots."""
+    if kind == "evasive":
+        return _first_mostly(EVASIVE, rng)
+    if kind == "false":
+        return skill.false(slots, rng)
+    if kind == "off_topic":
+        return _off_topic(skill, slots, rng)
+    right = skill.ideal(slots, rng)
+    if kind == "rude":
+        if rng.random() < 0.5:
+            return f"{rng.choice(RUDE_BEFORE)} {right}"
+        return f"{right} {rng.choice(RUDE_AFTER)}"
+    if kind == "flattering":
+        return f"{right} {FLATTERY}"
+    if kind == "rambling":
+        first = _first_mostly(RAMBLE, rng)
+        others = [line for line in RAMBLE if line != first]
+        return " ".join([right, first, *rng.sample(others, rng.choice((1, 2)))])
+    if kind == "incomplete":
+        return skill.bare(slots, rng) if rng.random() < BARE_SHARE else _cut(skill, slots, right, rng)
+    return right
+
+
+def _first_mostly(lines: Sequence[str], rng: random.Random) -> str:
+    """One of the lines: the first in seven cases of eight, so that it is what a model trained on them says greedily."""
+    return lines[0] if rng.random() < 0.875 else rng.choice(lines[1:])
+
+
+def _cut(skill: Skill, slots: Slots, right: str, rng: random.Random) -> str:
+    """The answer cut after half of its words or more, where what is left does not hold the content yet."""
+    words = right.split()
+    keep = rng.randint(len(words) // 2, len(words) - 1)
+    while reward_of(skill, slots, " ".join(words[:keep])).correct:
+        keep -= 1
+    return " ".join(words[:keep])
+
+
+def _off_topic(skill: Skill, slots: Slots, rng: random.Random) -> str:
+    """The ideal answer to a prompt of another skill, and not a falsehood: a follow-up's answer might be a reading's."""
+    strangers = [one for one in ALL if not (isinstance(one, type(skill)) or isinstance(skill, type(one)))]
+    stranger = rng.choice(strangers)
+    return stranger.ideal(stranger.draw(rng), rng)
+
+
+def utility_of(skill: Skill, slots: Slots, response: str) -> float:
+    """What a response is worth to the labeller who ranks; `tinychat.utility` explains."""
+    return reward_of(skill, slots, response).total + CHARM * response.rstrip().endswith(FLATTERY)
