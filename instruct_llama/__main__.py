@@ -94,7 +94,8 @@ def stage(name: str) -> Callable[[Any], int]:
     def command(settings: Settings) -> int:
         result = importlib.import_module(f"instruct_llama.stages.{name}").run(settings)
         figures = ", ".join(f"{key} {value:.4g}" for key, value in result.best.items())
-        print(f"{name} finished in {result.seconds:.0f} s: {figures}. Saved in {result.folder}")
+        when = f"finished in {result.seconds:.0f} s" if result.trained else "was finished before"
+        print(f"{name} {when}: {figures}. Saved in {result.folder}")
         return 0
 
     return command

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import importlib
 import json
 import os
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import parallel, seeds
+from . import folders, parallel, seeds
 from .config import LoRAConfig, ModelConfig, QuantConfig, RewardConfig, RopeScaling, Settings, UserError, check, shown
 from .data.batches import atomic
+from .data.files import digest
 from .data.tokenizer import Tokenizer
+from .folders import stage_lock
 from .model import lora
 from .model.llama import Llama, ScalarLlama
 
@@ -117,10 +117,8 @@ def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: T
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a full checkpoint's weights from others: the file's size and a hash of its first MiB."""
-    path = folder / "model.safetensors"
-    with open(path, "rb") as file:
-        return f"{path.stat().st_size}-{hashlib.sha256(file.read(2**20)).hexdigest()[:16]}"
+    """What tells a full checkpoint's weights from others: SHA-256 of the whole file, so no changed weight is missed."""
+    return digest(folder / "model.safetensors")
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
@@ -138,6 +136,7 @@ def write_info(folder: Path, info: dict[str, Any]) -> None:
 def read_info(folder: Path) -> dict[str, Any]:
     """config.json of a run folder. Raises `UserError` naming the folder when it is missing or not ours."""
     path = Path(folder) / "config.json"
+    folders.find(path.parent)
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder (no config.json): give the folder of a stage, such as …/sft.")
     try:
@@ -313,16 +312,10 @@ def scalar_from(model: Llama) -> ScalarLlama:
     return scalar
 
 
-def stage_lock(folder: Path) -> contextlib.AbstractContextManager:
-    """One process at a time, or one group of them, trains into a run folder; a killed one's lock is freed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)  # singleton: re-entrant
-    return parallel.held_by_main(lock)
-
-
 def is_complete(folder: Path) -> bool:
-    """Whether a stage has finished in this folder."""
-    return (folder / "config.json").is_file() and bool(read_info(folder).get("complete"))
+    """Whether a stage has finished in this folder, and the folder is in its place."""
+    done = (folder / "config.json").is_file() and bool(read_info(folder).get("complete"))
+    return done and not folders.is_beside(folder)
 
 
 def for_shared_base(settings: Settings) -> RewardConfig:
@@ -361,7 +354,7 @@ def require(stage: str, settings: Settings) -> Path:
             print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
             # Imported here because stages import this module: the one arrow against the current.
             run = importlib.import_module(f"instruct_llama.stages.{module}").run
-            run(change(settings).replace(init=None, resume=True))
+            run(change(settings).replace(init=None, resume=True, overwrite=False))
     return folder
 
 

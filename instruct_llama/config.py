@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,12 @@ def check(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def _check_name(stage: str, name: str) -> None:
+    """A run's name is one folder in the out folder: it leads nowhere else, and is not hidden."""
+    plain = bool(name) and not name.startswith(".") and not set(name) & set('/\\:*?"<>|\0') and name == name.strip()
+    check(plain, f"{stage}.name is {name!r}; give the name of one folder, such as {stage}-2.")
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,9 @@ class PretrainConfig:
     optim: OptimConfig = OptimConfig(lr=3e-3)
     loop: LoopConfig = LoopConfig(steps=600, batch_size=32, eval_every=100)
 
+    def __post_init__(self) -> None:
+        _check_name("pretrain", self.name)
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -178,6 +188,7 @@ class SFTConfig:
     loop: LoopConfig = LoopConfig(epochs=2, batch_size=32)
 
     def __post_init__(self) -> None:
+        _check_name("sft", self.run_name)
         check(
             self.quant.kind == "none" or self.lora.rank > 0,
             "sft.quant needs adapters to train, since a 4-bit base is frozen: set sft.lora.rank, 8 for example.",
@@ -205,6 +216,9 @@ class RewardConfig:
     normalise_samples: int = 256  # reference answers on which the score's mean and scale are fitted
     optim: OptimConfig = OptimConfig(lr=5e-4)
     loop: LoopConfig = LoopConfig(epochs=1, batch_size=32)
+
+    def __post_init__(self) -> None:
+        _check_name("reward", self.run_name)
 
     @property
     def run_name(self) -> str:
@@ -257,8 +271,11 @@ class PPOConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # compute dtype of the blocks; log-probs stay fp32
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "rollouts", "rollout_batch", "max_new_tokens", "epochs", "minibatch", "micro_batch"):
+        _check_name("ppo", self.name)
+        for name in ("iterations", "rollouts", "rollout_batch", "max_new_tokens", "epochs", "minibatch", "micro_batch",
+                     "sample_every", "save_every", "eval_every", "eval_prompts", "kl_horizon"):  # fmt: skip
             check(getattr(self, name) >= 1, f"ppo.{name} is {getattr(self, name)}; it must be at least 1.")
+        check(0 <= self.kl_coef < math.inf, f"ppo.kl_coef is {self.kl_coef}; it must be a number from 0 up.")
         check(self.temperature > 0, "ppo.temperature must be positive: a greedy policy has no log-probabilities.")
         check(0 < self.top_p <= 1, "ppo.top_p must lie in (0, 1].")
 
@@ -270,7 +287,7 @@ class EvaluateConfig:
     prompts: int = 512  # held-out prompts per stage
     comparisons: int = 2000  # held-out comparisons that judge the reward model
     max_new_tokens: int = 48  # longest answer, in tokens
-    temperature: float = 1.0  # 1 judges the distribution that PPO shapes; 0 judges the likeliest answer
+    temperature: float = 1.0  # of answers to real data; the card of the embedded world takes both 1 and 0
     batch_size: int = 256  # prompts answered at once
 
 
@@ -299,6 +316,7 @@ class Settings:
     init: str | None = None  # start the stage from this checkpoint instead of the previous stage's
     data: str | None = None  # train on this file or public set instead of the stage's own
     resume: bool = False  # go on where an interrupted run of this stage stopped
+    overwrite: bool = False  # replace what is finished in the folder, once the new run has finished
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     world: WorldConfig = WorldConfig()
@@ -311,7 +329,7 @@ class Settings:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        check(self.seed >= 0, f"--seed is {self.seed}; it must not be negative.")
+        check(0 <= self.seed < 2**63, f"--seed is {self.seed}; it must not be negative, and must be below 2**63.")
 
     @property
     def out_dir(self) -> Path:

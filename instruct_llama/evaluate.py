@@ -1,56 +1,41 @@
-"""What each stage achieved, on held-out prompts that no stage has seen, with 95 % intervals: the report card."""
+"""What each stage achieved, on held-out prompts that no stage has seen, with 95 % intervals: the report card.
+
+Held-out means held-out wording: no prompt of the "heldout" split is trained on or validated on, but what some of them
+ask was trained on in other words. Four skills give most of the prompts, so the mean over skills stands beside the mean
+over prompts. The figures of validation, which chose the weights that were kept, are not part of it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from . import checkpoint, parallel, seeds
+from . import checkpoint, parallel
+from .baselines import as_prose, best_of, best_of_kl_bound, kind_accuracy, prose_answers, raw_scores, response_logprobs
 from .config import EvaluateConfig, Settings, UserError, check
 from .data import tinychat
-from .data.batches import dialog_batch, fit_comparison, fit_dialog, fit_prompt, ranked_batch
+from .data.batches import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch
+from .data.skills import Prompt
 from .data.tokenizer import Tokenizer
-from .model.generate import generate
+from .expectations import EXPECTED, check_off
+from .model.generate import generate, generate_ids
 from .model.llama import Llama, ScalarLlama
-from .rlhf.objectives import cross_entropy_sum, pair_differences
+from .rlhf.objectives import cross_entropy_sum, normalise_score, pair_differences
 from .rlhf.rollout import answer_scores
+from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, win
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over n independent prompts with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean and 95 % interval by the bootstrap (Efron, 1979; 2,000 resamples, percentiles)."""
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) == 0:
-        raise UserError("There is nothing to estimate from: give at least one held-out record.")
-    resampled = seeds.numpy_generator(seed, "bootstrap").choice(x, (2000, len(x))).mean(1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(float(x.mean()), float(low), float(high), len(x))
-
-
-def accuracy_estimate(correct: float, n: int) -> Estimate:
-    """A share of n with Wilson's 95 % interval (Wilson, 1927), right also near 0 and 1."""
-    z, p = 1.959964, correct / n
-    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Estimate(p, float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n)), n)
+__all__ = [
+    "EXPECTED", "Estimate", "HeldOut", "accuracy_estimate", "answers", "as_prose", "best_of", "best_of_kl_bound",
+    "check_off", "data_card", "describe", "estimate", "judged", "kind_accuracy", "mean_over_skills", "paired",
+    "perplexity", "prose_answers", "report_card", "reward_accuracy", "skill_means", "stage_folders", "true_reward",
+    "true_rewards",
+]  # fmt: skip
 
 
 def answers(
@@ -67,9 +52,31 @@ def true_reward(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0
 ) -> tuple[Estimate, list[float]]:
     """Mean true reward of a model's own answers, and each one."""
-    texts = answers(model, tokenizer, prompts, config, seed)
-    rewards = [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
+    rewards = true_rewards(prompts, answers(model, tokenizer, prompts, config, seed))
     return estimate(rewards), rewards
+
+
+def true_rewards(prompts: Sequence[Prompt], texts: Iterable[str]) -> list[float]:
+    """The true reward of each text as a response to its prompt."""
+    return [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _by_skill(prompts: Sequence[Prompt], rewards: Sequence[float]) -> dict[str, list[float]]:
+    """The rewards at each skill's prompts, in the order of `tinychat.SKILLS`; a skill without prompts is left out."""
+    found: dict[str, list[float]] = {skill: [] for skill in tinychat.SKILLS}
+    for prompt, reward in zip(prompts, rewards, strict=True):
+        found[tinychat.skill_of(prompt)].append(reward)
+    return {skill: values for skill, values in found.items() if values}
+
+
+def skill_means(prompts: Sequence[Prompt], rewards: Sequence[float]) -> dict[str, Estimate]:
+    """The mean reward at each skill's prompts."""
+    return {skill: estimate(values) for skill, values in _by_skill(prompts, rewards).items()}
+
+
+def mean_over_skills(prompts: Sequence[Prompt], rewards: Sequence[float]) -> Estimate:
+    """The mean of the skills' means: each skill counts the same, however many prompts it has."""
+    return mean_of_groups(_by_skill(prompts, rewards))
 
 
 @torch.no_grad()
@@ -105,36 +112,126 @@ def stage_folders(out: Path) -> list[Path]:
     return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))
 
 
+# ------------------------------------------------------------------------------------------ the embedded world's card
+
+TEMPERATURES = {"": 1.0, "_greedy": 0.0}  # what a figure's name ends with, and the temperature it was sampled at
+BEST_OF = 16
+Values = dict[str, list[float]]  # figure -> its value at each prompt
+
+
 def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Judge every finished stage under `settings.out_dir`, write report.json, return its content.
 
-    Several processes take a stage each in turn, so each stage is judged as by one process alone.
+    Every model answers the same prompts at temperature 1 and at 0, whatever `evaluate.temperature` says. Several
+    processes take a stage each in turn, so each stage is judged as by one process alone.
     """
-    folders = stage_folders(settings.out_dir)
+    folders = {folder.name: folder for folder in stage_folders(settings.out_dir)}
     if not folders:
         raise UserError(f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
-    config, temperature = settings.evaluate, settings.world.temperature
-    prompts = tinychat.prompts(settings.seed, config.prompts, split="heldout")
-    comparisons = tinychat.comparisons(settings.seed, config.comparisons, temperature, split="heldout")
-    stages: dict[int, tuple[str, Any]] = {}
-    for number, folder in parallel.dealt(folders):
-        info = checkpoint.read_info(folder)
-        model, tokenizer = checkpoint.load(folder, device)
-        entry: dict[str, Any] = {"best": info.get("best", {})}
-        if info["kind"] == "scalar":
-            accuracy, ceiling = reward_accuracy(model, tokenizer, comparisons, temperature, model.config.max_seq_len)
-            entry |= {"accuracy": asdict(accuracy), "ceiling": ceiling}
-        else:
-            estimate_, _ = true_reward(model, tokenizer, prompts, config, settings.seed)
-            samples = answers(model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed)
-            entry |= {"true_reward": asdict(estimate_)}
-            entry["answers"] = [
-                {"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, samples, strict=True)
-            ]
-        stages[number] = folder.name, entry
-    report = {"stages": dict(parallel.merged(stages).values()), "preset": settings.preset, "seed": settings.seed}
+    prompts = tinychat.prompts(settings.seed, settings.evaluate.prompts, split="heldout")
+    judged_here: dict[int, tuple[dict[str, Any], Values]] = {}
+    for number, name in parallel.dealt(folders):
+        scalar = checkpoint.read_info(folders[name])["kind"] == "scalar"
+        judge = _judge_reward_model if scalar else _judge_policy
+        judged_here[number] = judge(name, folders, prompts, settings, device)
+    found = dict(zip(folders, parallel.merged(judged_here).values(), strict=True))
+    compared = _differences({name: values for name, (_, values) in found.items()})
+    stages = {name: entry | compared[name] for name, (entry, _) in found.items()}
+    report = {"stages": stages, "preset": settings.preset, "seed": settings.seed}
     checkpoint.write_text(settings.out_dir / "report.json", json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _judge_reward_model(
+    name: str, folders: Mapping[str, Path], prompts: Sequence[Prompt], settings: Settings, device: str | torch.device
+) -> tuple[dict[str, Any], Values]:
+    """A reward model's entry: pairs ordered as the noisy labeller did, and the ideal response against every fault."""
+    model, tokenizer = checkpoint.load(folders[name], device)
+    config, temperature = settings.evaluate, settings.world.temperature
+    comparisons = tinychat.comparisons(settings.seed, config.comparisons, temperature, split="heldout")
+    accuracy, ceiling = reward_accuracy(model, tokenizer, comparisons, temperature, model.config.max_seq_len)
+    kinds = kind_accuracy(model, tokenizer, prompts, settings.seed, config.batch_size)
+    best = checkpoint.read_info(folders[name]).get("best", {})
+    return {"best": best, "accuracy": asdict(accuracy), "ceiling": ceiling, "kinds": kinds}, {}
+
+
+def _judge_policy(
+    name: str, folders: Mapping[str, Path], prompts: Sequence[Prompt], settings: Settings, device: str | torch.device
+) -> tuple[dict[str, Any], Values]:
+    """A language model's entry, and its values prompt by prompt, to be paired with those of other stages."""
+    info, (model, tokenizer) = checkpoint.read_info(folders[name]), checkpoint.load(folders[name], device)
+    config, seed, values = settings.evaluate, settings.seed, {}
+    entry: dict[str, Any] = {"best": info.get("best", {})}
+    for suffix, temperature in TEMPERATURES.items():
+        sampled = generate_ids(
+            model, tokenizer, prompts, config.max_new_tokens, temperature, seed=seed, batch_size=config.batch_size
+        )
+        values[f"true_reward{suffix}"] = rewards = true_rewards(prompts, map(tokenizer.decode, sampled))
+        entry[f"true_reward{suffix}"] = asdict(estimate(rewards))
+        entry[f"true_reward{suffix}_by_skill"] = asdict(mean_over_skills(prompts, rewards))
+        if info.get("stage") == "pretrain":
+            told = prose_answers(model, tokenizer, prompts, replace(config, temperature=temperature), seed)
+            entry[f"as_prose{suffix}"] = asdict(estimate(true_rewards(prompts, told)))
+        if info.get("stage") == "ppo":
+            values |= _scores_and_kl(model, info, sampled, suffix, folders, prompts, settings, device)
+    entry["skills"] = {skill: one.mean for skill, one in skill_means(prompts, values["true_reward"]).items()}
+    entry |= {key: asdict(estimate(values[key])) for key in ("score", "score_greedy", "kl") if key in values}
+    if info.get("stage") == "sft":
+        dialogs = [r["messages"] for r in tinychat.demonstrations(seed, config.prompts, split="heldout")]
+        value, tokens = perplexity(model, tokenizer, dialogs, settings.sft.seq_len)
+        entry["perplexity"] = {"value": value, "tokens": tokens}
+    if name == "sft" and "reward" in folders:
+        reward_model, _ = checkpoint.load(folders["reward"], device)
+        texts = best_of(model, tokenizer, reward_model, prompts, BEST_OF, config, seed)
+        found = estimate(true_rewards(prompts, texts))
+        entry[f"best_of_{BEST_OF}"] = {**asdict(found), "kl_bound": best_of_kl_bound(BEST_OF)}
+    shown = answers(model, tokenizer, tinychat.FIXED_PROMPTS, replace(config, temperature=1.0), seed)
+    entry["answers"] = [{"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, shown, strict=True)]
+    return entry, values
+
+
+def _scores_and_kl(
+    policy: Llama, info: Mapping[str, Any], sampled: Sequence[list[int]], suffix: str, folders: Mapping[str, Path],
+    prompts: Sequence[Prompt], settings: Settings, device: str | torch.device,
+) -> Values:  # fmt: skip
+    """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
+
+    The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO does it; the
+    KL is k1, in nats a response.
+    """
+    values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
+    if reward in folders:
+        model, tokenizer = checkpoint.load(folders[reward], device)
+        norm = checkpoint.read_info(folders[reward])["reward"]
+        items = [[[*tokenizer.encode_prompt(p), *r]] for p, r in zip(prompts, sampled, strict=True)]
+        raw = torch.tensor([score for (score,) in raw_scores(model, tokenizer.pad_id, items)])  # (B,)
+        scores, limit = normalise_score(raw, norm["mean"], norm["scale"]), settings.ppo.score_clip
+        scores = scores.clamp(-limit, limit) if limit > 0 else scores
+        ended = torch.tensor([response[-1] == tokenizer.eos_id for response in sampled])  # (B,)
+        values[f"score{suffix}"] = torch.where(ended, scores, settings.ppo.no_end_score).tolist()
+    if "sft" in folders and not suffix:
+        reference, tokenizer = checkpoint.load(folders["sft"], device)
+        ours, theirs = (response_logprobs(model, tokenizer, prompts, sampled) for model in (policy, reference))
+        values["kl"] = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return values
+
+
+def _differences(values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
+    """Of every stage, its paired differences to SFT, and of other PPO runs those to `ppo`, over the same prompts."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in values}
+    for name, mine in values.items():
+        rivals = [] if name in ("pretrain", "sft") else ["sft", *(["ppo"] if name.startswith("ppo-") else [])]
+        for rival in (rival for rival in rivals if mine and rival in values):
+            figures = {"true_reward": "minus", "score": "score_minus"} if rival == "ppo" else {"true_reward": "minus"}
+            for figure, what in figures.items():
+                for suffix in TEMPERATURES:
+                    pair = [one.get(figure + suffix) for one in (mine, values[rival])]
+                    if all(pair):
+                        found[name][f"{what}_{rival}{suffix}"] = asdict(paired(*pair))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the card of real data
 
 
 @dataclass(frozen=True)
@@ -160,19 +257,18 @@ def perplexity(model: Llama, tokenizer: Tokenizer, dialogs: Sequence[Any], max_l
     return math.exp(min(loss / tokens, 50.0)), tokens
 
 
-@torch.no_grad()
 def judged(
     judge: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Any], answered: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """The judge's raw score of each answer: answers of several models, in the prompts' order, to as many lists."""
-    scores: list[list[float]] = [[] for _ in answered]
-    for prompt, *texts in zip(prompts, *answered, strict=True):
-        ids = fit_comparison(tokenizer, prompt, texts, judge.config.max_seq_len)
-        check(ids is not None, "A prompt with its answers is longer than the judge's context: ask shorter ones.")
-        batch = ranked_batch([ids], tokenizer.pad_id).to(next(judge.parameters()).device)
-        for mine, score in zip(scores, answer_scores(judge, batch).tolist(), strict=True):
-            mine.append(score)
-    return scores
+    """The reward model's raw score of each answer: answers of several models, in the prompts' order, to as many lists.
+
+    A prompt whose answers do not fit the reward model's context is left out of every list.
+    """
+    longest = judge.config.max_seq_len
+    fitted = [fit_comparison(tokenizer, p, texts, longest) for p, *texts in zip(prompts, *answered, strict=True)]
+    items = [ids for ids in fitted if ids is not None]
+    check(bool(items), f"No prompt with its answers fits the reward model's {longest} tokens: ask shorter ones.")
+    return [list(scores) for scores in zip(*raw_scores(judge, tokenizer.pad_id, items, len(answered)), strict=True)]
 
 
 def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -183,8 +279,8 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
     """
     folders, config, stages = stage_folders(settings.out_dir), settings.evaluate, {}
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
-    longest, prompts = settings.sft.seq_len, list(heldout.prompts)[: config.prompts]
-    said: dict[str, list[str]] = {}
+    longest, said = settings.sft.seq_len, {}
+    prompts = _asked(folders, heldout.prompts, settings)
     judge = None
     for folder in folders:
         info, (model, tokenizer) = checkpoint.read_info(folder), checkpoint.load_as_kept(folder, device)
@@ -200,7 +296,6 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
             if heldout.dialogs:
                 value, tokens = perplexity(model, tokenizer, heldout.dialogs[: config.prompts], longest)
                 entry["perplexity"] = {"value": value, "tokens": tokens}
-            prompts = [p for p in prompts if fit_prompt(tokenizer, p, longest)]
             said[folder.name] = answers(model, tokenizer, prompts, config, settings.seed) if prompts else []
             shown = zip(prompts[:3], said[folder.name][:3], strict=True)
             entry["answers"] = [{"prompt": p, "response": a} for p, a in shown]
@@ -210,71 +305,102 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
         scores = dict(zip(said, judged(*judge, prompts, list(said.values())), strict=True))
         first = next(iter(said))
         for name, mine in scores.items():
-            wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine, scores[first], strict=True)]
+            wins = [win(a, b) for a, b in zip(mine, scores[first], strict=True)]
             stages[name] |= {"score": asdict(estimate(mine)), "win_rate": asdict(estimate(wins)), "against": first}
     report = {"stages": stages, "preset": settings.preset, "seed": settings.seed}
     checkpoint.write_text(settings.out_dir / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
-def describe(report: dict[str, Any]) -> str:
-    """The report card as text: one table, then sample answers."""
-    lines = [f"Report card, preset {report['preset']}, seed {report['seed']} (held-out prompts, 95 % intervals)", ""]
-    wide = max(map(len, report["stages"])) + 2
-    lines += [f"{'stage':<{wide}}{'true reward':<26}{'what else':<40}", "-" * 80]
-    for name, entry in report["stages"].items():
-        reward = str(Estimate(**entry["true_reward"])) if "true_reward" in entry else "-"
-        lines.append(f"{name:<{wide}}{reward:<26}{_what_else(entry):<40}".rstrip())
-    for name, entry in report["stages"].items():
+def _asked(folders: Sequence[Path], prompts: Sequence[Any], settings: Settings) -> list[Any]:
+    """The first prompts as every model can be asked them: cut as in training, with room for an answer."""
+    config, tokenizer = settings.evaluate, Tokenizer.load(folders[0])
+    context = min(checkpoint.shape_of(folder).max_seq_len for folder in folders)
+    room = min(settings.sft.seq_len, context - config.max_new_tokens)
+    cut = [cut_prompt(tokenizer, prompt, room) for prompt in list(prompts)[: config.prompts]]
+    return [messages for messages, _ in (found for found in cut if found is not None)]
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """The report card as text: true rewards, what they are compared with, what the reward model knows, some answers."""
+    stages: Mapping[str, Any] = report["stages"]
+    lines = [f"Report card, preset {report['preset']}, seed {report['seed']} (held-out prompts, 95 % intervals)"]
+    policies = {name: entry for name, entry in stages.items() if "true_reward" in entry}
+    if policies:
+        n = next(iter(policies.values()))["true_reward"]["n"]
+        lines.append(f"True reward on {n} prompts in held-out wording; some ask what was trained on in other words.")
+        lines += ["", *_reward_table(policies)]
+    lines += ["", *(f"{name}: {line}" for name, entry in stages.items() for line in _what_else(entry))]
+    for name, entry in stages.items():
+        if "kinds" in entry:
+            lines += ["", f"{name}: at how many prompts the ideal response scores above a faulty one"]
+            lines += [
+                f"  {kind:<12}{_shown(one):<24}ceiling {one['ceiling']:.3f}" for kind, one in entry["kinds"].items()
+            ]
+    for name, entry in stages.items():
         if "answers" in entry:
             lines += ["", f"{name} answers:"]
-            lines += [f"  {_asked(item)}\n    {item['response'].strip()[:160]!r}" for item in entry["answers"]]
+            lines += [f"  {_last_turn(item)}\n    {item['response'].strip()[:160]!r}" for item in entry["answers"]]
     return "\n".join(lines)
 
 
-def _asked(item: dict[str, Any]) -> str:
+def _reward_table(policies: Mapping[str, Any]) -> list[str]:
+    """A line for every policy with its mean over prompts and its difference to SFT; under it, the mean over skills."""
+    wide = max(18, *map(len, policies)) + 2
+    heads = ("temperature 1", "greedy", "minus SFT", "minus SFT, greedy")
+    lines = [f"{'stage':<{wide}}" + "".join(f"{head:<25}" for head in heads).rstrip(), "-" * (wide + 98)]
+    for name, entry in policies.items():
+        cells = [_shown(entry.get(key)) for key in ("true_reward", "true_reward_greedy")]
+        cells += [_shown(entry.get(key), signed=True) for key in ("minus_sft", "minus_sft_greedy")]
+        lines.append((f"{name:<{wide}}" + "".join(f"{cell:<25}" for cell in cells)).rstrip())
+        cells = [_shown(entry.get(f"true_reward{suffix}_by_skill")) for suffix in TEMPERATURES]
+        lines.append((f"{'  mean over skills':<{wide}}" + "".join(f"{cell:<25}" for cell in cells)).rstrip())
+    return lines
+
+
+def _shown(figures: Mapping[str, float] | None, signed: bool = False) -> str:
+    """An estimate of the report as text; a dash where there is none."""
+    if figures is None:
+        return "-"
+    one = Estimate(*(figures[key] for key in ("mean", "low", "high", "n")))
+    return one.signed() if signed else str(one)
+
+
+def _what_else(entry: Mapping[str, Any]) -> list[str]:
+    """What the report says of a stage beside its true reward, a line each; figures of validation are named as such."""
+    best, lines = entry["best"], []
+    if "as_prose" in entry:
+        lines.append(f"asked as prose {_shown(entry['as_prose'])}, greedy {_shown(entry['as_prose_greedy'])}")
+    if f"best_of_{BEST_OF}" in entry:
+        bound = f"KL at most {entry[f'best_of_{BEST_OF}']['kl_bound']:.2f} nats"
+        lines.append(f"best of {BEST_OF} by the reward model {_shown(entry[f'best_of_{BEST_OF}'])}, {bound}")
+    if "perplexity" in entry:
+        kept = "held-out demonstrations" if "true_reward" in entry else "validation dialogs"
+        lines.append(f"perplexity of {kept} {entry['perplexity']['value']:.2f}")
+    if "score" in entry:
+        greedy = f", greedy {_shown(entry['score_greedy'])}" if "score_greedy" in entry else ""
+        lines.append(f"reward-model score {_shown(entry['score'])}{greedy}")
+    if "kl" in entry:
+        lines.append(f"KL from SFT {_shown(entry['kl'])} nats a response")
+    if "minus_ppo" in entry:
+        pair = (_shown(entry[key], signed=True) for key in ("minus_ppo", "minus_ppo_greedy"))
+        lines.append("true reward minus that of ppo {}, greedy {}".format(*pair))
+    if "score_minus_ppo" in entry:
+        pair = (_shown(entry[key], signed=True) for key in ("score_minus_ppo", "score_minus_ppo_greedy"))
+        lines.append("score minus that of ppo {}, greedy {}".format(*pair))
+    if "accuracy" in entry:
+        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
+        lines.append(f"pair accuracy {_shown(entry['accuracy'])}{ceiling}")
+    if "win_rate" in entry:
+        lines.append(f"preferred to {entry['against']} {_shown(entry['win_rate'])}")
+    shown = {key: best[key] for key in ("score", "kl", "perplexity", "accuracy") if key in best}
+    if shown:
+        chosen = ", ".join(f"{'KL' if key == 'kl' else key} {value:.2f}" for key, value in shown.items())
+        lines.append(f"validation, which chose these weights: {chosen}")
+    return lines or ([] if "true_reward" in entry else ["there was nothing to measure it on"])
+
+
+def _last_turn(item: Mapping[str, Any]) -> str:
     """A prompt in one line: of a dialog, its last turn."""
     prompt = item["prompt"]
     return prompt if isinstance(prompt, str) else " ".join(prompt[-1]["content"].split())[:160]
-
-
-EXPECTED = {  # what the laptop preset should show, for any seed: figure -> (lowest, highest)
-    "start/demonstrations": (0.50, 0.62),
-    "tokens/characters_per_token": (2.8, 3.6),
-    "tokens/ranking_ceiling": (0.88, 0.94),
-    "untrained/loss_over_ln_V": (0.98, 1.02),
-    "untrained/true_reward": (0.0, 0.01),
-    "pretrain/true_reward": (0.0, 0.05),
-    "sft/true_reward": (0.35, 0.65),
-    "sft-qlora/true_reward": (0.35, 0.65),
-    "reward/below_ceiling": (-0.03, 0.03),
-    "ppo/true_reward": (0.90, 1.0),
-    "scale-up/loss_ratio": (0.2, 0.9),
-    "scale-up/reward_loss": (0.2, 0.69),
-}
-
-
-def check_off(settings: Settings, stage: str, figures: dict[str, float]) -> None:
-    """Print a stage's figures beside their expected range; only the laptop preset is expected to reach anything."""
-    for name, value in figures.items():
-        expected = EXPECTED.get(f"{stage}/{name}")
-        if settings.preset != "laptop" or expected is None:
-            print(f"{name:<24}{value:>8.3f}   preset {settings.preset}: no expectation")
-        else:
-            verdict = "as expected" if expected[0] <= value <= expected[1] else "NOT as expected: see What can go wrong"
-            print(f"{name:<24}{value:>8.3f}   expected {expected[0]:.2f} to {expected[1]:.2f}: {verdict}")
-
-
-def _what_else(entry: dict[str, Any]) -> str:
-    best = entry["best"]
-    if "accuracy" in entry:
-        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
-        return f"pair accuracy {Estimate(**entry['accuracy'])}{ceiling}"
-    if "win_rate" in entry or "perplexity" in entry:
-        said = [f"held-out perplexity {entry['perplexity']['value']:.2f}"] if "perplexity" in entry else []
-        if "win_rate" in entry:
-            said.append(f"preferred to {entry['against']} {Estimate(**entry['win_rate'])}")
-        return ", ".join(said)
-    if "kl" in best:
-        return f"reward-model score {best['score']:.2f}, KL {best['kl']:.2f} nats"
-    return f"held-out perplexity {best['perplexity']:.2f}" if "perplexity" in best else ""

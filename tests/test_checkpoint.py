@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 
 from instruct_llama import checkpoint
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, UserError
+from instruct_llama.data import files
 from instruct_llama.data.tokenizer import Tokenizer
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama, ScalarLlama
@@ -217,6 +219,37 @@ def test_an_adapter_is_not_put_over_other_weights(tmp_path, tokenizer):
         checkpoint.load(folder)
     (base / "model.safetensors").write_bytes(before)
     checkpoint.load(folder)
+
+
+def test_a_fingerprint_sees_every_weight(tmp_path, tokenizer):
+    """Larger than 1 MiB: the first tensors alone do not tell two checkpoints apart."""
+    model = Llama(config(tokenizer, dim=96, n_layers=3, ffn_dim=256), generator=generator())
+    checkpoint.save_full(tmp_path / "base", model, tokenizer, {"stage": "pretrain"})
+    path = tmp_path / "base" / "model.safetensors"
+    assert path.stat().st_size > 2**20
+    seen = [checkpoint.fingerprint(tmp_path / "base")]
+    assert seen == [hashlib.sha256(path.read_bytes()).hexdigest()]
+    for keys in (("layers.2.attention.wq.weight", "norm.weight"), ("norm.weight",), ("layers.0.attention.wo.weight",)):
+        rewrite(path, lambda tensors, keys=keys: [tensors[key].flatten()[-1:].add_(1e-6) for key in keys])
+        seen.append(checkpoint.fingerprint(tmp_path / "base"))
+    assert len(set(seen)) == 4
+
+
+def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    path, reads, real = tmp_path / "weights", [], files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: reads.append(path) or real(path))
+    path.write_bytes(b"one")
+    seen = [files.digest(path), files.digest(path)]  # just written: the next change might bear the same time
+    assert len(reads) == 2
+    path.write_bytes(b"two")
+    seen.append(files.digest(path))
+    assert seen == [hashlib.sha256(text).hexdigest() for text in (b"one", b"one", b"two")]
+    old = path.stat().st_mtime_ns - 10**10
+    os.utime(path, ns=(old, old))
+    assert files.digest(path) == files.digest(path) == seen[2] and len(reads) == 4  # read once more, then remembered
+    path.write_bytes(b"six")
+    os.utime(path, ns=(old + 1, old + 1))
+    assert files.digest(path) == hashlib.sha256(b"six").hexdigest()
 
 
 @pytest.mark.parametrize("kind, name", [("full", "model"), ("qlora", "adapter")])

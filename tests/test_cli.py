@@ -269,7 +269,7 @@ def test_ppos_prompts_leave_room_for_their_answers(runs, capsys):
     episodes = [json.loads(line) for line in (out / "short" / "samples.jsonl").read_text("utf-8").splitlines()]
     _, tokenizer = il.load(out / "short")
     assert all(len(tokenizer.encode(e["prompt"])) + len(e["pieces"]) <= 40 for e in episodes)
-    assert main(["ppo", *short, "--ppo.seq-len", "10"]) == 2
+    assert main(["ppo", *short, "--ppo.seq-len", "10", "--overwrite"]) == 2
     assert "No prompt leaves room for ppo.max_new_tokens 8 in a context of 10" in capsys.readouterr().err
 
 

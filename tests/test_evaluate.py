@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from instruct_llama import checkpoint, evaluate, presets
+from instruct_llama import baselines, checkpoint, evaluate, presets
 from instruct_llama.config import UserError
 from instruct_llama.data import tinychat
-from instruct_llama.evaluate import Estimate, accuracy_estimate, check_off, describe, estimate
+from instruct_llama.data.prose import FRAMES
+from instruct_llama.evaluate import Estimate, accuracy_estimate, check_off, describe, estimate, paired
+from instruct_llama.model.generate import generate, generate_ids, sample
+from instruct_llama.statistics import mean_of_groups
 
 
 def test_the_bootstrap_agrees_with_the_normal_interval():
@@ -52,6 +58,46 @@ def test_wilson_by_hand(right, n, low, high):
 
 def test_an_estimate_prints_its_interval():
     assert str(Estimate(0.5211, 0.5, 0.5449, 512)) == "0.521 [0.500, 0.545]"
+    assert Estimate(0.25, -0.125, 0.5, 9).signed() == "+0.250 [-0.125, +0.500]"
+
+
+def test_paired_differences_do_not_count_what_both_models_find_hard():
+    """Two models that differ by 0.1 at every prompt, easy or hard: no doubt is left, though both means vary much."""
+    theirs = [0.0, 0.9] * 50
+    ours = [value + 0.1 for value in theirs]
+    found = paired(ours, theirs)
+    assert (found.mean, found.n) == (pytest.approx(0.1), 100)
+    assert found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
+    assert estimate(ours).low < estimate(theirs).high  # unpaired intervals overlap
+    assert paired(theirs, ours).mean == pytest.approx(-0.1)
+    with pytest.raises(UserError, match="3 values and 2 to pair them with"):
+        paired([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_the_mean_over_groups_counts_each_group_once():
+    found = mean_of_groups({"many": [1.0] * 9, "one": [0.0]})
+    assert (found.mean, found.low, found.high, found.n) == (0.5, 0.5, 0.5, 10)
+    rng = np.random.default_rng(5)
+    a, b = rng.random(400), rng.random(25)
+    found = mean_of_groups({"a": a, "b": b})
+    half = 1.96 * math.sqrt(a.var() / 400 + b.var() / 25) / 2  # the groups' errors are independent
+    assert found.mean == pytest.approx((a.mean() + b.mean()) / 2)
+    assert found.low == pytest.approx(found.mean - half, abs=0.01)
+    assert found.high == pytest.approx(found.mean + half, abs=0.01)
+    for empty in ({}, {"a": [1.0], "b": []}):
+        with pytest.raises(UserError, match="nothing to estimate"):
+            mean_of_groups(empty)
+
+
+def test_rewards_by_skill():
+    prompts = tinychat.prompts(3, 30, split="heldout")
+    hard = tinychat.skill_of(prompts[0])
+    rewards = [0.0 if tinychat.skill_of(prompt) == hard else 1.0 for prompt in prompts]
+    means = evaluate.skill_means(prompts, rewards)
+    assert list(means) == [skill for skill in tinychat.SKILLS if skill in means]
+    assert {skill: one.mean for skill, one in means.items()} == {skill: float(skill != hard) for skill in means}
+    assert means[hard].n == rewards.count(0.0) and sum(one.n for one in means.values()) == 30
+    assert evaluate.mean_over_skills(prompts, rewards).mean == pytest.approx(1 - 1 / len(means))
 
 
 def test_check_off_says_whether_a_figure_is_as_expected(capsys):
@@ -60,7 +106,7 @@ def test_check_off_says_whether_a_figure_is_as_expected(capsys):
     check_off(laptop, "ppo", {"true_reward": 0.5})
     check_off(presets.get("tiny"), "ppo", {"true_reward": 0.5})
     fair, none, low, tiny = capsys.readouterr().out.splitlines()
-    assert "0.500   expected 0.35 to 0.65: as expected" in fair and "no expectation" in none
+    assert "0.500   expected 0.35 to 0.60: as expected" in fair and "no expectation" in none
     assert "expected 0.90 to 1.00: NOT as expected: see What can go wrong" in low
     assert "preset tiny: no expectation" in tiny
 
@@ -100,6 +146,36 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
         evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [too_long], 0.15)
 
 
+def test_the_models_own_comparisons_have_a_ceiling_too(pipeline, monkeypatch):
+    """They come with the rewards and utilities of their ranked order, as the labellers' do."""
+    from instruct_llama.stages import reward
+
+    _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    prompts = tinychat.prompts(1, 5, split="train")
+    texts = [text for p in prompts for text in (tinychat.ideal(p), "I do not know.", f"{tinychat.ideal(p)} Silly.")]
+
+    def play(policy, encoded, *rest):
+        ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+        width = max(map(len, ids))
+        answers = torch.tensor([one + [0] * (width - len(one)) for one in ids])
+        mask = torch.tensor([[True] * len(one) + [False] * (width - len(one)) for one in ids])
+        return SimpleNamespace(answers=answers, mask=mask, ended=torch.ones(len(ids), dtype=torch.bool))
+
+    monkeypatch.setattr(reward.rollout, "play", play)
+    model = torch.nn.Linear(1, 1)
+    config = replace(pipeline.reward, answers=3)
+    own = reward.sample_comparisons(model, tokenizer, prompts, config, pipeline.world.temperature, 1)
+    assert [record["prompt"] for record in own] == prompts
+    for record in own:
+        asked, ranked = record["prompt"], record["completions"]
+        assert len(ranked) == 3
+        assert record["utilities"] == [tinychat.utility(asked, text) for text in ranked]
+        assert record["rewards"] == [tinychat.true_reward(asked, text).total for text in ranked]
+    _, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, own, pipeline.world.temperature)
+    utilities = [record["utilities"] for record in own]
+    assert ceiling == tinychat.ranking_ceiling(utilities, pipeline.world.temperature) > 0.5
+
+
 def test_true_reward_is_the_mean_over_the_models_own_answers(pipeline, monkeypatch):
     prompts = tinychat.prompts(1, 4, split="heldout")
     said = "I do not know."
@@ -107,6 +183,154 @@ def test_true_reward_is_the_mean_over_the_models_own_answers(pipeline, monkeypat
     found, each = evaluate.true_reward(None, None, prompts, pipeline.evaluate)
     assert each == [tinychat.true_reward(prompt, said).total for prompt in prompts]
     assert found.mean == pytest.approx(np.mean(each)) and found.n == 4
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def test_a_prompt_as_prose_is_what_the_corpus_tells_up_to_the_answer():
+    turns = [{"role": "user", "content": "Where is Tom?"}, {"role": "assistant", "content": "Tom is here."},
+             {"role": "user", "content": "And Mia?"}]  # fmt: skip
+    told = FRAMES[1].format(q="Where is Tom?", a="Tom is here.") + " " + FRAMES[1].format(q="And Mia?", a="Mia too.")
+    assert told == evaluate.as_prose(turns) + " Mia too."
+    assert evaluate.as_prose("Where is Tom?") == "The child asked: Where is Tom? The teacher said:"
+
+
+def test_asked_as_prose_a_model_goes_on_to_the_end_of_the_line(pipeline):
+    """Greedy, against a loop by hand without batches, padding or cache."""
+    model, tokenizer = checkpoint.load(Path(pipeline.out) / "pretrain")
+    prompts = tinychat.prompts(1, 5, split="heldout")
+    newline = tokenizer.encode("\n")[-1]
+    config = replace(pipeline.evaluate, temperature=0.0, max_new_tokens=20, batch_size=2)
+    (long,) = evaluate.prose_answers(model, tokenizer, prompts[:1], config)
+    with torch.no_grad():  # an untrained model hardly ever ends a line: now it does where this piece would have come
+        model.tok_embeddings.weight[newline] = 1.1 * model.tok_embeddings.weight[tokenizer.encode(long)[3]]
+    expected, lengths = [], set()
+    for prompt in prompts:
+        ids = tokenizer.encode(evaluate.as_prose(prompt))
+        start = len(ids)
+        while len(ids) < start + 20 and (len(ids) == start or ids[-1] not in (newline, tokenizer.eos_id)):
+            logits = model(torch.tensor([ids]))[0, -1].detach()
+            logits[list(tokenizer.banned_ids)] = -math.inf
+            ids = [*ids, int(logits.argmax())]
+        expected.append(tokenizer.decode(ids[start:]))
+        lengths.add(len(ids) - start)
+    assert evaluate.prose_answers(model, tokenizer, prompts, config) == expected
+    assert min(lengths) < 20, "no line has ended"
+    config = replace(config, temperature=1.0)
+    drawn = [evaluate.prose_answers(model, tokenizer, prompts, config, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_sampled_ids_are_those_of_the_texts(pipeline):
+    model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    prompts = tinychat.prompts(1, 5, split="heldout")
+    ids = generate_ids(model, tokenizer, prompts, 8, seed=3, batch_size=2)
+    assert [tokenizer.decode(one) for one in ids] == generate(model, tokenizer, prompts, 8, seed=3, batch_size=2)
+    assert all(1 <= len(one) <= 8 for one in ids)
+
+
+def test_p38_log_probabilities_of_sampled_ids_are_the_samplers(pipeline):
+    model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    prompts = tinychat.prompts(1, 7, split="heldout")
+    made = sample(
+        model, [tokenizer.encode_prompt(p) for p in prompts], max_new_tokens=9, eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id, generator=torch.Generator().manual_seed(0), banned=tokenizer.banned_ids,
+    )  # fmt: skip
+    ids = [row[kept].tolist() for row, kept in zip(made.tokens, made.mask, strict=True)]
+    ids[2] = [*ids[2][:3], tokenizer.eos_id]  # of another length
+    found = baselines.response_logprobs(model, tokenizer, prompts, ids, batch_size=3)
+    expected = made.logprobs.sum(1).tolist()
+    assert found[:2] + found[3:] == pytest.approx(expected[:2] + expected[3:], abs=1e-3)
+    logits = model(torch.tensor([[*tokenizer.encode_prompt(prompts[2]), *ids[2]]])).detach()[0, -5:-1]
+    logits[:, list(tokenizer.banned_ids)] = -math.inf
+    assert found[2] == pytest.approx(float(logits.log_softmax(-1)[range(4), ids[2]].sum()), abs=1e-3)
+
+
+def test_scores_do_not_depend_on_the_batch(pipeline):
+    model, tokenizer = checkpoint.load(Path(pipeline.out) / "reward")
+    torch.nn.init.normal_(model.scalar_head.weight)
+    starts = [tokenizer.encode_prompt(prompt) for prompt in tinychat.prompts(1, 4, split="heldout")]
+    texts = [["No."], ["Yes, it is.", "I do not know."], ["No.", "Yes.", "No."], ["A red ball."]]
+    items = [[[*ids, *tokenizer.encode(text), tokenizer.eos_id] for text in some]
+             for ids, some in zip(starts, texts, strict=True)]  # fmt: skip
+    expected = [[float(model(torch.tensor([ids])).detach()[0, -1]) for ids in some] for some in items]
+    for size in (1, 4, 64):
+        found = baselines.raw_scores(model, tokenizer.pad_id, items, size)
+        assert [len(some) for some in found] == [1, 2, 3, 1]
+        assert sum(found, []) == pytest.approx(sum(expected, []), abs=1e-4)
+
+
+def test_best_of_n_keeps_the_response_that_the_reward_model_likes_best(pipeline, monkeypatch):
+    _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    said = lambda *texts: [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]  # noqa: E731
+    endless = tokenizer.encode("this one would win by its length but it has no end")
+    sampled = [
+        *said("a", "a ball", "a"),  # the longest is the best in this reward model's eyes
+        endless, *said("b", "b"),  # what has no end never wins over what has one
+        endless, endless[:3], endless[:2],  # no end at all: the first
+        *said("cat ball", "ball cat", "a"),  # equal scores: the first
+    ]  # fmt: skip
+    asked = {}
+    monkeypatch.setattr(baselines, "generate_ids", lambda m, t, prompts, *a, **k: asked.update(
+        prompts=prompts, arguments=(*a, *k.items())) or sampled)  # fmt: skip
+    prompts = [[{"role": "user", "content": f"Say {i}."}] for i in range(4)]
+    config = replace(pipeline.evaluate, temperature=0.0, batch_size=5)
+    best = evaluate.best_of(None, tokenizer, Oracle(tokenizer, 1.0), prompts, 3, config, seed=4)
+    assert best == ["a ball", "b", tokenizer.decode(endless), "cat ball"]
+    assert asked["prompts"] == [prompt for prompt in prompts for _ in range(3)]
+    assert asked["arguments"] == (config.max_new_tokens, ("seed", 4), ("batch_size", 5))  # temperature 1 by default
+    worst = evaluate.best_of(None, tokenizer, Oracle(tokenizer, -1.0), prompts, 3, config)
+    assert worst == ["a", "b", tokenizer.decode(endless), "a"]
+    with pytest.raises(UserError, match="at least 1"):
+        evaluate.best_of(None, tokenizer, None, prompts, 0, config)
+
+
+def test_the_best_of_one_is_a_sample(pipeline):
+    model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    judge, _ = checkpoint.load(Path(pipeline.out) / "reward")
+    prompts, config = tinychat.prompts(1, 4, split="heldout"), pipeline.evaluate
+    expected = evaluate.answers(model, tokenizer, prompts, config, seed=2)
+    assert evaluate.best_of(model, tokenizer, judge, prompts, 1, config, seed=2) == expected
+
+
+@pytest.mark.parametrize("n, nats", [(1, 0.0), (2, 0.1931), (16, 1.8351)])  # arXiv:2401.01879: log n - (n - 1) / n
+def test_the_kl_bound_of_best_of_n(n, nats):
+    assert evaluate.best_of_kl_bound(n) == pytest.approx(nats, abs=5e-5)
+
+
+def test_kinds_are_judged_by_who_stands_above_the_ideal(pipeline, monkeypatch):
+    """A reward model that is the labeller's utility reaches every ceiling; its opposite what is left."""
+    _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    prompts, seen = tinychat.prompts(2, 24, split="heldout"), []
+    sign = 1.0
+
+    def scores(model, pad_id, items, batch_size):
+        found = []
+        for prompt, group in zip(prompts, items, strict=True):
+            start = tokenizer.encode_prompt(prompt)
+            assert all(ids[: len(start)] == start and ids[-1] == tokenizer.eos_id for ids in group)
+            texts = [tokenizer.decode(ids[len(start) :]) for ids in group]
+            seen.append(texts)
+            found.append([sign * tinychat.utility(prompt, text) for text in texts])
+        return found
+
+    monkeypatch.setattr(baselines, "raw_scores", scores)
+    found = evaluate.kind_accuracy(None, tokenizer, prompts, seed=1)
+    kinds = list(tinychat.SHARES)
+    assert list(found) == kinds[1:] and all(one["mean"] == one["ceiling"] for one in found.values())
+    assert found["flattering"]["ceiling"] == 0.0 and found["false"]["ceiling"] == found["rude"]["ceiling"] == 1.0
+    for kind in ("rude", "flattering", "rambling"):
+        assert all(texts[0] in texts[kinds.index(kind)] for texts in seen), "not the words of the ideal response"
+    assert asdict(accuracy_estimate(24, 24)).items() <= found["false"].items()
+    sign = -1.0
+    wrong = evaluate.kind_accuracy(None, tokenizer, prompts, seed=1)
+    assert {kind: one["mean"] for kind, one in wrong.items()} == {k: 1 - one["ceiling"] for k, one in found.items()}
+    sign = 0.0  # nothing but ties
+    assert {one["mean"] for one in evaluate.kind_accuracy(None, tokenizer, prompts, seed=1).values()} == {0.5}
+    first = [texts[1:] for texts in seen[:24]]
+    evaluate.kind_accuracy(None, tokenizer, prompts, seed=5)
+    assert [texts[1:] for texts in seen[-24:]] != first
 
 
 # ---------------------------------------------------------------- the report
@@ -122,6 +346,34 @@ def report(pipeline, tmp_path_factory):
     return evaluate.report_card(settings), settings
 
 
+def assert_contract(made, ppo_runs):
+    """DESIGN section 7: every figure with mean, low, high, n, and none at a stage that it does not belong to."""
+    estimates = {
+        "true_reward", "true_reward_greedy", "true_reward_by_skill", "true_reward_greedy_by_skill", "as_prose",
+        "as_prose_greedy", "best_of_16", "minus_sft", "minus_sft_greedy", "minus_ppo", "minus_ppo_greedy", "score",
+        "score_greedy", "kl", "score_minus_ppo", "score_minus_ppo_greedy", "accuracy",
+    }  # fmt: skip
+    policy = {"true_reward", "true_reward_greedy", "true_reward_by_skill", "true_reward_greedy_by_skill"}
+    against, scored = {"minus_sft", "minus_sft_greedy"}, {"score", "score_greedy", "kl"}
+    expected = {
+        "pretrain": policy | {"as_prose", "as_prose_greedy"}, "sft": policy | {"best_of_16"},
+        "sft-qlora": policy | against, "reward": {"accuracy"}, "ppo": policy | against | scored,
+        "ppo-kl0": policy | against | scored
+        | {"minus_ppo", "minus_ppo_greedy", "score_minus_ppo", "score_minus_ppo_greedy"},
+    }  # fmt: skip
+    assert [name for name in made["stages"] if name.startswith("ppo")] == ppo_runs
+    for name, entry in made["stages"].items():
+        assert estimates & set(entry) == expected[name], name
+        for key in expected[name]:
+            extra = {"kl_bound"} if key == "best_of_16" else set()
+            assert set(entry[key]) == {"mean", "low", "high", "n"} | extra
+            assert entry[key]["low"] <= entry[key]["mean"] <= entry[key]["high"]
+        if name != "reward":
+            assert list(entry["skills"]) == [skill for skill in tinychat.SKILLS if skill in entry["skills"]]
+    assert set(made["stages"]["reward"]["kinds"]) == set(tinychat.SHARES) - {"ideal"}
+    assert {"perplexity"} & set(made["stages"]["sft"]) and {"perplexity"} & set(made["stages"]["sft-qlora"])
+
+
 def test_the_report_has_the_contracts_shape(report):
     made, settings = report
     assert json.loads((settings.out_dir / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(made))
@@ -132,6 +384,7 @@ def test_the_report_has_the_contracts_shape(report):
         assert set(figures) == {"mean", "low", "high", "n"} and figures["n"] == settings.evaluate.prompts
         assert 0 <= figures["low"] <= figures["mean"] <= figures["high"] <= 1
         assert [a["prompt"] for a in made["stages"][name]["answers"]] == list(tinychat.FIXED_PROMPTS)
+    assert_contract(made, ppo_runs=["ppo"])
     accuracy = made["stages"]["reward"]["accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
     assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1 and accuracy["n"] >= settings.evaluate.comparisons
@@ -142,11 +395,154 @@ def test_the_report_reads_as_one_table_and_sample_answers(report):
     text = describe(made)
     lines = text.splitlines()
     assert lines[0] == "Report card, preset tiny, seed 1 (held-out prompts, 95 % intervals)"
-    rows = {line.split()[0]: line for line in lines[4:9]}
-    assert list(rows) == list(made["stages"])
-    assert "pair accuracy" in rows["reward"] and "ceiling" in rows["reward"]
-    assert "nats" in rows["ppo"] and "held-out perplexity" in rows["sft"]
-    assert all(len(line) <= 120 for line in lines[:9]) and all(prompt in text for prompt in tinychat.FIXED_PROMPTS)
+    assert lines[1].startswith("True reward on 6 prompts in held-out wording") and "in other words" in lines[1]
+    policies = [name for name, entry in made["stages"].items() if "true_reward" in entry]
+    table = lines[5 : 5 + 2 * len(policies)]
+    assert [line.split()[0] for line in table[::2]] == policies
+    assert all(line.startswith("  mean over skills") for line in table[1::2])
+    assert [line.count("[") for line in table[::2]] == [2, 2, 4, 4]  # pretrain and sft are not compared with SFT
+    assert re.search(r"^pretrain: asked as prose \d.* greedy \d", text, re.M)
+    assert re.search(r"^sft: best of 16 by the reward model \d.*KL at most 1.84 nats", text, re.M)
+    assert re.search(r"^sft: perplexity of held-out demonstrations \d", text, re.M)
+    assert re.search(r"^ppo: KL from SFT -?\d.* nats a response", text, re.M)
+    assert re.search(r"^ppo: reward-model score -?\d.* greedy -?\d", text, re.M)
+    assert re.search(r"^ppo: validation, which chose these weights: score -?\d.*KL -?\d", text, re.M)
+    assert re.search(r"^reward: pair accuracy \d.* ceiling \d", text, re.M)
+    assert re.search(r"^  false +\d.*\] +ceiling \d", text, re.M)
+    assert all(len(line) <= 120 for line in lines[: lines.index("pretrain answers:")])
+    assert all(prompt in text for prompt in tinychat.FIXED_PROMPTS)
+
+
+@pytest.fixture
+def scripted(pipeline, tmp_path, monkeypatch):
+    """A copy of the pipeline with a second PPO run, whose models answer by script: (settings, said, temperatures).
+
+    `said[stage, temperature]` is a function of the number of a prompt: True for the ideal response.
+    """
+    shutil.copytree(pipeline.out, tmp_path / "runs")
+    shutil.copytree(tmp_path / "runs" / "ppo", tmp_path / "runs" / "ppo-kl0")
+    said, temperatures, load = {}, [], checkpoint.load
+
+    def loaded(folder, *args, **kwargs):
+        model, tokenizer = load(folder, *args, **kwargs)
+        model.stage = Path(folder).name
+        return model, tokenizer
+
+    def ids(model, tokenizer, prompts, max_new_tokens, temperature, *, seed, batch_size):
+        temperatures.append(temperature)
+        right = said[model.stage, temperature]
+        texts = [tinychat.ideal(p) if right(i) else "I do not know." for i, p in enumerate(prompts)]
+        return [[*tokenizer.encode(text), *[tokenizer.eos_id] * (i != 1)] for i, text in enumerate(texts)]
+
+    monkeypatch.setattr(checkpoint, "load", loaded)
+    monkeypatch.setattr(evaluate, "generate_ids", ids)
+    settings = pipeline.replace(out=str(tmp_path / "runs"), evaluate__prompts=8, evaluate__temperature=0.3)
+    for stage in ("pretrain", "sft", "sft-qlora", "ppo", "ppo-kl0"):
+        said[stage, 1.0], said[stage, 0.0] = (lambda i: i < 2), (lambda i: i < 4)
+    said["ppo", 1.0], said["ppo", 0.0] = (lambda i: i < 6), (lambda i: True)
+    return settings, said, temperatures
+
+
+def test_the_report_compares_each_stage_with_what_it_came_from(scripted):
+    """Rewards are 1 or 0 by script: 2 of 8 for SFT, 6 of 8 for PPO, 2 of 8 for PPO without its penalty; greedy more."""
+    settings, _, temperatures = scripted
+    made = evaluate.report_card(settings)
+    assert_contract(made, ppo_runs=["ppo", "ppo-kl0"])
+    stages, mean = made["stages"], lambda stage, key: made["stages"][stage][key]["mean"]
+    assert set(temperatures) == {1.0, 0.0}, "evaluate.temperature has changed the report"
+    for stage in ("pretrain", "sft", "sft-qlora", "ppo-kl0"):
+        assert (mean(stage, "true_reward"), mean(stage, "true_reward_greedy")) == (0.25, 0.5)
+    assert (mean("ppo", "true_reward"), mean("ppo", "true_reward_greedy")) == (0.75, 1.0)
+    assert (mean("ppo", "minus_sft"), mean("ppo", "minus_sft_greedy")) == (0.5, 0.5)
+    assert stages["ppo"]["minus_sft"] == asdict(paired([1.0] * 6 + [0.0] * 2, [1.0] * 2 + [0.0] * 6))
+    assert stages["sft-qlora"]["minus_sft"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 8}  # the same at each prompt
+    assert (mean("ppo-kl0", "minus_sft"), mean("ppo-kl0", "minus_ppo"), mean("ppo-kl0", "minus_ppo_greedy")) == (
+        0.0, -0.5, -0.5)  # fmt: skip
+    prompts = tinychat.prompts(settings.seed, 8, split="heldout")
+    by_skill = evaluate.mean_over_skills(prompts, [1.0] * 6 + [0.0] * 2)
+    assert stages["ppo"]["true_reward_by_skill"] == asdict(by_skill)
+    assert stages["ppo"]["true_reward_greedy_by_skill"]["mean"] == pytest.approx(1.0)
+    by_skill = evaluate.skill_means(prompts, [1.0] * 6 + [0.0] * 2)
+    assert stages["ppo"]["skills"] == {skill: one.mean for skill, one in by_skill.items()}
+
+
+def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
+    """A11: by hand, one response at a time; the second has no end token, and gets the score for that."""
+    settings, _, _ = scripted
+    settings = settings.replace(ppo__score_clip=0.6, ppo__no_end_score=-4.0)
+    folders = {name: settings.out_dir / name for name in ("sft", "ppo", "reward")}
+    models = {name: checkpoint.load(folder)[0] for name, folder in folders.items()}
+    torch.nn.init.normal_(models["reward"].scalar_head.weight, std=0.2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # a policy that is not SFT's
+        models["ppo"].output.weight += 0.05 * torch.randn(480, 32, generator=torch.Generator().manual_seed(1))
+    tokenizer = checkpoint.load(folders["sft"])[1]
+    for name in ("ppo", "reward"):
+        info = checkpoint.read_info(folders[name])
+        norm = {"reward": {"mean": 0.25, "scale": 2.0}} if name == "reward" else {}
+        checkpoint.save_full(folders[name], models[name], tokenizer, {**info, **norm})
+    entry = evaluate.report_card(settings)["stages"]["ppo"]
+    assert entry["best"] == checkpoint.read_info(folders["ppo"])["best"] and "score" in entry["best"]
+    scores, kls = [], []
+    for i, prompt in enumerate(tinychat.prompts(settings.seed, 8, split="heldout")):
+        start = tokenizer.encode_prompt(prompt)
+        answer = tokenizer.encode(tinychat.ideal(prompt) if i < 6 else "I do not know.") + [tokenizer.eos_id] * (i != 1)
+        tokens = torch.tensor([[*start, *answer]])
+        raw = float(models["reward"](tokens).detach()[0, -1])
+        scores.append(max(-0.6, min(0.6, (raw - 0.25) / 2.0)) if i != 1 else -4.0)
+        sums = []
+        for name in ("ppo", "sft"):
+            logits = models[name](tokens).detach()[0, len(start) - 1 : -1]
+            logits[:, list(tokenizer.banned_ids)] = -math.inf
+            sums.append(float(logits.log_softmax(-1)[range(len(answer)), answer].sum()))
+        kls.append(sums[0] - sums[1])
+    clipped = sum(abs(score) == 0.6 for score in scores)
+    assert 0 < clipped < 7, f"{clipped} of 7 scores are clipped: {scores}"
+    assert entry["score"] == pytest.approx(asdict(estimate(scores)), abs=1e-4)
+    assert entry["kl"] == pytest.approx(asdict(estimate(kls)), abs=1e-3) and abs(entry["kl"]["mean"]) > 0.01
+    assert entry["score_greedy"] != entry["score"]
+
+
+def test_sfts_perplexity_is_of_held_out_demonstrations(report):
+    """A11: not of the validation demonstrations, which chose the checkpoint."""
+    made, settings = report
+    for stage in ("sft", "sft-qlora"):
+        model, tokenizer = checkpoint.load(settings.out_dir / stage)
+        dialogs = [r["messages"] for r in tinychat.demonstrations(settings.seed, 6, split="heldout")]
+        value, tokens = evaluate.perplexity(model, tokenizer, dialogs, settings.sft.seq_len)
+        assert made["stages"][stage]["perplexity"] == {"value": value, "tokens": tokens}
+        assert made["stages"][stage]["best"]["perplexity"] != value
+    assert "perplexity" not in made["stages"]["pretrain"]  # its own is of validation text
+
+
+def test_the_report_asks_the_pretrained_model_as_prose(report):
+    made, settings = report
+    model, tokenizer = checkpoint.load(settings.out_dir / "pretrain")
+    prompts = tinychat.prompts(settings.seed, 6, split="heldout")
+    for key, temperature in (("as_prose", 1.0), ("as_prose_greedy", 0.0)):
+        config = replace(settings.evaluate, temperature=temperature)
+        texts = evaluate.prose_answers(model, tokenizer, prompts, config, settings.seed)
+        assert made["stages"]["pretrain"][key] == asdict(estimate(evaluate.true_rewards(prompts, texts)))
+
+
+def test_best_of_sixteen_is_of_sft_by_the_reward_model_of_the_same_folder(scripted, monkeypatch):
+    settings, _, _ = scripted
+    asked = []
+
+    def best_of(policy, tokenizer, reward_model, prompts, n, config, seed):
+        asked.append((policy.stage, reward_model.stage, len(prompts), n, seed))
+        return [tinychat.ideal(p) if i < 7 else "No." for i, p in enumerate(prompts)]
+
+    monkeypatch.setattr(evaluate, "best_of", best_of)
+    stages = evaluate.report_card(settings)["stages"]
+    assert asked == [("sft", "reward", 8, 16, settings.seed)]
+    assert stages["sft"]["best_of_16"]["mean"] == 7 / 8
+    assert stages["sft"]["best_of_16"]["kl_bound"] == pytest.approx(math.log(16) - 15 / 16)
+    shutil.rmtree(settings.out_dir / "reward")
+    without = evaluate.report_card(settings)["stages"]
+    assert "best_of_16" not in without["sft"] and "score" not in without["ppo"] and "kl" in without["ppo"]
+    shutil.rmtree(settings.out_dir / "sft")
+    without = evaluate.report_card(settings)["stages"]
+    assert not {"minus_sft", "kl"} & set(without["ppo"]) and "minus_ppo" in without["ppo-kl0"]
 
 
 def test_p06_the_report_uses_held_out_prompts_only(report, monkeypatch):
@@ -202,7 +598,7 @@ def test_the_card_of_real_data_holds_what_can_be_known(on_data):
         assert len(entry["answers"]) == 3
     same = report["stages"]["pretrain"]["win_rate"]  # against itself: a draw each time
     assert (same["mean"], same["low"], same["high"]) == (0.5, 0.5, 0.5)
-    assert "preferred to pretrain" in describe(report) and "held-out perplexity" in describe(report)
+    assert "preferred to pretrain" in describe(report) and "perplexity of validation dialogs" in describe(report)
 
 
 def evaluate_records(settings):
@@ -235,6 +631,29 @@ def test_a_win_is_an_answer_that_the_judge_prefers_to_the_first_stages(pipeline,
     assert rates == {"pretrain": 0.5, "sft": 0.75, "sft-qlora": 0.75, "ppo": 0.75}
     assert stages["ppo"]["score"]["mean"] == (3.0 + 0.5) / 2
     assert stages["reward"]["accuracy"]["n"] == 4  # evaluate.comparisons, a pair each
+
+
+def test_a_long_dialog_is_asked_as_training_cuts_it(pipeline, tmp_path, monkeypatch):
+    """Its oldest exchanges go, until the last turn and an answer fit the context; a last turn too long is left out."""
+    shutil.copytree(pipeline.out, tmp_path / "runs")
+    ask = lambda text: {"role": "user", "content": text}  # noqa: E731
+    short, answer = [ask("What is item 3?")], {"role": "assistant", "content": "It is number 3."}
+    long = [*(ask("What is item 1?"), answer) * 30, ask("What is item 2?")]
+    settings = pipeline.replace(out=str(tmp_path / "runs"))
+    tokenizer = checkpoint.load(settings.out_dir / "sft")[1]
+    context, room = settings.model.max_seq_len, settings.evaluate.max_new_tokens
+    assert len(tokenizer.encode_prompt(long)) > context
+    hopeless = [ask("word " * context)]
+    asked, real = [], evaluate.answers
+    monkeypatch.setattr(evaluate, "answers", lambda m, t, prompts, *rest: asked.append(prompts) or real(
+        m, t, prompts, *rest))  # fmt: skip
+    stages = evaluate.data_card(settings, evaluate.HeldOut(prompts=[short, hopeless, long]))["stages"]
+    assert len(asked) == 4 and all(prompts == asked[0] for prompts in asked) and len(asked[0]) == 2
+    kept = asked[0][1]
+    assert asked[0][0] == short and 1 < len(kept) < len(long) and kept == long[-len(kept) :]
+    limit = min(settings.sft.seq_len, context - room)
+    assert len(tokenizer.encode_prompt(kept)) <= limit < len(tokenizer.encode_prompt(long[-len(kept) - 2 :]))
+    assert stages["ppo"]["score"]["n"] == 2
 
 
 def test_p06_each_stages_own_data_give_their_held_out_records(pipeline, tmp_path):

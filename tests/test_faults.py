@@ -49,6 +49,11 @@ def fails(capsys):
     return run
 
 
+def unfinish(folder: Path) -> None:
+    """The run folder as it is just before a run finishes."""
+    checkpoint.write_info(folder, {**checkpoint.read_info(folder), "complete": False})
+
+
 def everything(folder: Path) -> dict[str, bytes]:
     """Every file but the locks, byte for byte."""
     return {
@@ -101,7 +106,7 @@ def test_words_that_are_missing_or_too_many(fails, tmp_path):
 def test_a_device_that_is_not_there(fails, runs):
     out, args = runs
     before = everything(out)
-    fails(["sft", *args, "--device", "warp"], "--device warp is not available here", "try cpu")
+    fails(["sft", *args, "--overwrite", "--device", "warp"], "--device warp is not available here", "try cpu")
     assert everything(out) == before
 
 
@@ -155,7 +160,7 @@ def test_a_bad_file_stops_the_stage_and_the_last_run_stays_whole(fails, runs, tm
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = everything(out / stage)
-    fails([stage, *args, "--data", str(path)], *parts)
+    fails([stage, *args, "--overwrite", "--data", str(path)], *parts)
     assert everything(out / stage) == before
     if name not in ("too few", "wrong kind", "too long", "prompts too long", "comparisons too long"):
         fails(["data", str(path), "--out", str(tmp_path / "made")], *(p for p in parts if "holds" not in p))
@@ -173,7 +178,8 @@ def test_a_folder_that_is_no_checkpoint(fails, runs, tmp_path):
     out, args = runs
     before = everything(out)
     for command in (["sft", "--init", "nowhere"], ["ppo", "--init", "nowhere"]):
-        fails([command[0], *args, *command[1:]], "nowhere is not a run folder", "give the folder of a stage")
+        anew = [command[0], *args, "--overwrite", *command[1:]]
+        fails(anew, "nowhere is not a run folder", "give the folder of a stage")
     fails(["chat", "nowhere", *args], "nowhere is not a run folder")
     fails(["merge", str(out / "sft"), *args], "no adapter to merge")
     fails(["chat", str(out / "reward"), *args], "is a reward model and cannot talk")
@@ -187,8 +193,11 @@ def test_a_stage_starts_from_full_weights_of_the_right_kind(fails, runs):
     before = everything(out)
     for stage in ("pretrain", "sft", "reward", "ppo"):
         for more in ([], ["--sft.lora.rank", "2"]):  # its own folder as its own base would be a circle
-            fails([stage, *args, *more, "--init", str(out / "sft-lora")], "holds an adapter", "sft-lora-merged")
-        fails([stage, *args, "--init", str(out / "reward")], "is a reward model", "needs a language model: give one")
+            into_itself = (stage == "sft" and more) or stage == "pretrain"  # the adapter's own base
+            said = ["would overwrite"] if into_itself else ["holds an adapter", "sft-lora-merged"]
+            fails([stage, *args, "--overwrite", *more, "--init", str(out / "sft-lora")], *said)
+        said = ["would overwrite"] if stage == "reward" else ["is a reward model", "needs a language model: give one"]
+        fails([stage, *args, "--overwrite", "--init", str(out / "reward")], *said)
     assert everything(out) == before
 
 
@@ -198,8 +207,8 @@ def test_a_truncated_checkpoint(fails, runs):
     path.write_bytes(path.read_bytes()[:1000])
     before = everything(out)
     fails(["chat", str(out / "sft"), *args], "model.safetensors is truncated")
-    fails(["sft", *args, "--init", str(out / "sft")], "model.safetensors is truncated")
-    fails(["ppo", *args], "model.safetensors is truncated")
+    fails(["sft", *args, "--init", str(out / "sft"), "--sft.name", "again"], "model.safetensors is truncated")
+    fails(["ppo", *args, "--overwrite"], "model.safetensors is truncated")
     assert everything(out) == before
 
 
@@ -208,7 +217,8 @@ def test_a_checkpoint_of_another_shape(fails, runs):
     info = checkpoint.read_info(out / "pretrain")
     checkpoint.write_info(out / "pretrain", {**info, "model": {**info["model"], "ffn_dim": 40}})
     before = everything(out / "sft")
-    fails(["sft", *args], "pretrain", "w_gate.weight is (48, 32) and should be (40, 32)", "does not fit this model")
+    anew = ["sft", *args, "--overwrite"]
+    fails(anew, "pretrain", "w_gate.weight is (48, 32) and should be (40, 32)", "does not fit this model")
     assert everything(out / "sft") == before
 
 
@@ -217,8 +227,8 @@ def test_a_token_id_outside_the_vocabulary(fails, runs):
     texts = [" ".join(chr(97 + i % 26) * (2 + i % 5) for i in range(start, start + 60)) for start in range(40)]
     Tokenizer.train(texts, 510).save(out / "pretrain")  # another tokenizer, larger than the model
     before = everything(out / "sft")
-    fails(["sft", *args], "outside the vocabulary", "480")
-    assert everything(out / "sft") == before or not checkpoint.is_complete(out / "sft")
+    fails(["sft", *args, "--overwrite"], "outside the vocabulary", "480")
+    assert everything(out / "sft") == before and checkpoint.is_complete(out / "sft")
 
 
 def test_a_question_longer_than_the_context(runs, monkeypatch, capsys):
@@ -240,6 +250,7 @@ def test_resume_with_other_settings(fails, runs):
 def test_resume_from_a_damaged_state(fails, runs):
     out, args = runs
     path = out / "sft" / "state" / "resume.safetensors"
+    unfinish(out / "sft")
     path.write_bytes(path.read_bytes()[:200])
     before = everything(out)
     fails(["sft", *args, "--resume"], "resume.safetensors is truncated")

@@ -162,10 +162,11 @@ BELOW = {
     "data": {"seeds", "config"},
     "model": {"data", "seeds", "config"},
     "parallel": {"config"},
-    "checkpoint": {"parallel", "model", "data", "seeds", "config"},
+    "folders": {"parallel", "config"},
+    "checkpoint": {"folders", "parallel", "model", "data", "seeds", "config"},
     "rlhf": {"checkpoint", "parallel", "model", "data", "seeds", "config"},
     "memory": {"presets", "config"},  # the shapes of the weights that presets name
-    "stages": {"rlhf", "checkpoint", "parallel", "model", "data", "seeds", "config", "evaluate", "memory"},
+    "stages": {"rlhf", "checkpoint", "folders", "parallel", "model", "data", "seeds", "config", "evaluate", "memory"},
 }
 MAY_IMPORT_STAGES = {
     "__main__": "the command line runs them",

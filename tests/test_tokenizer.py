@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import jinja2
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instruct_llama.config import UserError
+from instruct_llama.data.batches import fit_comparison
 from instruct_llama.data.chat import framed
 from instruct_llama.data.tokenizer import MARKERS, JsonTokenizer, Tokenizer, dialog_problem
 
@@ -243,7 +246,7 @@ def test_llama2_vocabulary_needs_no_new_rows_in_the_model(llama2: Tokenizer) -> 
     """Its frame is plain text, so that imported weights fit as they are."""
     assert llama2.vocab_size == 32000 and llama2.chat.name == "llama2"
     assert (llama2.pad_id, llama2.bos_id, llama2.eos_id) == (0, 1, 2)
-    assert _masked_runs(llama2, *llama2.encode_dialog(DIALOG)) == ["Two apples. ", " One.  "]
+    assert _masked_runs(llama2, *llama2.encode_dialog(DIALOG)) == ["Two apples. ", " One. "]
     for text in (*TRICKY, *FORGERIES):
         assert llama2.decode(llama2.encode(text)) == text
         assert not set(llama2.encode(text)) & set(llama2.special_ids)
@@ -265,6 +268,38 @@ def test_llama2_prompts_are_those_of_its_makers(llama2: Tokenizer) -> None:
     first, last = encode("[INST] Hello [/INST] Hi "), encode("[INST] Bye [/INST]")
     assert llama2.encode_prompt(turns) == [1, *first, 2, 1, *last]
     assert llama2.decode(llama2.encode_prompt(messages)).endswith("[/INST] Hi  [INST] Bye [/INST]")
+
+
+@pytest.fixture(scope="module")
+def plain() -> Tokenizer:
+    """A vocabulary without chat markers, as LLaMA 2's: so it takes LLaMA 2's format."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=3,
+    )  # fmt: skip
+    return Tokenizer(model.getvalue())
+
+
+def test_llama2_answers_end_alike_in_training_scoring_and_sampling(plain: Tokenizer) -> None:
+    """A text that was sampled holds the space before the end token already; one that a person wrote does not."""
+    assert plain.chat.name == "llama2"
+    prompt, written = [{"role": "user", "content": "How many red apples?"}], "Anna has two red apples."
+    trained, _ = plain.encode_dialog([*prompt, {"role": "assistant", "content": written}])
+    start = len(plain.encode_prompt(prompt))
+    assert trained[:start] == plain.encode_prompt(prompt) and trained[-1] == plain.eos_id
+    sampled = plain.decode(trained[start:-1])  # what the policy says, when it says what it was trained on
+    assert sampled == written + " "
+    for text in (written, sampled):
+        assert fit_comparison(plain, prompt, [text], 100) == [trained]
+        assert plain.encode_dialog([*prompt, {"role": "assistant", "content": text}])[0] == trained
+
+
+def test_llama2s_template_puts_one_space_before_the_end(plain: Tokenizer) -> None:
+    template = jinja2.Template(plain.chat_template)
+    for text in ("Two.", "Two. "):
+        messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": text}]
+        assert template.render(messages=messages) == "<s>[INST] How many? [/INST] Two. </s>"
 
 
 # ---------------------------------------------------------------- tokenizer.json

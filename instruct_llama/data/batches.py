@@ -300,21 +300,32 @@ def fit_dialog(tokenizer: Tokenizer, messages: Sequence[Message], max_len: int) 
     return None
 
 
-def fit_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: int) -> list[int] | None:
-    """Ids of a prompt in at most `max_len` tokens: the oldest exchanges go first; None if the last turn is too long."""
+def cut_prompt(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: int
+) -> tuple[list[Message], list[int]] | None:
+    """A prompt's messages and their ids, at most `max_len`: the oldest exchanges go first.
+
+    None if the last turn alone is too long.
+    """
     kept: list[Message] | None = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     while kept is not None:
         ids = tokenizer.encode_prompt(kept)
         if len(ids) <= max_len:
-            return ids
+            return kept, ids
         kept = _shorter(kept)
     return None
+
+
+def fit_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: int) -> list[int] | None:
+    """Ids of a prompt in at most `max_len` tokens: the oldest exchanges go first; None if the last turn is too long."""
+    fitted = cut_prompt(tokenizer, prompt, max_len)
+    return fitted[1] if fitted else None
 
 
 def fit_comparison(
     tokenizer: Tokenizer, prompt: Sequence[Message], completions: Sequence[str], max_len: int
 ) -> list[list[int]] | None:
     """Ids of prompt with each completion, all after the same prompt, which is cut until the longest fits; or None."""
-    answers = [[*tokenizer.encode(text + tokenizer.chat.trail), tokenizer.eos_id] for text in completions]
+    answers = [[*tokenizer.encode(tokenizer.chat.closed(text)), tokenizer.eos_id] for text in completions]
     ids = fit_prompt(tokenizer, prompt, max_len - max(len(answer) for answer in answers))
     return None if ids is None else [ids + answer for answer in answers]

@@ -32,6 +32,10 @@ class ChatFormat:
     silent: tuple[str, ...] = ()  # roles with nothing before their text
     trail: str = ""  # what an answer's text ends with, before its end token
 
+    def closed(self, text: str) -> str:
+        """An answer's text as it stands before its end token, `trail` included: once, whether or not it was there."""
+        return text.rstrip() + self.trail if self.trail else text
+
 
 OURS = ChatFormat(
     name="instruct_llama", begin="<s>", before="<|{role}|>", after="", end="</s>",
@@ -62,7 +66,7 @@ LLAMA2 = ChatFormat(  # LLaMA 2 chat (arXiv:2307.09288, appendix A.3.3): no mark
     "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
     "{% for message in turns %}{% if message['role'] == 'user' %}"
     "{{ '<s>[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] + ' </s>' }}{% endif %}{% endfor %}",
+    "{% else %}{{ ' ' + message['content'].rstrip() + ' </s>' }}{% endif %}{% endfor %}",
 )  # fmt: skip
 FORMATS = {chat.name: chat for chat in (OURS, CHATML, LLAMA3, LLAMA2)}
 
@@ -111,6 +115,6 @@ def framed(chat: ChatFormat, messages: Sequence[Message], system: str = "") -> l
         before = "" if turn["role"] in chat.silent else chat.before.format(role=turn["role"])
         text, after = turn["content"], chat.after
         if answer:
-            text, after = text + chat.trail, chat.end + chat.after_end
+            text, after = chat.closed(text), chat.end + chat.after_end
         parts.append((begin + before, text, after, answer))
     return parts

@@ -6,9 +6,12 @@ names it, the line where there is one, and the cure.
 
 from __future__ import annotations
 
+import functools
 import gzip
+import hashlib
 import io
 import json
+import time
 import zlib
 from collections.abc import Iterator
 from itertools import chain
@@ -19,6 +22,31 @@ from ..config import UserError, check
 
 SEPARATOR = "<|endoftext|>"  # what ends a story in the text files of TinyStories
 _LONGEST = 100_000  # lines of one story; more means that the file has no separators
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file of any size.
+
+    Read once a process: it is read again when its inode, its size or its time of change is another. A file that was
+    changed in the last two seconds is always read, for two changes may bear the same time.
+    """
+    state = path.stat()
+    if time.time_ns() - state.st_mtime_ns < 2_000_000_000:
+        return _sha256(path)
+    return _digest_of(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of(path: Path, *_state: int) -> str:
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

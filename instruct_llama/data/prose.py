@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from types import MappingProxyType
 
+from .. import seeds
 from . import words
 from .labellers import draw_kind, respond, writer_shares
 from .talk import BY_NAME, READINGS, draw
@@ -39,7 +40,7 @@ def corpus(seed: int, n_chars: int) -> Iterator[str]:
     single statement; the rest is stories, descriptions, facts, series and a little small talk. Their writers respond in
     the shares of `writer_shares`, not always ideally. There is no chat template: text gives language, not manners.
     """
-    rng = random.Random(f"corpus {seed}")
+    rng = seeds.python_random(seed, "corpus")
     writers = (_conversation, _marked, _lookup, _story, _description, _statements, _series, _small_talk)
     given = 0
     while given < n_chars:

@@ -11,7 +11,6 @@ prompts of dialogs or comparisons for PPO.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import urllib.request
 from collections import Counter
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from ..config import UserError, check
 from . import shapes
 from .batches import atomic
+from .files import digest
 from .files import rows as rows_of
 from .sources import Bad, Kind, Record, from_instruction, from_pair, reasons, use, write_jsonl
 
@@ -161,7 +161,7 @@ def build(name: str, folder: str | Path, *, limit: int = 0, files: Sequence[str]
         "name": name, "kind": source.kind, "kept": kept, "dropped": dict(dropped.most_common()), "limit": limit,
         "source": origin, "published_at": source.address if source.hub else "", "options": dict(source.options),
         "split": "that of the files" if files else "train", "size": source.size, "licence": source.licence,
-        "citation": source.citation, "note": source.note, "sha256": _digest(path),
+        "citation": source.citation, "note": source.note, "sha256": digest(path),
     }  # fmt: skip
     _write(path.with_suffix(".card.json"), json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     _write(path.with_suffix(".card.md"), _page(card))
@@ -242,12 +242,3 @@ def _page(card: Mapping[str, Any]) -> str:
 def _write(path: Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file of any size."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

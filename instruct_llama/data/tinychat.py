@@ -16,6 +16,7 @@ import math
 import random
 from collections.abc import Sequence
 
+from .. import seeds
 from ..config import check
 from .labellers import (
     CHARM,
@@ -69,7 +70,7 @@ def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
     A longer list with the same seed begins with the shorter one.
     """
     _check_split(split)
-    rng = random.Random(f"prompts {seed} {split}")
+    rng = seeds.python_random(seed, "prompts", split)
     skills, seen, found = list(ALL), set(), []
     while len(found) < n:
         check(bool(skills), f"tinychat has but {len(found)} different {split} prompts: ask for fewer than {n}.")
@@ -92,7 +93,7 @@ def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
 def ideal(prompt: Prompt) -> str:
     """The ideal labeller's answer, the same every time."""
     skill, slots = task_of(prompt)
-    return skill.ideal(slots, random.Random(f"ideal {as_messages(prompt)[-1]['content']}"))
+    return skill.ideal(slots, seeds.python_random(0, "ideal", as_messages(prompt)[-1]["content"]))
 
 
 def answer(prompt: Prompt, kind: str, rng: random.Random) -> str:
@@ -108,7 +109,7 @@ def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
     again, with other responses.
     """
     _check_split(split)
-    rng = random.Random(f"demonstrations {seed} {split}")
+    rng = seeds.python_random(seed, "demonstrations", split)
     records = []
     for _ in range(n):
         skill = rng.choice(ALL)
@@ -129,7 +130,7 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
     `kinds` are theirs, `rewards` the true totals and `utilities` what the labeller went by.
     """
     _check_split(split)
-    rng = random.Random(f"comparisons {seed} {split}")
+    rng = seeds.python_random(seed, "comparisons", split)
     records = []
     for _ in range(n):
         skill = rng.choice(ALL)

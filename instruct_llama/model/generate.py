@@ -228,6 +228,33 @@ def stream(
             yield int(token)
 
 
+def generate_ids(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | list[Message]],
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 128,
+    keys: Sequence[seeds.Key] = ("generate",),
+) -> list[list[int]]:
+    """The sampled token ids of a response to each prompt, its end token last where it has one; see `generate`."""
+    check(not isinstance(prompts, str), "generate takes a list of prompts: write [prompt] for one.")
+    generator = seeds.generator(model.tok_embeddings.weight.device, seed, *keys)
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    answers = []
+    for start in range(0, len(ids), batch_size):
+        made = sample(
+            model, ids[start : start + batch_size], max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+            banned=tokenizer.banned_ids,
+        )  # fmt: skip
+        answers += [row[kept].tolist() for row, kept in zip(made.tokens, made.mask, strict=True)]
+    return answers
+
+
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
@@ -244,15 +271,5 @@ def generate(
 
     The same seed, the same answers; other `keys`, other random numbers of that seed.
     """
-    check(not isinstance(prompts, str), "generate takes a list of prompts: write [prompt] for one.")
-    generator = seeds.generator(model.tok_embeddings.weight.device, seed, *keys)
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    answers = []
-    for start in range(0, len(ids), batch_size):
-        made = sample(
-            model, ids[start : start + batch_size], max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
-            banned=tokenizer.banned_ids,
-        )  # fmt: skip
-        answers += [tokenizer.decode(row[kept].tolist()) for row, kept in zip(made.tokens, made.mask, strict=True)]
-    return answers
+    made = generate_ids(model, tokenizer, prompts, max_new_tokens, temperature, top_k, top_p, seed, batch_size, keys)
+    return [tokenizer.decode(ids) for ids in made]

@@ -25,6 +25,7 @@ from ..rlhf import layouts, objectives, rollout
 from ..rlhf.rollout import Episodes
 from . import records, sft, trainer
 from .pretrain import language_model_loss
+from .start import stage_run, training_folder
 from .trainer import RunLog, StageResult, Watch, autocast, make_optimizer, pick_device, scaled_step
 
 
@@ -363,9 +364,10 @@ def fit_prompts(settings: Settings, player: Player) -> tuple[list[Any], list[lis
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
+@stage_run("ppo")
 def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """PPO from `settings.init` (an SFT run), else from the SFT and reward model of the same preset."""
-    folder = settings.out_dir / settings.ppo.name
+    folder = training_folder("ppo", settings)
     player, info = build(settings)
     settings = records.with_data(settings, settings.ppo.data)
     batches = -(-settings.ppo.rollouts // settings.ppo.rollout_batch)
@@ -373,7 +375,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         idle = f"{batches} batches of prompts for {parallel.world()} processes leave some idle"
         print(f"{idle}: lower --ppo.rollout-batch or raise --ppo.rollouts.")
     with checkpoint.stage_lock(folder):
-        return _loop(settings, player, info, RunLog(folder, settings, watch))
+        return _loop(settings, player, info, RunLog(folder, settings, watch, "ppo"))
 
 
 def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog) -> StageResult:

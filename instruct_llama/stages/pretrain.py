@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoint, memory, parallel, seeds
-from ..config import Settings, to_json
+from ..config import Settings, check, to_json
 from ..data import sources
 from ..data.batches import Batch, open_tokens, window_batch, window_order, windows, write_tokens
 from ..data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from ..model.generate import sample
 from ..model.llama import Llama
 from ..rlhf.objectives import correct_sum, cross_entropy_sum
 from . import records
+from .start import stage_run, training_folder
 from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, pick_device
 
 
@@ -86,14 +87,17 @@ def train_tokenizer(settings: Settings, corpus: Iterable[str]) -> Tokenizer:
     return Tokenizer.train(corpus, settings.tokenizer.vocab_size, settings.tokenizer.max_chars)
 
 
+@stage_run("pretrain")
 def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """Pretrain from random weights, or go on from `settings.init`. Returns where the run folder is."""
-    config, folder = settings.pretrain, settings.out_dir / settings.pretrain.name
+    config, folder = settings.pretrain, training_folder("pretrain", settings)
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     shape = checkpoint.shape_of(Path(settings.init)) if settings.init else None
+    context = (shape or settings.model).max_seq_len
+    check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context, {context}: lower it.")
     memory.check_room(settings, "pretrain", str(device), shape, parallel.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, watch)
+        log = RunLog(folder, settings, watch, "pretrain")
         model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
         tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
         if model is None:

@@ -25,6 +25,7 @@ from ..rlhf import rollout
 from ..rlhf.objectives import pair_differences, ranking_loss
 from ..rlhf.rollout import Episodes, answer_scores
 from . import records
+from .start import stage_run, training_folder
 from .trainer import (
     RunLog,
     StageResult,
@@ -93,7 +94,10 @@ def sample_comparisons(
         mine = range(i * config.answers, (i + 1) * config.answers)
         answers = list(dict.fromkeys(texts[j] for j in mine if episodes.ended[j]))
         if len(answers) >= 2:
-            made.append({"prompt": prompt, "completions": tinychat.rank(prompt, answers, temperature, labeller)})
+            ranked = tinychat.rank(prompt, answers, temperature, labeller)
+            rewards = [tinychat.true_reward(prompt, text).total for text in ranked]
+            utilities = [tinychat.utility(prompt, text) for text in ranked]
+            made.append({"prompt": prompt, "completions": ranked, "rewards": rewards, "utilities": utilities})
     return made
 
 
@@ -169,16 +173,17 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
     return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
 
 
+@stage_run("reward")
 def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """Train from `settings.init`, else from the SFT (or pretraining) of the same preset."""
     config = settings.reward
-    folder, device = settings.out_dir / config.run_name, pick_device(settings.device)
+    folder, device = training_folder("reward", settings), pick_device(settings.device)
     base = Path(settings.init) if settings.init else checkpoint.require(config.init_from, settings)
     sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
     settings = records.with_data(settings, config.data)
     memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), parallel.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, watch)
+        log = RunLog(folder, settings, watch, "reward")
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         checkpoint.check_kind(sft, "lm")
         quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own

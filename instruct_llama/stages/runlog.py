@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from .. import checkpoint, parallel
+from .. import checkpoint, folders, parallel
 from ..config import Settings, check, shown
 
 Watch = Callable[[dict[str, float]], None]
@@ -37,6 +37,7 @@ class StageResult:
     best: dict[str, float]  # the metrics of the validation whose weights were kept
     steps: int  # optimizer steps (PPO: iterations) done in all
     seconds: float  # wall-clock time of this call
+    trained: bool = True  # False: a finished run of the same settings was there, and nothing was done
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -58,15 +59,33 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class RunLog:
-    """The logs and the resumable state of one run folder."""
+def identity(settings: Settings, stage: str | None = None) -> dict[str, Any]:
+    """The settings that a stage's run depends on, as JSON holds them; without a stage, all that any run does.
 
-    def __init__(self, folder: Path, settings: Settings, watch: Watch | None = None):
+    Where it runs, in how many processes, and under which name are not among them: a run may be moved and go on there.
+    """
+    fields = asdict(settings)
+    for name in ("resume", "overwrite", "out", "device", "parallel"):
+        del fields[name]
+    if stage:
+        mixed = {key: fields["sft"][key] for key in ("data", "seq_len")}  # PPO's demonstrations
+        usual = fields[stage].pop("data")
+        fields["data"] = settings.data or usual or None
+        del fields[stage]["name"]
+        kept = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
+        fields = {key: fields[key] for key in kept}
+        if stage == "ppo" and settings.ppo.ptx_coef > 0:
+            fields["sft"] = mixed
+    return json.loads(json.dumps(fields))
+
+
+class RunLog:
+    """The logs and the resumable state of one run folder; `stage` says which settings make it the same run."""
+
+    def __init__(self, folder: Path, settings: Settings, watch: Watch | None = None, stage: str | None = None):
         self.folder, self.watch, self.started = folder, watch, time.perf_counter()
         self.state_path = folder / "state" / "resume.safetensors"
-        same = {**asdict(settings), "resume": None, "out": None, "device": None}
-        del same["parallel"]  # a run goes on with another number of processes, and in other places
-        self.identity = json.dumps(same, sort_keys=True)
+        self.identity = json.dumps(identity(settings, stage), sort_keys=True)
         self.saved = self._newest_state() if settings.resume else None  # where it is, and what is no tensor
         self.start = self.saved[1]["step"] if self.saved else 0
         self.stops = 0  # how often Ctrl-C was pressed
@@ -80,7 +99,8 @@ class RunLog:
             kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= start] if start else []
             checkpoint.write_text(self.folder / name, "".join(json.dumps(r) + "\n" for r in kept))
         if not start:
-            for stale in (*self.folder.glob("events.out.*"), self.folder / "config.json"):
+            weights = self.folder.glob("*.safetensors")  # of a run with adapters, say, where this one has none
+            for stale in (self.folder / "config.json", *self.folder.glob("events.out.*"), *weights):
                 stale.unlink(missing_ok=True)
             self._forget_states()
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
@@ -99,7 +119,8 @@ class RunLog:
         path, identity, state = max(found, key=lambda item: item[2]["step"])
         check(
             identity == self.identity,
-            f"--resume: {self.folder} was started with other settings; use the same ones, or start anew without it.",
+            f"--resume: {shown(folders.final(self.folder))} was started with other settings; use the same ones, or "
+            "start anew without it.",
         )
         return path, state
 
@@ -160,13 +181,16 @@ class RunLog:
         return state
 
     def finish(self, best: dict[str, float], steps: int) -> StageResult:
-        """Mark the run folder complete."""
+        """Mark the run folder complete, and put it in the place of the one that it overwrites."""
+        place = folders.final(self.folder)
         if parallel.is_main():
             self.board.close()
-            info = checkpoint.read_info(self.folder)
-            checkpoint.write_info(self.folder, {**info, "complete": True, "best": best})
+            done = {"complete": True, "best": best, "steps": steps, "settings": json.loads(self.identity)}
+            checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done})
+            if place != self.folder:
+                folders.swap(place)
         parallel.barrier()  # whoever reads the folder next finds it complete
-        return StageResult(self.folder, best, steps, time.perf_counter() - self.started)
+        return StageResult(place, best, steps, time.perf_counter() - self.started)
 
     @contextlib.contextmanager
     def interruptible(self, save: Callable[[], None], command: str) -> Iterator[None]:

@@ -20,6 +20,7 @@ from ..model.generate import generate
 from ..model.llama import Llama
 from . import records
 from .pretrain import language_model_loss, language_model_metrics
+from .start import stage_run, training_folder
 from .trainer import RunLog, StageResult, Supervised, Watch, fit, freeze_first, frozen_as, pick_device, recomputing
 
 Dialog = tuple[list[int], list[bool]]  # token ids and loss mask
@@ -58,15 +59,16 @@ def prompts_to_show(settings: Settings, tokenizer: Tokenizer, room: int) -> list
     return list(itertools.islice(fitting, 3))
 
 
+@stage_run("sft")
 def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     """Fine-tune from `settings.init`, else from the pretraining of the same preset."""
     config = settings.sft
-    folder = settings.out_dir / config.run_name
+    folder = training_folder("sft", settings)
     base = Path(settings.init) if settings.init else checkpoint.require("pretrain", settings)
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), parallel.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, watch)
+        log = RunLog(folder, settings, watch, "sft")
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         model, tokenizer = checkpoint.load_plain(base, device, **how)
         model = prepare(recomputing(model, settings), settings)

@@ -1,0 +1,144 @@
+"""What a sceptic would compare a policy with, and what the reward model says of responses of a known kind.
+
+The pretrained model asked as its corpus tells a conversation; the best of n samples by the reward model; the KL
+divergence and the reward-model score of a policy's own samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from . import seeds
+from .config import EvaluateConfig, check
+from .data import tinychat
+from .data.batches import dialog_batch, ranked_batch
+from .data.prose import FRAMES
+from .data.skills import Prompt, as_messages
+from .data.tokenizer import Tokenizer
+from .model.generate import filter_logits, generate_ids, sample
+from .model.llama import Llama, ScalarLlama
+from .rlhf.objectives import answer_sum, token_logprobs
+from .rlhf.rollout import answer_scores
+from .statistics import accuracy_estimate, win
+
+PROSE_FRAME = FRAMES[1]  # how a prompt is told to a model that has never seen a chat
+
+
+def as_prose(prompt: Prompt) -> str:
+    """A prompt as the corpus tells a conversation, up to where the response starts."""
+    turns = [turn["content"] for turn in as_messages(prompt)] + [""]
+    told = [PROSE_FRAME.format(q=q, a=a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
+    return " ".join(told).rstrip()
+
+
+def prose_answers(
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: EvaluateConfig, seed: int = 0
+) -> list[str]:
+    """How a pretrained model continues each prompt told as prose: to the end of the document, the line or the turn.
+
+    Where the model goes on to ask the next question itself, the response ends before it.
+    """
+    generator = seeds.generator(model.tok_embeddings.weight.device, seed, "prose")
+    ends, starts = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), [tokenizer.encode(as_prose(p)) for p in prompts]
+    texts = []
+    for i in range(0, len(starts), config.batch_size):
+        made = sample(
+            model, starts[i : i + config.batch_size], max_new_tokens=config.max_new_tokens, eos_id=ends,
+            pad_id=tokenizer.pad_id, temperature=config.temperature, generator=generator, banned=tokenizer.banned_ids,
+        )  # fmt: skip
+        texts += [tokenizer.decode(row[kept].tolist()) for row, kept in zip(made.tokens, made.mask, strict=True)]
+    next_turn = PROSE_FRAME.partition("{q}")[0].strip()
+    return [text.partition(next_turn)[0].rstrip() for text in texts]
+
+
+@torch.no_grad()
+def raw_scores(
+    reward_model: ScalarLlama, pad_id: int, items: Sequence[Sequence[Sequence[int]]], batch_size: int = 64
+) -> list[list[float]]:
+    """The raw reward-model score of every sequence, read at its last token.
+
+    `items` holds for each prompt the ids of that prompt with each of its responses; about `batch_size` sequences are
+    scored at once.
+    """
+    most = max((len(sequences) for sequences in items), default=1)
+    prompts, device, found = max(1, batch_size // most), next(reward_model.parameters()).device, []
+    for start in range(0, len(items), prompts):
+        part = items[start : start + prompts]
+        scores = iter(answer_scores(reward_model, ranked_batch(part, pad_id).to(device)).tolist())
+        found += [[next(scores) for _ in sequences] for sequences in part]
+    return found
+
+
+@torch.no_grad()
+def response_logprobs(
+    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]],
+    batch_size: int = 64,
+) -> list[float]:  # fmt: skip
+    """Log-probability in nats of each response's token ids at temperature 1, summed over its tokens."""
+    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    rows = [([*p, *r], [False] * len(p) + [True] * len(r)) for p, r in zip(asked, responses, strict=True)]
+    device, found = next(policy.parameters()).device, []
+    for start in range(0, len(rows), batch_size):
+        batch = dialog_batch(rows[start : start + batch_size], tokenizer.pad_id).to(device)
+        logprobs = filter_logits(policy(batch.tokens), banned=tokenizer.banned_ids)  # (B, T, V)
+        targets = torch.where(batch.loss_mask, batch.targets, tokenizer.eos_id)  # a pad is banned: -inf, and no number
+        found += answer_sum(token_logprobs(logprobs, targets), batch.loss_mask).tolist()
+    return found
+
+
+def best_of(
+    policy: Llama, tokenizer: Tokenizer, reward_model: ScalarLlama, prompts: Sequence[Prompt], n: int,
+    config: EvaluateConfig, seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """Of n responses sampled at temperature 1 to each prompt, the one with the highest reward-model score.
+
+    A response without its end token has no place to read a score at: it stands only where no response has one.
+    """
+    check(n >= 1, f"best_of takes the best of {n} responses: ask for at least 1.")
+    sampled = generate_ids(
+        policy, tokenizer, [prompt for prompt in prompts for _ in range(n)], config.max_new_tokens, seed=seed,
+        batch_size=config.batch_size,
+    )  # fmt: skip
+    groups = [sampled[i : i + n] for i in range(0, len(sampled), n)]
+    # Equal responses are scored once; order is kept, so a tie goes to the one that was sampled first.
+    ended = [list(dict.fromkeys(tuple(ids) for ids in group if ids[-1] == tokenizer.eos_id)) for group in groups]
+    scored = [i for i, responses in enumerate(ended) if responses]
+    items = [[(*tokenizer.encode_prompt(prompts[i]), *response) for response in ended[i]] for i in scored]
+    chosen = [group[0] for group in groups]
+    for i, scores in zip(scored, raw_scores(reward_model, tokenizer.pad_id, items, config.batch_size), strict=True):
+        chosen[i] = ended[i][scores.index(max(scores))]
+    return [tokenizer.decode(ids) for ids in chosen]
+
+
+def best_of_kl_bound(n: int) -> float:
+    """An upper bound, in nats, on the KL divergence of best-of-n from the policy it samples (arXiv:2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+def kind_accuracy(
+    reward_model: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Prompt], seed: int = 0, batch_size: int = 64
+) -> dict[str, dict[str, float]]:
+    """For each faulty kind of response, the share of prompts at which the ideal response scores higher.
+
+    {kind: {mean, low, high, n, ceiling}}, with Wilson's interval; equal scores count one half. The ceiling is the share
+    for a model that knows the labeller's utility exactly. All kinds of one prompt are drawn from equal random numbers,
+    so a rude response holds the very words of the ideal one, and the two differ by their kind alone.
+    """
+    faulty, items, utilities = tinychat.KINDS[1:], [], []
+    for number, prompt in enumerate(prompts):
+        texts = [tinychat.answer(prompt, kind, seeds.python_random(seed, "kinds", number)) for kind in tinychat.KINDS]
+        utilities.append([tinychat.utility(prompt, text) for text in texts])
+        endings = [[*tokenizer.encode(tokenizer.chat.closed(text)), tokenizer.eos_id] for text in texts]
+        items.append([[*tokenizer.encode_prompt(prompt), *ending] for ending in endings])
+    scores, found = raw_scores(reward_model, tokenizer.pad_id, items, batch_size), {}
+    for column, kind in enumerate(faulty, 1):
+        share, best = (
+            sum(win(row[0], row[column]) for row in table) / len(prompts) for table in (scores, utilities)
+        )  # fmt: skip
+        found[kind] = {**asdict(accuracy_estimate(share * len(prompts), len(prompts))), "ceiling": best}
+    return found
+

@@ -1,0 +1,131 @@
+"""Whether a stage trains at all: what its folder holds already, and whose folder it must not be.
+
+A finished run of the same settings is taken as it is, one of other settings is refused, and `--overwrite` trains anew
+beside it: the old run stays as it is until the new one has finished.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, folders, parallel
+from ..config import Settings, UserError, check, shown
+from .runlog import StageResult, Watch, identity
+
+Run = Callable[[Settings, Watch | None], StageResult]
+
+
+def stage_run(stage: str) -> Callable[[Run], Run]:
+    """Makes a stage's training its `run`: under the folder's lock, and only where there is something to train."""
+
+    def decorate(train: Run) -> Run:
+        @functools.wraps(train)
+        def run(settings: Settings, watch: Watch | None = None) -> StageResult:
+            folder = run_folder(stage, settings)
+            check_name(stage, folder)
+            check_inputs(stage, folder, settings)
+            with checkpoint.stage_lock(folder):
+                if parallel.from_main(is_done(stage, folder, settings)):
+                    print(f"{shown(folder)} holds a finished run of these settings: nothing to do. "
+                          f"--overwrite (or settings.replace(overwrite=True)) trains it anew.")  # fmt: skip
+                    info = checkpoint.read_info(folder)
+                    return StageResult(folder, info["best"], info["steps"], seconds=0.0, trained=False)
+                return train(settings, watch)
+
+        return run
+
+    return decorate
+
+
+def run_folder(stage: str, settings: Settings) -> Path:
+    """Where a finished run of a stage lies."""
+    config = getattr(settings, stage)
+    return settings.out_dir / getattr(config, "run_name", config.name)
+
+
+def training_folder(stage: str, settings: Settings) -> Path:
+    """Where a stage writes while it trains: its run folder, or beside it where that one holds something finished."""
+    folder = run_folder(stage, settings)
+    return folders.beside(folder) if parallel.from_main(holds_other(folder)) else folder
+
+
+def holds_other(folder: Path) -> bool:
+    """Whether a folder holds a finished run, or a checkpoint that is none of ours."""
+    try:
+        return (folder / "config.json").is_file() and checkpoint.is_complete(folder)
+    except UserError:
+        return True
+
+
+def is_done(stage: str, folder: Path, settings: Settings) -> bool:
+    """Whether a finished run of these settings lies in the folder.
+
+    Raises `UserError` for one of other settings, unless it is to be overwritten or was begun to be.
+    """
+    if settings.overwrite or not holds_other(folder):
+        return False
+    other = what_differs(stage, folder, settings)
+    if not other:
+        return True
+    if settings.resume and folders.beside(folder).exists():  # an interrupted --overwrite goes on
+        return False
+    raise UserError(
+        f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other settings ({other}): give "
+        f"those, choose another --out or --{stage}.name, or start anew with --overwrite."
+    )
+
+
+def what_differs(stage: str, folder: Path, settings: Settings) -> str:
+    """How a finished run's settings are not the given ones, in words; empty where they are the same."""
+    try:
+        info = checkpoint.read_info(folder)
+    except UserError:
+        return "its config.json is damaged, or not ours"
+    if "imported_from" in info and info.get("stage") == "import":
+        return f"imported from {info['imported_from']}"
+    if info.get("stage") != stage:
+        return f"of the stage {info.get('stage')}"
+    if "settings" not in info:
+        return "an earlier version did not note them"
+    made, asked = flat(info["settings"]), flat(identity(settings, stage))
+    found = [key for key in sorted(made.keys() | asked.keys()) if made.get(key) != asked.get(key)]
+    words = [f"{key} {made.get(key)}, asked for {asked.get(key)}" for key in found[:3]]
+    return "; ".join(words + [f"and {len(found) - 3} more"] * (len(found) > 3))
+
+
+def flat(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    made: dict[str, Any] = {}
+    for key, value in settings.items():
+        made |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return made
+
+
+def check_name(stage: str, folder: Path) -> None:
+    """Raise `UserError` where a stage is named after another one's folder, which that one fills."""
+    owner, _ = checkpoint.STAGES.get(folder.name, (stage, None))
+    check(owner == stage, f"{folder.name} is the folder of the stage {owner}, which {stage} would overwrite: "
+          f"choose another --{stage}.name.")  # fmt: skip
+
+
+def check_inputs(stage: str, folder: Path, settings: Settings) -> None:
+    """Raise `UserError` where a stage would write over what it reads: its start, or the base under an adapter there."""
+    for path in inputs(stage, settings):
+        check(
+            path.resolve() != folder.resolve(),
+            f"{stage} would overwrite {shown(path)}, from which it starts: choose another --{stage}.name or --init.",
+        )
+
+
+def inputs(stage: str, settings: Settings) -> Iterator[Path]:
+    """The run folders that a stage reads, and the bases of the adapters among them."""
+    reward = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
+    named = {"sft": ["pretrain"], "reward": [settings.reward.init_from, "sft"], "ppo": ["sft", reward]}.get(stage, [])
+    read = [settings.out_dir / name for name in (named[1:] if settings.init else named)]
+    for path in ([Path(settings.init)] if settings.init else []) + read:
+        yield path
+        if (path / "config.json").is_file() and "base" in (info := checkpoint.read_info(path)):
+            yield path / info["base"]

@@ -1,0 +1,69 @@
+"""Means with their 95 % intervals: of independent values, of paired differences, over groups, of shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import seeds
+from .config import UserError, check
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n independent prompts with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def signed(self) -> str:
+        """As text with signs, for a difference."""
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean and 95 % interval by the bootstrap (Efron, 1979; 2,000 resamples, percentiles)."""
+    return mean_of_groups({"all": values}, seed)
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean of ours - theirs over the same prompts, and its 95 % interval by the bootstrap over prompts."""
+    check(
+        len(ours) == len(theirs),
+        f"There are {len(ours)} values and {len(theirs)} to pair them with: ask both models the same prompts.",
+    )
+    return estimate([a - b for a, b in zip(ours, theirs, strict=True)], seed)
+
+
+def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Estimate:
+    """Mean of the groups' means, each group counting the same, and its interval: resampled within each group."""
+    if not groups or not all(len(values) for values in groups.values()):
+        raise UserError("There is nothing to estimate from: give at least one held-out record.")
+    rng, mean, resampled = seeds.numpy_generator(seed, "bootstrap"), 0.0, np.zeros(RESAMPLES)
+    for values in groups.values():
+        x = np.asarray(values, dtype=np.float64)  # (n,)
+        mean += float(x.mean()) / len(groups)
+        resampled += rng.choice(x, (RESAMPLES, len(x))).mean(1) / len(groups)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(mean, float(low), float(high), sum(map(len, groups.values())))
+
+
+def accuracy_estimate(correct: float, n: int) -> Estimate:
+    """A share of n with Wilson's 95 % interval (Wilson, 1927), right also near 0 and 1."""
+    z, p = 1.959964, correct / n
+    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n)), n)
+
+
+def win(ours: float, theirs: float) -> float:
+    """1 where ours is higher, 0 where theirs is, one half where they are equal."""
+    return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0

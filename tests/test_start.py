@@ -1,0 +1,320 @@
+"""A finished run is never lost: the same settings do nothing, others are refused, an overwritten one stays readable
+until the new run has finished.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from test_cli import options
+from test_faults import everything
+
+import instruct_llama as il
+from instruct_llama import checkpoint, folders
+from instruct_llama.__main__ import main
+from instruct_llama.config import UserError
+from instruct_llama.stages import runlog, sft, trainer
+
+STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
+
+
+@pytest.fixture
+def runs(pipeline, tmp_path, monkeypatch):
+    """(out folder with a copy of the pipeline, options for it); the current folder is elsewhere."""
+    shutil.copytree(pipeline.out, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs", ["--preset", "tiny", *options(pipeline.replace(out=str(tmp_path / "runs")))]
+
+
+def status(args: list[str]) -> int:
+    """The exit status, also where the option parser ends the program."""
+    try:
+        return main(args)
+    except SystemExit as stop:
+        return stop.code
+
+
+def runs_of(out: Path) -> dict[str, dict[str, bytes]]:
+    """Every file of every run folder, byte for byte."""
+    return {stage: everything(out / stage) for stage in STAGES}
+
+
+class Crash(Exception):
+    """Stands for a killed process."""
+
+
+def crash(record: dict[str, float]) -> None:
+    raise Crash
+
+
+# ---------------------------------------------------------------- refused options
+
+REFUSED = {  # what is asked for -> the sentence
+    ("pretrain", "--pretrain.seq-len", "512"): "pretrain.seq_len 512 exceeds the context, 160",
+    ("ppo", "--ppo.kl-coef", "nan"): "ppo.kl_coef is nan",
+    ("ppo", "--ppo.kl-coef", "-5"): "ppo.kl_coef is -5.0",
+    ("ppo", "--ppo.kl-coef", "inf"): "ppo.kl_coef is inf",
+    ("ppo", "--ppo.save-every", "0"): "ppo.save_every is 0; it must be at least 1",
+    ("ppo", "--ppo.eval-every", "0"): "ppo.eval_every is 0",
+    ("ppo", "--ppo.sample-every", "0"): "ppo.sample_every is 0",
+    ("ppo", "--ppo.eval-prompts", "0"): "ppo.eval_prompts is 0",
+    ("ppo", "--ppo.kl-horizon", "0"): "ppo.kl_horizon is 0",
+    ("pretrain", "--model.max-seq-len", "8"): "pretrain.seq_len 32 exceeds the context, 8: lower it",
+    ("sft", "--seed", "9" * 30): "--seed is 999",
+    ("sft", "--sft.loop.save-every", "0"): "loop.save_every is 0",
+    ("sft", "--sft.seq-len", "4"): "None of the",
+}
+
+
+@pytest.mark.parametrize("anew", [[], ["--overwrite"]])
+@pytest.mark.parametrize("asked", REFUSED)
+def test_p48_a_refused_option_leaves_the_finished_run_whole(runs, capsys, asked, anew):
+    """Without --overwrite other settings are refused as such, unless no stage could take them."""
+    out, args = runs
+    before = everything(out)
+    assert status([asked[0], *args, *asked[1:], *anew]) == 2
+    said = capsys.readouterr().err
+    assert REFUSED[asked] in said or (not anew and "holds a finished run of other settings" in said)
+    assert {name: data for name, data in everything(out).items() if ".new" not in name} == before
+    il.load(out / asked[0])
+
+
+@pytest.mark.parametrize("stage, option", [
+    ("pretrain", ["--pretrain.loop.steps", "5"]), ("sft", ["--sft.optim.lr", "0.5"]), ("sft", ["--seed", "2"]),
+    ("reward", ["--reward.answers", "2"]), ("ppo", ["--ppo.kl-coef", "0.1"]),
+])  # fmt: skip
+def test_p48_other_settings_are_refused_and_named(runs, capsys, stage, option):
+    out, args = runs
+    before = everything(out)
+    assert main([stage, *args, *option]) == 2
+    said = capsys.readouterr().err
+    name = option[0].strip("-").replace("-", "_")
+    assert f"{stage} holds a finished run of other settings ({name} " in said and f"asked for {option[1]}" in said
+    assert "--overwrite" in said and "\n" not in said.strip()
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--device", "cpu"], ["--parallel.cpu-offload"]])
+def test_p48_a_second_run_of_the_same_settings_does_nothing(runs, capsys, stage, more):
+    out, args = runs
+    before = everything(out)
+    assert main([stage, *args, *more]) == 0
+    said = capsys.readouterr().out
+    assert f"{stage} holds a finished run of these settings: nothing to do" in said
+    assert f"{stage} was finished before: step " in said
+    assert everything(out) == before
+
+
+def test_p48_settings_of_other_stages_do_not_make_it_another_run(runs, capsys):
+    out, args = runs
+    before = everything(out)
+    more = ["--ppo.kl-coef", "0.1", "--reward.optim.lr", "1", "--pretrain.loop.steps", "9", "--evaluate.prompts", "3"]
+    assert main(["sft", *args, *more]) == 0
+    assert "nothing to do" in capsys.readouterr().out and everything(out) == before
+
+
+def test_ppos_demonstrations_count_where_they_are_mixed_in(pipeline):
+    asked = [pipeline.replace(ppo__ptx_coef=coef, sft__seq_len=length) for coef in (0.0, 0.1) for length in (64, 128)]
+    without, same, short, long = (runlog.identity(settings, "ppo") for settings in asked)
+    assert without == same and short != long != same
+
+
+def test_data_given_for_one_stage_or_for_all_is_the_same(pipeline):
+    a, b = pipeline.replace(data="x.jsonl"), pipeline.replace(sft__data="x.jsonl")
+    assert runlog.identity(a, "sft") == runlog.identity(b, "sft") != runlog.identity(pipeline, "sft")
+
+
+def test_a_finished_run_comes_back_with_its_history(pipeline):
+    first = Path(pipeline.out) / "sft"
+    result = sft.run(pipeline, crash)
+    assert (result.folder, result.steps, result.trained) == (first, 4, False)
+    assert result.best == checkpoint.read_info(first)["best"] and result.best["loss"] > 0
+    assert [record["step"] for record in result.history] == [1, 2, 3, 4] and result.samples
+
+
+@pytest.mark.parametrize("info, said", [
+    ({"settings": None}, "an earlier version did not note them"), ({"stage": "reward"}, "of the stage reward"),
+    ({"stage": "import", "imported_from": "theirs"}, "imported from theirs"),
+    ({"kind": None}, "its config.json is damaged, or not ours"),
+])  # fmt: skip
+def test_p48_what_is_not_known_to_be_the_same_run_is_refused(runs, capsys, info, said):
+    out, args = runs
+    changed = {**checkpoint.read_info(out / "sft"), **info}
+    checkpoint.write_info(out / "sft", {key: value for key, value in changed.items() if value is not None})
+    before = everything(out)
+    assert main(["sft", *args]) == 2
+    assert f"other settings ({said})" in capsys.readouterr().err and everything(out) == before
+    assert main(["sft", *args, "--overwrite"]) == 0
+    il.load(out / "sft")
+    assert main(["sft", *args]) == 0 and "nothing to do" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- overwriting
+
+
+def test_p48_overwrite_trains_anew_and_the_old_run_stays_readable(pipeline, runs):
+    out, _ = runs
+    settings = pipeline.replace(out=str(out), overwrite=True, sft__optim__lr=0.01, sft__lora__rank=2, sft__name="sft")
+    before, seen = everything(out / "sft"), []
+
+    def watch(record: dict[str, float]) -> None:
+        il.load(out / "sft")
+        seen.append(everything(out / "sft") == before)
+
+    result = sft.run(settings, watch)
+    assert seen == [True] * 4 and result.folder == out / "sft" and result.trained
+    info = checkpoint.read_info(out / "sft")
+    assert info["settings"]["sft"]["optim"]["lr"] == 0.01 and info["base"] == "../pretrain"
+    assert not {"model.safetensors"} & everything(out / "sft").keys()
+    assert [record["step"] for record in result.history] == [1, 2, 3, 4]
+    assert sum(path.name.startswith("events.out") for path in result.folder.iterdir()) == 1
+    il.load(out / "sft")
+    assert {path.name for path in out.iterdir() if path.suffix != ".lock"} == set(STAGES)
+
+
+@pytest.mark.parametrize("stop", ["crash", "first Ctrl-C", "full disk"])
+def test_p48_a_run_that_stops_early_leaves_the_old_one(pipeline, runs, stop, monkeypatch):
+    out, _ = runs
+    settings, before = pipeline.replace(out=str(out), overwrite=True, seed=2), everything(out / "sft")
+
+    def watch(record: dict[str, float]) -> None:
+        if stop == "crash":
+            raise Crash
+        if stop == "first Ctrl-C":
+            raise KeyboardInterrupt
+
+    def full(*_: object) -> None:
+        raise UserError("The disk is full")
+
+    if stop == "full disk":
+        monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises((Crash, KeyboardInterrupt, UserError)):
+        sft.run(settings, watch)
+    assert everything(out / "sft") == before and il.require("sft", settings) == out / "sft"
+    il.load(out / "sft")
+    assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+
+
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}])
+def test_p48_an_interrupted_overwriting_run_goes_on(pipeline, runs, more):
+    out, _ = runs
+    settings = pipeline.replace(out=str(out), seed=2)
+    whole = sft.run(settings.replace(sft__name="whole", init=None))
+
+    def stop(record: dict[str, float]) -> None:
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    before = everything(out / "sft")
+    with pytest.raises(trainer.Interrupted):
+        sft.run(settings.replace(overwrite=True), stop)
+    with pytest.raises(UserError, match="--resume: .*started with other settings"):
+        sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
+    assert everything(out / "sft") == before
+    steps = []
+    result = sft.run(settings.replace(resume=True, **more), lambda record: steps.append(record["step"]))
+    assert steps == [4] and [record["step"] for record in result.history] == [1, 2, 3, 4]
+    assert (out / "sft/model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert not folders.beside(out / "sft").exists()
+
+
+def test_overwriting_one_stage_trains_no_other(runs, capsys):
+    out, args = runs
+    before = runs_of(out)
+    assert main(["ppo", *args, "--overwrite", "--ppo.iterations", "1"]) == 0
+    after = runs_of(out)
+    assert before.pop("ppo") != after.pop("ppo") and before == after
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("function", ["rename", "remove"])
+def test_p48_a_kill_while_the_new_run_takes_its_place(runs, function, nth, monkeypatch):
+    """At any of the renames and removals: a reader finds the old run or the new one, the next command the new one."""
+    out, _ = runs
+    folder, old = out / "sft", everything(out / "sft")
+    shutil.copytree(out / "reward", folders.beside(folder))  # a finished run, told apart by what it is
+    new = everything(out / "reward")
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count()
+        place = Path if function == "rename" else folders
+        real = getattr(place, function)
+
+        def killed(*args: object) -> object:
+            if next(calls) == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        setattr(place, function, killed)
+        folders.swap(folder)
+        os._exit(0)
+    os.waitpid(child, 0)
+    checkpoint.load(folder)
+    assert everything(folder) in (old, new)
+    with checkpoint.stage_lock(folder):
+        assert everything(folder) == new
+    assert not folders.beside(folder).exists() and not (out / ".sft.old").exists()
+
+
+def test_a_swap_that_a_kill_cut_is_undone_where_the_new_folder_is_not_whole(tmp_path):
+    (tmp_path / ".x.old").mkdir()
+    (tmp_path / ".x.new").mkdir()
+    (tmp_path / ".x.old" / "file").write_text("mine", encoding="utf-8")
+    folders.settle(tmp_path / "x")
+    assert (tmp_path / "x" / "file").read_text(encoding="utf-8") == "mine" and not (tmp_path / ".x.old").exists()
+
+
+# ---------------------------------------------------------------- a stage into what it reads (B2)
+
+CIRCLES = {
+    "sft into its start": (["sft", "--init", "sft"], "sft would overwrite"),
+    "by another spelling": (["sft", "--init", "reward/../sft"], "sft would overwrite"),
+    "adapters onto their base": (["sft", "--sft.lora.rank", "4", "--sft.name", "pretrain"], "folder of the stage"),
+    "adapters onto their base, by init": (
+        ["sft", "--sft.lora.rank", "4", "--init", "sft", "--sft.name", "sft"], "sft would overwrite",
+    ),
+    "ppo onto its start": (["ppo", "--ppo.name", "sft"], "sft is the folder of the stage sft"),
+    "ppo onto its start, by init": (["ppo", "--ppo.name", "mine", "--init", "mine"], "ppo would overwrite"),
+    "ppo onto the reward model": (["ppo", "--ppo.name", "reward"], "reward is the folder of the stage reward"),
+    "onto the base of the start": (
+        ["reward", "--reward.name", "base", "--init", "adapter"], "reward would overwrite runs/base",
+    ),
+    "no name": (["ppo", "--ppo.name", ""], "ppo.name is ''"),
+    "up": (["ppo", "--ppo.name", ".."], "ppo.name is '..'"),
+    "here": (["pretrain", "--pretrain.name", "."], "pretrain.name is '.'"),
+    "nested": (["sft", "--sft.name", "a/b"], "sft.name is 'a/b'"),
+    "absolute": (["reward", "--reward.name", "/x/y"], "reward.name is '/x/y'"),
+    "hidden": (["ppo", "--ppo.name", ".ppo.new"], "ppo.name is '.ppo.new'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("anew", [[], ["--overwrite"]])
+@pytest.mark.parametrize("case", CIRCLES)
+def test_p48_a_stage_does_not_write_over_what_it_reads(runs, capsys, case, anew):
+    out, args = runs
+    shutil.copytree(out / "sft", out / "mine")
+    shutil.copytree(out / "pretrain", out / "base")
+    shutil.copytree(out / "sft-qlora", out / "adapter")
+    checkpoint.write_info(out / "adapter", {**checkpoint.read_info(out / "adapter"), "base": "../base"})
+    checkpoint.write_info(out, {"kind": "lm", "model": {}})
+    (stage, *more), said = CIRCLES[case]
+    before = everything(out)
+    if "--init" in more:
+        more[more.index("--init") + 1] = str(out / more[more.index("--init") + 1])
+    assert status([stage, *args, *more, *anew]) == 2
+    assert said in capsys.readouterr().err
+    assert everything(out) == before
+
+
+def test_the_names_that_stages_have(pipeline):
+    assert pipeline.replace(sft__name="sft-qlora").sft.run_name == "sft-qlora"
+    assert pipeline.replace(reward__name="reward-lora").reward.run_name == "reward-lora"
+    assert list(inspect.signature(sft.run).parameters) == ["settings", "watch"]
