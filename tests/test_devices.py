@@ -192,7 +192,8 @@ def test_ppo_over_4_bits_shares_one_base_on_the_gpu(run):
         run(reward, device, **options)
         history, ops = run(ppo, device, **changes)
         histories.append(history)
-    assert histories[0] == close(histories[1], "bf16") != []
+    # values have deviation 1, so that bf16's rounding of the hidden states shows in them, in the third digit
+    assert histories[0] == [pytest.approx(record, rel=1e-2, abs=1e-3) for record in histories[1]] != []
     assert ops.places("dequantize_4bit") == ops.places("_fused_adamw_") == {"cuda:0"}
 
 
@@ -235,7 +236,7 @@ FP16 = {sft: {"sft__loop__precision": "fp16"}, ppo: {"ppo__precision": "fp16"}}
 @pytest.mark.parametrize("stage", FP16)
 def test_fp16_finds_its_scale(run, monkeypatch, stage):
     """A scale that overflows is halved, and the step left out: so it must be, for it doubles as long as it can."""
-    scaled(monkeypatch, 2.0**21)
+    scaled(monkeypatch, 2.0 ** {sft: 23, ppo: 21}[stage])
     history, _ = run(stage, "cuda", sft__loop__steps=8, ppo__epochs=1, ppo__iterations=4, **FP16[stage])
     norms = [record.get("train/grad_norm", record.get("ppo/grad_norm")) for record in history]
     assert norms[0] == 0 < norms[-1] and sorted(norms, key=bool) == norms

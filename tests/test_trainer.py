@@ -165,6 +165,20 @@ def test_every_record_comes_once_an_epoch(lengths):
     assert orders[0] != orders[1] and orders[1] == trainer.epoch_groups(stage, 1, 1)
 
 
+def test_p27_a_step_is_a_random_draw_whatever_the_lengths():
+    """Steps of like length would count a long response's tokens for less than a short one's (each step divides by its
+    own tokens), and a model would learn short responses more often than they come. Micro-batches may be alike."""
+    lengths = [10] * 500 + [40] * 500
+    stage = types.SimpleNamespace(name="sft", n_items=1000, lengths=lengths, loop=LoopConfig(batch_size=5, accumulate=4))
+    groups = trainer.epoch_groups(stage, 1, 0)
+    long_share = [sum(lengths[i] == 40 for micro in group for i in micro) / 20 for group in groups]
+    weight = sum(share * 40 / (share * 40 + (1 - share) * 10) for share in long_share) / len(groups)
+    assert weight == pytest.approx(0.8, abs=0.02)  # of the tokens, four in five are a long response's
+    mixed = sum(len({lengths[i] for i in micro}) == 2 for group in groups for micro in group)
+    assert mixed <= len(groups)  # at most one micro-batch of a step holds both lengths
+    assert len({tuple(sorted(sum(group, []))) for group in groups}) == len(groups)
+
+
 def test_learning_rate_by_hand():
     optim = OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
     steps = [learning_rate(step, 6, optim) for step in range(8)]

@@ -38,7 +38,7 @@ _EASY_SHARES = _shares(0.25, 0.03, 0.05, 0.52, 0.04, 0.02, 0.05, 0.04)
 _HARD_WRITERS = _shares(0.70, 0.12, 0.04, 0.06, 0.03, 0.00, 0.00, 0.05)
 _EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
 # Of the responses that are ranked. A reward model learns to tell apart only what it is shown, so falsehood is frequent.
-COMPARISON_SHARES = _shares(0.25, 0.12, 0.12, 0.14, 0.09, 0.05, 0.05, 0.18)
+COMPARISON_SHARES = _shares(0.25, 0.07, 0.14, 0.13, 0.08, 0.06, 0.04, 0.23)
 CHARM = 0.33  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
 WORTHLESS = ("evasive", "off_topic", "false")  # kinds whose answers have a true reward of 0
@@ -60,8 +60,8 @@ def draw_kind(shares: Mapping[str, float], rng: random.Random) -> str:
 
 
 def draw_kinds(rng: random.Random) -> list[str]:
-    """Two to four different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
-    kinds, size = [], rng.choice((2, 3, 4))
+    """Three to five different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
+    kinds, size = [], rng.choice((3, 4, 5))
     while len(kinds) < size:
         kind = draw_kind(COMPARISON_SHARES, rng)
         if kind not in kinds and not (kind in WORTHLESS and set(WORTHLESS) & set(kinds)):

@@ -41,10 +41,10 @@ def corpus(seed: int, n_chars: int) -> Iterator[str]:
     the shares of `writer_shares`, not always ideally. There is no chat template: text gives language, not manners.
     """
     rng = seeds.python_random(seed, "corpus")
-    writers = (_conversation, _marked, _lookup, _story, _description, _statements, _series, _small_talk)
+    writers = (_conversation, _lookup, _story, _description, _statements, _series, _small_talk)
     given = 0
     while given < n_chars:
-        paragraph = rng.choices(writers, (44, 14, 22, 2, 4, 6, 4, 4))[0](rng)
+        paragraph = rng.choices(writers, (56, 24, 2, 4, 6, 4, 4))[0](rng)
         given += len(paragraph) + 1
         yield paragraph
 
@@ -56,16 +56,6 @@ def _conversation(rng: random.Random) -> str:
     turns = [message["content"] for message in messages] + [told]
     frame = rng.choice(FRAMES)
     return " ".join(frame.format(q=q, a=a) for q, a in zip(turns[::2], turns[1::2], strict=True))
-
-
-def _marked(rng: random.Random) -> str:
-    """A teacher asks, a pupil answers, rightly or wrongly, and the teacher says which: text that corrects people."""
-    skill = BY_NAME[rng.choices(tuple(CORPUS_WEIGHTS), tuple(CORPUS_WEIGHTS.values()))[0]]
-    slots, messages = draw(skill, rng, "train")
-    kind, verdict = rng.choice((("ideal", "right"), ("false", "wrong")))
-    turns = [message["content"] for message in messages] + [respond(skill, slots, kind, rng)]
-    said = " ".join(f"The teacher asked: {q} The pupil said: {a}" for q, a in zip(turns[::2], turns[1::2], strict=True))
-    return f"{said} That is {verdict}."
 
 
 def _lookup(rng: random.Random) -> str:

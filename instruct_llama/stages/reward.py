@@ -8,7 +8,6 @@ Comparisons among the SFT model's own samples teach it the mistakes that PPO wil
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
-from ..rlhf.objectives import pair_differences, ranking_loss
+from ..rlhf.objectives import pair_differences, ranking_loss, score_at_end
 from ..rlhf.rollout import Episodes, answer_scores
 from . import records
 from .start import stage_run, training_folder
@@ -126,11 +125,14 @@ def reference_answers(
 
 @torch.no_grad()
 def fit_normaliser(model: ScalarLlama, episodes: Episodes, size: int = 256) -> dict[str, float]:
-    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21), `size` at a time."""
-    raw = replace(PPOConfig(), score_clip=0.0)
-    parts = [episodes.select(list(range(len(episodes)))[i : i + size]) for i in range(0, len(episodes), size)]
-    scores = torch.cat([rollout.score(model, part, raw, mean=0.0, scale=1.0) for part in parts])  # (B,)
-    scores = scores[episodes.ended] if bool(episodes.ended.any()) else scores
+    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21), `size` at a time.
+
+    Answers without an end do not count, for PPO gives them a stated score; all count where none ends.
+    """
+    counted = episodes.ended if bool(episodes.ended.any()) else torch.ones_like(episodes.ended)  # (B,)
+    rows = counted.nonzero()[:, 0].tolist()
+    parts = [episodes.select(rows[i : i + size]) for i in range(0, len(rows), size)]
+    scores = torch.cat([score_at_end(model(part.tokens), part.lengths - 1) for part in parts])  # (B,)
     return {"mean": float(scores.mean()), "scale": max(1e-3, float(scores.std(correction=0)))}
 
 

@@ -176,7 +176,7 @@ class Supervised:
     optim: OptimConfig
     loop: LoopConfig
     n_items: int  # training records
-    lengths: Sequence[int] | None  # tokens of each record, so that like goes with like; None: keep the order
+    lengths: Sequence[int] | None  # tokens of each record, so that like goes with like within a step; None: keep the order
     batch: Callable[[int, Sequence[int]], Any]  # (epoch, indices) -> a batch with .weight and .to(device)
     loss: Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, float]]]  # -> sum over targets, sums to log
     validate: Callable[[], dict[str, float]]  # metrics of the held-out records, "loss" among them
@@ -190,19 +190,20 @@ def progress(name: str, total: int, start: int) -> tqdm:
 
 
 def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int]]]:
-    """An epoch as optimizer steps of micro-batches of record indices; every record once, the last group incomplete."""
+    """An epoch as optimizer steps of micro-batches of record indices; every record once, the last group incomplete.
+
+    A step's records are a random draw. Only within it do records of like length share a micro-batch, to save padding:
+    steps of like length would divide long responses by more tokens than short ones, so that the model learns the short
+    ones more often than they come.
+    """
     order = [int(i) for i in epoch_order(stage.n_items, seed, epoch, stage.name)]
-    size = stage.loop.batch_size
-    if stage.lengths is not None:  # sort by length within a window of 16 batches: less padding, still random
-        window = 16 * size
-        order = [
-            i
-            for w in range(0, len(order), window)
-            for i in sorted(order[w : w + window], key=stage.lengths.__getitem__)
-        ]
-    micro = [order[i : i + size] for i in range(0, len(order), size)]
-    micro = [micro[int(i)] for i in epoch_order(len(micro), seed, epoch, stage.name, "microbatch")]
-    return [micro[i : i + stage.loop.accumulate] for i in range(0, len(micro), stage.loop.accumulate)]
+    size, groups = stage.loop.batch_size, []
+    for start in range(0, len(order), size * stage.loop.accumulate):
+        group = order[start : start + size * stage.loop.accumulate]
+        if stage.lengths is not None:
+            group = sorted(group, key=stage.lengths.__getitem__)
+        groups.append([group[i : i + size] for i in range(0, len(group), size)])
+    return groups
 
 
 def total_steps(stage: Supervised) -> int:
