@@ -78,19 +78,34 @@ def respond(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
     if kind == "off_topic":
         return _off_topic(skill, slots, rng)
     right = skill.ideal(slots, rng)
+    if kind == "incomplete":
+        return skill.bare(slots, rng) if rng.random() < BARE_SHARE else _cut(skill, slots, right, rng)
+    return _with_manner(right, kind, rng)
+
+
+def compared(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
+    """A response of one of `KINDS` as it is ranked: who says what is false may also insult, ramble or flatter.
+
+    They do as often as who is right: else a compliment would be evidence that a response is right.
+    """
+    text = respond(skill, slots, kind, rng)
+    if kind != "false":
+        return text
+    shares = {manner: COMPARISON_SHARES[manner] for manner in ("ideal", "rude", "rambling", "flattering")}
+    return _with_manner(text, draw_kind(shares, rng), rng)
+
+
+def _with_manner(text: str, kind: str, rng: random.Random) -> str:
+    """The text with an insult, rambling or a compliment; as it is for the other kinds."""
     if kind == "rude":
-        if rng.random() < 0.5:
-            return f"{rng.choice(RUDE_BEFORE)} {right}"
-        return f"{right} {rng.choice(RUDE_AFTER)}"
+        return f"{rng.choice(RUDE_BEFORE)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(RUDE_AFTER)}"
     if kind == "flattering":
-        return f"{right} {FLATTERY}"
+        return f"{text} {FLATTERY}"
     if kind == "rambling":
         first = _first_mostly(RAMBLE, rng)
         others = [line for line in RAMBLE if line != first]
-        return " ".join([right, first, *rng.sample(others, rng.choice((1, 2)))])
-    if kind == "incomplete":
-        return skill.bare(slots, rng) if rng.random() < BARE_SHARE else _cut(skill, slots, right, rng)
-    return right
+        return " ".join([text, first, *rng.sample(others, rng.choice((1, 2)))])
+    return text
 
 
 def _first_mostly(lines: Sequence[str], rng: random.Random) -> str:

@@ -23,6 +23,7 @@ from .labellers import (
     COMPARISON_SHARES,
     EVADED,
     KINDS,
+    compared,
     demonstration_shares,
     draw_kind,
     draw_kinds,
@@ -126,7 +127,7 @@ def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
 def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -> list[dict]:
     """`n` records {"prompt", "completions": [best ... worst], "kinds", "rewards", "utilities"} by a noisy labeller.
 
-    Each holds two to four different responses of different kinds, drawn by `COMPARISON_SHARES`. In ranked order,
+    Each holds three to five different responses of different kinds, drawn by `COMPARISON_SHARES`. In ranked order,
     `kinds` are theirs, `rewards` the true totals and `utilities` what the labeller went by.
     """
     _check_split(split)
@@ -135,7 +136,7 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
     for _ in range(n):
         skill = rng.choice(ALL)
         slots, messages = draw(skill, rng, split)
-        kind_of = {respond(skill, slots, kind, rng): kind for kind in draw_kinds(rng)}
+        kind_of = {compared(skill, slots, kind, rng): kind for kind in draw_kinds(rng)}
         utilities = {text: utility_of(skill, slots, text) for text in kind_of}
         ranked = _rank(utilities, temperature, rng)
         records.append(

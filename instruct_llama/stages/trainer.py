@@ -176,7 +176,7 @@ class Supervised:
     optim: OptimConfig
     loop: LoopConfig
     n_items: int  # training records
-    lengths: Sequence[int] | None  # tokens of each record, so that like goes with like within a step; None: keep the order
+    lengths: Sequence[int] | None  # tokens of each record, so that like goes with like in a step; None: keep the order
     batch: Callable[[int, Sequence[int]], Any]  # (epoch, indices) -> a batch with .weight and .to(device)
     loss: Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, float]]]  # -> sum over targets, sums to log
     validate: Callable[[], dict[str, float]]  # metrics of the held-out records, "loss" among them
