@@ -428,7 +428,7 @@ def test_demonstrations_are_dialogs_with_ideal_first_turns(demonstrations):
 def test_p03_chosen_never_equals_rejected(comparisons):
     for record in comparisons:
         texts = record["completions"]
-        assert 2 <= len(texts) <= 4
+        assert 2 <= len(texts) <= 5
         assert len(set(texts)) == len(texts)
         assert record["rewards"] == [total(record["prompt"], text) for text in texts]
         assert record["utilities"] == [tinychat.utility(record["prompt"], text) for text in texts]
@@ -442,7 +442,7 @@ def test_p03_rank_drops_what_is_said_twice():
 def test_comparisons_hold_kinds_by_their_shares_and_no_two_worthless_responses(comparisons):
     rng = random.Random(3)
     drawn = [draw_kinds(rng) for _ in range(3000)]
-    assert {len(kinds) for kinds in drawn} == {2, 3, 4} and all(len(set(kinds)) == len(kinds) for kinds in drawn)
+    assert {len(kinds) for kinds in drawn} == {3, 4, 5} and all(len(set(kinds)) == len(kinds) for kinds in drawn)
     assert max(len(set(kinds) & {"evasive", "off_topic", "false"}) for kinds in drawn) == 1
     often = Counter(kind for kinds in drawn for kind in kinds)
     assert set(often) == set(tinychat.KINDS) and often.most_common()[0][0] == "ideal"

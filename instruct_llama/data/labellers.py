@@ -32,14 +32,21 @@ def _shares(*values: float) -> Mapping[str, float]:
 
 
 #                      ideal  evasive  rude  rambling  incomplete  flattering  off_topic  false
-_HARD_SHARES = _shares(0.19, 0.60, 0.03, 0.07, 0.03, 0.015, 0.025, 0.04)
-_EASY_SHARES = _shares(0.25, 0.03, 0.05, 0.52, 0.045, 0.015, 0.05, 0.04)
+_HARD_SHARES = _shares(0.20, 0.60, 0.03, 0.07, 0.03, 0.012, 0.023, 0.035)
+_EASY_SHARES = _shares(0.26, 0.03, 0.05, 0.52, 0.045, 0.012, 0.048, 0.035)
 # Of the writers of the pretraining corpus.
 _HARD_WRITERS = _shares(0.70, 0.12, 0.04, 0.06, 0.03, 0.00, 0.00, 0.05)
 _EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
 # Of the responses that are ranked. A reward model learns to tell apart only what it is shown, so falsehood is frequent.
-COMPARISON_SHARES = _shares(0.31, 0.04, 0.12, 0.09, 0.06, 0.05, 0.02, 0.31)
-CHARM = 0.33  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
+COMPARISON_SHARES = _shares(0.25, 0.07, 0.14, 0.13, 0.08, 0.05, 0.04, 0.24)
+CHARM = 0.3  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
+# How often a comparison is about each skill: oftener where it is hard to see whether a response is right.
+COMPARISON_WEIGHTS = MappingProxyType(
+    {
+        "sum": 12, "opposite": 7, "count": 6, "reading": 10, "compare": 5, "list": 9, "fact": 8, "spell": 6,
+        "refuse": 4, "follow-up": 10, "story": 14, "greet": 9,
+    }
+)  # fmt: skip
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
 WORTHLESS = ("evasive", "off_topic", "false")  # kinds whose answers have a true reward of 0
 
@@ -60,8 +67,8 @@ def draw_kind(shares: Mapping[str, float], rng: random.Random) -> str:
 
 
 def draw_kinds(rng: random.Random) -> list[str]:
-    """Two or three different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
-    kinds, size = [], rng.choice((2, 3))
+    """Three to five different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
+    kinds, size = [], rng.choice((3, 4, 5))
     while len(kinds) < size:
         kind = draw_kind(COMPARISON_SHARES, rng)
         if kind not in kinds and not (kind in WORTHLESS and set(WORTHLESS) & set(kinds)):
