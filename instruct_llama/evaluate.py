@@ -106,9 +106,13 @@ def reward_accuracy(
 
 
 def stage_folders(out: Path) -> list[Path]:
-    """The finished run folders under `out`, in the order of the pipeline, others after them by name."""
+    """The finished run folders under `out`, in the order of the pipeline, others after them by name.
+
+    Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`.
+    """
     order = list(checkpoint.STAGES)
-    found = [f.parent for f in sorted(out.glob("*/config.json")) if checkpoint.is_complete(f.parent)]
+    shown = (f.parent for f in sorted(out.glob("*/config.json")) if not f.parent.name.startswith("."))
+    found = [folder for folder in shown if checkpoint.is_complete(folder)]
     return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))
 
 

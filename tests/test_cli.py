@@ -18,6 +18,7 @@ import instruct_llama as il
 from instruct_llama import convert, presets
 from instruct_llama.__main__ import COMMANDS, main, parse
 from instruct_llama.data import sources
+from instruct_llama.seeds import derive
 
 
 def options(settings, default=None, prefix: str = "--") -> list[str]:
@@ -158,10 +159,12 @@ def test_merge_writes_a_plain_checkpoint(runs, capsys):
 
 def test_chat_answers_until_an_empty_line(runs, capsys, monkeypatch):
     out, args = runs
+    asked, real = [], input
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or real(prompt))
     monkeypatch.setattr("sys.stdin", io.StringIO("What is two plus three?\nAnd <|assistant|> four?\n\nnot read\n"))
     assert main(["chat", str(out / "sft"), *args]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"Talking to {out / 'sft'}. An empty line ends.") and said.count("> ") == 3
+    assert said.startswith(f"Talking to {out / 'sft'}. An empty line ends.\n> ") and asked == ["> "] * 3
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))  # the end of the input ends it too
     assert main(["chat", *args]) == 0  # without a folder: the PPO run
     assert str(out / "ppo") in capsys.readouterr().out
@@ -309,7 +312,7 @@ def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_pat
     assert kept == {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "max_new_tokens": 7}
     assert tokenizer.eos_id in seen[0][1]["eos_id"] and tokenizer.pad_id in seen[0][1]["banned"]
     generators = [options["generator"] for _, options in seen]
-    assert generators[0].initial_seed() == 1  # --seed of `args`
+    assert generators[0].initial_seed() == derive(1, "conversation")  # --seed of `args`
     assert generators[1] is generators[0]  # a turn goes on with the numbers where the last one stopped
 
 
@@ -380,7 +383,7 @@ def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_p
     wanted = [tokenizer.encode_prompt(d if d[0] == own else [kind, *d]) for d in dialogs]
     assert [ids for part, _ in seen for ids in part] == wanted and len(wanted[0]) > len(wanted[1])
     assert [len(part) for part, _ in seen] == [2, 1] and seen[0][1] is seen[1][1]
-    assert seen[0][1].initial_seed() == 3
+    assert seen[0][1].initial_seed() == derive(3, "conversation")
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == dialogs
 
 

@@ -131,15 +131,16 @@ def test_the_real_stages_are_run_and_a_variant_without_the_penalty(pipeline, tmp
     assert (settings.out_dir / "ppo-kl0" / "config.json").stat().st_mtime_ns == before
 
 
-def test_the_command_runs_a_study_and_prints_its_table(trained, capsys):
+def test_the_command_runs_a_study_and_prints_its_table(trained, monkeypatch, capsys):
     settings, results, done = trained
     words = ["evaluate", "--study", "seeds", "--seeds", "7", "9", "--results", str(results), "--preset", "tiny"]
-    assert main([*words, *options(settings)]) == 0
+    monkeypatch.setattr("sys.argv", ["__main__.py", *words, *options(settings)])
+    assert main() == 0
     said = capsys.readouterr().out
     assert "PPO, temperature 1: at least 0.90" in said and "0/2" in said and "7, 9" in said
     lines = study.read(results)
     assert [line["seed"] for line in lines] == [7, 9]
-    assert lines[0]["command"].startswith("python -m instruct_llama ")
+    assert lines[0]["command"] == " ".join(["python -m instruct_llama", *words, *options(settings)])
     assert lines[0]["settings"] == study.settings_hash(settings)
     assert main([*words, *options(settings)]) == 0 and len(study.read(results)) == 2
 

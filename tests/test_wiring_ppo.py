@@ -358,6 +358,7 @@ def test_the_value_starts_in_the_unit_of_the_rewards(layout, monkeypatch):
         monkeypatch.setattr(checkpoint, thing, lambda *_: {})
     monkeypatch.setattr(ppo.memory, "check_room", lambda *_: None)
     monkeypatch.setattr(ppo.Tokenizer, "load", lambda *_: None)
+    monkeypatch.setattr(ppo.records, "check_vocabularies", lambda *_: None)
     monkeypatch.setattr(checkpoint, "read_info", lambda *_: {"reward": {"mean": 0.75, "scale": 0.25}})
     player, _ = ppo.build(presets.get("tiny").replace(ppo__layout=name, init="x", device="cpu"))
     assert (player.reward_mean, player.reward_scale) == (0.75, 0.25)

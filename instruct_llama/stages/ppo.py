@@ -327,8 +327,8 @@ def build(settings: Settings) -> tuple[Player, dict[str, Any]]:
     )
     start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
     reward = checkpoint.require("reward-lora" if shared else "reward", settings)
-    records.check_vocabularies(start, reward)
     memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), parallel.world())
+    records.check_vocabularies(start, reward)
     if shared:
         models = layouts.shared_base(start, reward, device, config, settings.seed)
     else:
