@@ -43,8 +43,8 @@ CHARM = 0.3  # what flattery adds in the eyes of the labeller who ranks, and not
 # How often a comparison is about each skill: oftener where it is hard to see whether a response is right.
 COMPARISON_WEIGHTS = MappingProxyType(
     {
-        "sum": 12, "opposite": 7, "count": 6, "reading": 10, "compare": 5, "list": 9, "fact": 8, "spell": 6,
-        "refuse": 4, "follow-up": 10, "story": 14, "greet": 9,
+        "sum": 14, "opposite": 4, "count": 6, "reading": 12, "compare": 4, "list": 10, "fact": 8, "spell": 4,
+        "refuse": 3, "follow-up": 12, "story": 16, "greet": 7,
     }
 )  # fmt: skip
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
