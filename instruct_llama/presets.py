@@ -58,7 +58,7 @@ LAPTOP = Settings(
     world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=16_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
-        loop=c.LoopConfig(steps=1800, batch_size=11, eval_every=300),
+        loop=c.LoopConfig(steps=2400, batch_size=11, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200)),
     reward=c.RewardConfig(
