@@ -206,25 +206,34 @@ def reward_histogram(chosen: Sequence[float], rejected: Sequence[float], *, unit
 
 @style()
 def intervals(rows: Mapping[str, Mapping[str, float]], *, xlabel: str = "true reward (0 to 1)", title: str = "",
-              expected: Mapping[str, tuple[float, float]] | None = None) -> Picture:  # fmt: skip
+              expected: Mapping[str, tuple[float, float]] | None = None,
+              shaded: str = "expected") -> Picture:  # fmt: skip
     """Means with their 95% intervals, a row each: the report card as a picture.
 
-    `rows` is {name: {"mean", "low", "high"}}, as in `report.json`; `expected` {name: (from, to)} is shaded behind.
+    `rows` is {name: {"mean", "low", "high"}}, as in `report.json`; `expected` {name: (from, to)} is shaded behind, and
+    `shaded` is what the legend calls it.
     """
     figure, ax = panels(size=(7.0, 0.9 + 0.34 * len(rows)))
     for y, (name, row) in enumerate(rows.items()):
         if expected and name in expected:
             low, high = expected[name]
-            ax.barh(y, high - low, left=low, height=0.7, color="0.88", label=None if ax.patches else "expected")
+            ax.barh(y, high - low, left=low, height=0.7, color="0.88", label=None if ax.patches else shaded)
         ax.plot((row["low"], row["high"]), (y, y), "-|", color=COLOURS[0], markersize=8)
         ax.plot(row["mean"], y, "o", color=COLOURS[0], markersize=6)
         text = f"{row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
         ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), list(rows))
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{xlabel}, mean and 95% interval", title=title)
-    if expected:
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)  # above the rows, which it may not hide
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{xlabel}, mean and 95% interval")
+    _legend_above(ax, title, bool(expected))
     return figure
+
+
+def _legend_above(ax: Axes, title: str, legend: bool) -> None:
+    """Title and legend on one line above the axes, where they hide neither numbers nor each other."""
+    ax.set_title(title, loc="left" if legend else "center")
+    if legend:
+        columns = len(ax.get_legend_handles_labels()[1])
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, ncols=columns)
 
 
 @style()
@@ -244,11 +253,14 @@ def bars(values: Mapping[str, float | Sequence[float]], *, ylabel: str, series: 
                        edgecolor="white", label=series[i])  # fmt: skip
         ax.bar_label(drawn, [number.format(v) for v in column], padding=2, fontsize=7.5, rotation=90 * upright)
     ax.set_xticks(range(len(values)), list(values), parse_math=False)
+    if sum(max(map(len, name.split("\n"))) for name in values) > 90:  # characters: more would run together
+        ax.tick_params(axis="x", rotation=35)
+        for label in ax.get_xticklabels():
+            label.set_horizontalalignment("right")
     ax.grid(False, axis="x")
     ax.margins(y=0.3 if upright else 0.15)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if any(series):
-        ax.legend()
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    _legend_above(ax, title, any(series))
     return figure
 
 

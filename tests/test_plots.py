@@ -279,3 +279,20 @@ def test_live_plot_groups_keys_that_end_alike():
         watch(record)
     left, right = watch.figure().axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("loss (nats)", "accuracy (share)")
+
+
+def test_long_names_under_bars_are_slanted_and_a_legend_stands_beside_the_title():
+    few, many = (
+        plots.bars({f"skill number {i}": [0.5, 0.7] for i in range(n)}, ylabel="share", series=("a", "b"), title="t")
+        for n in (3, 12)
+    )
+    slant = [{label.get_rotation() for label in picture.axes[0].get_xticklabels()} for picture in (few, many)]
+    assert slant == [{0.0}, {35.0}]
+    assert few.axes[0].get_title(loc="left") == "t"
+    few.draw_without_rendering()
+    assert few.axes[0].get_legend().get_window_extent().y0 >= few.axes[0].get_window_extent().y1 - 1
+
+
+def test_the_shading_of_intervals_is_called_as_told():
+    (ax,) = plots.intervals(ROWS, expected={"ppo": (0.5, 1.0)}, shaded="one half to ceiling").axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one half to ceiling"]

@@ -24,7 +24,7 @@ from instruct_llama.rlhf import layouts, objectives, rollout
 from instruct_llama.stages import exact, ppo, trainer
 from instruct_llama.stages import reward as stage
 from instruct_llama.stages.pretrain import language_model_loss
-from instruct_llama.stages.runlog import RunLog
+from instruct_llama.stages.runlog import RunLog, read_jsonl
 
 BOS, EOS, PAD, CPU, PROMPTS = test_ppo.BOS, test_ppo.EOS, test_ppo.PAD, test_ppo.CPU, test_ppo.PROMPTS
 SHAPE, SMALL = test_ppo.SHAPE, test_ppo.SMALL
@@ -464,8 +464,9 @@ def test_the_loop_hands_its_settings_on(monkeypatch, tmp_path):
     assert [n for n, _ in seen["evaluated"]] == [7] * 3  # after 2, 4 and the last
     assert len(seen["kl_coef"]) == 5 and [len(prompts) for prompts in seen["drawn"]] == [4] * 5
     assert seen["kl_coef"][0] == 0.3 and len(set(seen["kl_coef"])) > 1
+    logged = read_jsonl(tmp_path / "ppo" / "metrics.jsonl")
     for i, (coefficient, kl, target, horizon) in enumerate(seen["adapted"]):
-        assert (coefficient, target, horizon) == (seen["kl_coef"][i], 0.01, 2)
+        assert (coefficient, kl, target, horizon) == (seen["kl_coef"][i], logged[i]["ppo/kl"], 0.01, 2)
         error = max(-1.0, min(1.0, (kl - 0.01) / 0.01))
         following = seen["kl_coef"][i + 1] if i < 4 else seen["evaluated"][-1][1]
         assert following == pytest.approx(coefficient * np.exp(error / 2))

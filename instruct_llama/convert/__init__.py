@@ -14,16 +14,18 @@ from .imports import import_checkpoint
 __all__ = ["export", "import_checkpoint", "real_model"]
 
 
-def real_model(settings: Settings) -> Path:
+def real_model(settings: Settings, real: bool = True) -> Path:
     """SmolLM2-135M-Instruct for notebook 11, imported into checkpoints/smollm2 the first time it is asked for.
 
-    Where it cannot be fetched, or `INSTRUCT_LLAMA_OFFLINE` is set, a stand-in: this preset's pretrained model,
-    sent through a Hugging Face folder and back, so that the same code runs. Which of the two it is, is said.
+    Not `real`, or where it cannot be fetched or `INSTRUCT_LLAMA_OFFLINE` is set: a stand-in, this preset's pretrained
+    model sent through a Hugging Face folder and back, so that the same code runs. Which of the two it is, is said.
     """
     folder = project_folder() / "checkpoints" / "smollm2"
-    if checkpoint.is_complete(folder):
+    if real and checkpoint.is_complete(folder):
         return folder
     try:
+        if not real:
+            raise UserError("the real model was not asked for.")
         if os.environ.get("INSTRUCT_LLAMA_OFFLINE"):
             raise UserError("INSTRUCT_LLAMA_OFFLINE is set.")
         with checkpoint.stage_lock(folder):
@@ -36,5 +38,5 @@ def real_model(settings: Settings) -> Path:
         if not checkpoint.is_complete(stand_in):
             export("hf", checkpoint.require("pretrain", settings), Path(scratch))
             import_checkpoint(scratch, stand_in, overwrite=True)
-    print(f"Its stand-in is the pocket model before SFT, exported and imported again: {shown(stand_in)}")
+    print(f"Its stand-in is the small model before SFT, exported and imported again: {shown(stand_in)}")
     return stand_in
