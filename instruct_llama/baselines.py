@@ -101,7 +101,7 @@ def best_of(
     check(n >= 1, f"best_of takes the best of {n} responses: ask for at least 1.")
     sampled = generate_ids(
         policy, tokenizer, [prompt for prompt in prompts for _ in range(n)], config.max_new_tokens, seed=seed,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size, keys=("best_of",),
     )  # fmt: skip
     groups = [sampled[i : i + n] for i in range(0, len(sampled), n)]
     # Equal responses are scored once; order is kept, so a tie goes to the one that was sampled first.

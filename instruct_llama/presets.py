@@ -53,26 +53,26 @@ WEIGHTS = {"smollm2": "smollm2-135m", "meta-llama/Llama-2-7b-hf": "llama2-7b"}  
 
 LAPTOP = Settings(
     preset="laptop",
-    model=c.ModelConfig(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=352, max_seq_len=256, init_std=0.12),
+    model=c.ModelConfig(dim=96, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=264, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=15_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=16_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
-        loop=c.LoopConfig(steps=1800, batch_size=11, eval_every=300),
+        loop=c.LoopConfig(steps=2400, batch_size=11, eval_every=300),
     ),
-    sft=c.SFTConfig(loop=c.LoopConfig(batch_size=16, eval_every=200)),
+    sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.1, answers=4, optim=c.OptimConfig(lr=6e-4),
-        loop=c.LoopConfig(batch_size=16, eval_batches=16, eval_every=200),
+        sample_share=0.05, answers=4, optim=c.OptimConfig(lr=7e-4),
+        loop=c.LoopConfig(epochs=2, batch_size=8, accumulate=2, eval_batches=48, eval_every=450),
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0), train_embeddings=True, quant=c.QuantConfig(kind="nf4"),
-        optim=c.OptimConfig(lr=3e-3), loop=c.LoopConfig(batch_size=16, eval_every=200),
+        optim=c.OptimConfig(lr=3e-3), loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=18, rollouts=256, rollout_batch=256, epochs=1, minibatch=32, kl_coef=0.3, value_clip=0.5,
-        value_lr=2e-3, eval_every=9, eval_prompts=512,
-        optim=c.OptimConfig(lr=7e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0),
+        iterations=32, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.22,
+        value_clip=0.5, value_lr=2e-3, eval_every=8, eval_prompts=512,
+        optim=c.OptimConfig(lr=5e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99),
     ),
 )  # fmt: skip
 

@@ -164,7 +164,7 @@ def test_the_models_own_comparisons_have_a_ceiling_too(pipeline, monkeypatch):
     monkeypatch.setattr(reward.rollout, "play", play)
     model = torch.nn.Linear(1, 1)
     config = replace(pipeline.reward, answers=3)
-    own = reward.sample_comparisons(model, tokenizer, prompts, config, pipeline.world.temperature, 1)
+    own = reward.sample_comparisons(model, tokenizer, prompts, config, pipeline.world.temperature, 1, pipeline.ppo)
     assert [record["prompt"] for record in own] == prompts
     for record in own:
         asked, ranked = record["prompt"], record["completions"]
@@ -196,30 +196,45 @@ def test_a_prompt_as_prose_is_what_the_corpus_tells_up_to_the_answer():
     assert evaluate.as_prose("Where is Tom?") == "The child asked: Where is Tom? The teacher said:"
 
 
-def test_asked_as_prose_a_model_goes_on_to_the_end_of_the_line(pipeline):
-    """Greedy, against a loop by hand without batches, padding or cache."""
+def test_asked_as_prose_a_model_goes_on_from_the_prompt(pipeline):
+    """Greedy, against a loop by hand without batches, padding or cache; sampled, a function of the seed."""
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "pretrain")
     prompts = tinychat.prompts(1, 5, split="heldout")
-    newline = tokenizer.encode("\n")[-1]
-    config = replace(pipeline.evaluate, temperature=0.0, max_new_tokens=20, batch_size=2)
-    (long,) = evaluate.prose_answers(model, tokenizer, prompts[:1], config)
-    with torch.no_grad():  # an untrained model hardly ever ends a line: now it does where this piece would have come
-        model.tok_embeddings.weight[newline] = 1.1 * model.tok_embeddings.weight[tokenizer.encode(long)[3]]
-    expected, lengths = [], set()
+    ends = (tokenizer.encode("\n")[-1], tokenizer.eos_id)
+    config = replace(pipeline.evaluate, temperature=0.0, max_new_tokens=12, batch_size=2)
+    expected = []
     for prompt in prompts:
         ids = tokenizer.encode(evaluate.as_prose(prompt))
         start = len(ids)
-        while len(ids) < start + 20 and (len(ids) == start or ids[-1] not in (newline, tokenizer.eos_id)):
+        while len(ids) < start + 12 and (len(ids) == start or ids[-1] not in ends):
             logits = model(torch.tensor([ids]))[0, -1].detach()
             logits[list(tokenizer.banned_ids)] = -math.inf
             ids = [*ids, int(logits.argmax())]
-        expected.append(tokenizer.decode(ids[start:]))
-        lengths.add(len(ids) - start)
+        expected.append(tokenizer.decode(ids[start:]).rstrip())
     assert evaluate.prose_answers(model, tokenizer, prompts, config) == expected
-    assert min(lengths) < 20, "no line has ended"
     config = replace(config, temperature=1.0)
     drawn = [evaluate.prose_answers(model, tokenizer, prompts, config, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_answer_as_prose_ends_with_the_document_the_line_or_the_turn(pipeline, monkeypatch):
+    model, tokenizer = checkpoint.load(Path(pipeline.out) / "pretrain")
+    said, asked = ("It is red.\n", "It is red. The child asked: Who?", "It is red"), {}
+
+    def scripted(model, starts, **options):
+        asked.update(options, starts=starts)
+        ids = [tokenizer.encode(text) for text in said]
+        width = max(map(len, ids))
+        tokens = torch.tensor([one + [tokenizer.pad_id] * (width - len(one)) for one in ids])
+        return SimpleNamespace(tokens=tokens, mask=tokens != tokenizer.pad_id)
+
+    monkeypatch.setattr(baselines, "sample", scripted)
+    prompts = ["What looks red?"] * 3
+    found = evaluate.prose_answers(model, tokenizer, prompts, replace(pipeline.evaluate, temperature=0.5))
+    assert found == ["It is red.", "It is red.", "It is red"]
+    assert set(asked["eos_id"]) == {tokenizer.eos_id, tokenizer.encode("\n")[-1]} and asked["temperature"] == 0.5
+    assert asked["starts"] == [tokenizer.encode(evaluate.as_prose(prompt)) for prompt in prompts]
+    assert asked["max_new_tokens"] == pipeline.evaluate.max_new_tokens and asked["banned"] == tokenizer.banned_ids
 
 
 def test_sampled_ids_are_those_of_the_texts(pipeline):
@@ -317,7 +332,7 @@ def test_kinds_are_judged_by_who_stands_above_the_ideal(pipeline, monkeypatch):
 
     monkeypatch.setattr(baselines, "raw_scores", scores)
     found = evaluate.kind_accuracy(None, tokenizer, prompts, seed=1)
-    kinds = list(tinychat.SHARES)
+    kinds = list(tinychat.KINDS)
     assert list(found) == kinds[1:] and all(one["mean"] == one["ceiling"] for one in found.values())
     assert found["flattering"]["ceiling"] == 0.0 and found["false"]["ceiling"] == found["rude"]["ceiling"] == 1.0
     for kind in ("rude", "flattering", "rambling"):
@@ -370,7 +385,7 @@ def assert_contract(made, ppo_runs):
             assert entry[key]["low"] <= entry[key]["mean"] <= entry[key]["high"]
         if name != "reward":
             assert list(entry["skills"]) == [skill for skill in tinychat.SKILLS if skill in entry["skills"]]
-    assert set(made["stages"]["reward"]["kinds"]) == set(tinychat.SHARES) - {"ideal"}
+    assert set(made["stages"]["reward"]["kinds"]) == set(tinychat.KINDS) - {"ideal"}
     assert {"perplexity"} & set(made["stages"]["sft"]) and {"perplexity"} & set(made["stages"]["sft-qlora"])
 
 
@@ -469,7 +484,6 @@ def test_the_report_compares_each_stage_with_what_it_came_from(scripted):
 def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
     """A11: by hand, one response at a time; the second has no end token, and gets the score for that."""
     settings, _, _ = scripted
-    settings = settings.replace(ppo__score_clip=0.6, ppo__no_end_score=-4.0)
     folders = {name: settings.out_dir / name for name in ("sft", "ppo", "reward")}
     models = {name: checkpoint.load(folder)[0] for name, folder in folders.items()}
     torch.nn.init.normal_(models["reward"].scalar_head.weight, std=0.2, generator=torch.Generator().manual_seed(0))
@@ -480,26 +494,27 @@ def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
         info = checkpoint.read_info(folders[name])
         norm = {"reward": {"mean": 0.25, "scale": 2.0}} if name == "reward" else {}
         checkpoint.save_full(folders[name], models[name], tokenizer, {**info, **norm})
-    entry = evaluate.report_card(settings)["stages"]["ppo"]
-    assert entry["best"] == checkpoint.read_info(folders["ppo"])["best"] and "score" in entry["best"]
-    scores, kls = [], []
+    raws, kls = [], []
     for i, prompt in enumerate(tinychat.prompts(settings.seed, 8, split="heldout")):
         start = tokenizer.encode_prompt(prompt)
         answer = tokenizer.encode(tinychat.ideal(prompt) if i < 6 else "I do not know.") + [tokenizer.eos_id] * (i != 1)
         tokens = torch.tensor([[*start, *answer]])
-        raw = float(models["reward"](tokens).detach()[0, -1])
-        scores.append(max(-0.6, min(0.6, (raw - 0.25) / 2.0)) if i != 1 else -4.0)
+        raws.append(float(models["reward"](tokens).detach()[0, -1]))
         sums = []
         for name in ("ppo", "sft"):
             logits = models[name](tokens).detach()[0, len(start) - 1 : -1]
             logits[:, list(tokenizer.banned_ids)] = -math.inf
             sums.append(float(logits.log_softmax(-1)[range(len(answer)), answer].sum()))
         kls.append(sums[0] - sums[1])
-    clipped = sum(abs(score) == 0.6 for score in scores)
-    assert 0 < clipped < 7, f"{clipped} of 7 scores are clipped: {scores}"
+    scores = [(raw - 0.25) / 2.0 for raw in raws]
+    limit = float(np.median(np.abs(scores)))  # half of them are clipped
+    scores = [max(-limit, min(limit, score)) if i != 1 else -4.0 for i, score in enumerate(scores)]
+    made = evaluate.report_card(settings.replace(ppo__score_clip=limit, ppo__no_end_score=-4.0))
+    entry = made["stages"]["ppo"]
+    assert entry["best"] == checkpoint.read_info(folders["ppo"])["best"] and "score" in entry["best"]
     assert entry["score"] == pytest.approx(asdict(estimate(scores)), abs=1e-4)
     assert entry["kl"] == pytest.approx(asdict(estimate(kls)), abs=1e-3) and abs(entry["kl"]["mean"]) > 0.01
-    assert entry["score_greedy"] != entry["score"]
+    assert {"mean", "low", "high", "n"} == set(entry["score_greedy"])
 
 
 def test_sfts_perplexity_is_of_held_out_demonstrations(report):

@@ -21,6 +21,7 @@ from ..config import check
 from .labellers import (
     CHARM,
     COMPARISON_SHARES,
+    COMPARISON_WEIGHTS,
     EVADED,
     KINDS,
     compared,
@@ -127,14 +128,15 @@ def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
 def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -> list[dict]:
     """`n` records {"prompt", "completions": [best ... worst], "kinds", "rewards", "utilities"} by a noisy labeller.
 
-    Each holds three to five different responses of different kinds, drawn by `COMPARISON_SHARES`. In ranked order,
-    `kinds` are theirs, `rewards` the true totals and `utilities` what the labeller went by.
+    Each holds three to five different responses of different kinds, drawn by `COMPARISON_SHARES`, to a prompt of a
+    skill drawn by `COMPARISON_WEIGHTS`. In ranked order, `kinds` are theirs, `rewards` the true totals and `utilities`
+    what the labeller went by.
     """
     _check_split(split)
     rng = seeds.python_random(seed, "comparisons", split)
-    records = []
+    weights, records = [COMPARISON_WEIGHTS[skill.name] for skill in ALL], []
     for _ in range(n):
-        skill = rng.choice(ALL)
+        skill = rng.choices(ALL, weights)[0]
         slots, messages = draw(skill, rng, split)
         kind_of = {compared(skill, slots, kind, rng): kind for kind in draw_kinds(rng)}
         utilities = {text: utility_of(skill, slots, text) for text in kind_of}
