@@ -41,7 +41,7 @@ _EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
 COMPARISON_SHARES = _shares(0.25, 0.07, 0.14, 0.13, 0.08, 0.05, 0.04, 0.24)
 # The manner of false responses that are ranked: the one of right responses, whose kinds are drawn without repetition.
 FALSE_MANNERS = MappingProxyType({"ideal": 0.33, "rude": 0.27, "rambling": 0.26, "flattering": 0.14})
-CHARM = 0.36  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
+CHARM = 0.33  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
 # How often a comparison is about each skill: oftener where it is hard to see whether a response is right.
 COMPARISON_WEIGHTS = MappingProxyType(
     {
