@@ -55,7 +55,10 @@ Run = Callable[..., tuple[list[dict[str, float]], Ops]]
 
 @pytest.fixture
 def run(trained, tmp_path) -> Run:
-    """`run(stage, device, **changes)` trains one stage over the trained ones: its metrics, and the ops it did."""
+    """`run(stage, device, **changes)` trains one stage anew over the trained ones: its metrics, and the ops it did.
+
+    With `resume=True` it goes on with the run that was stopped.
+    """
 
     def made(
         stage: ModuleType, device: str, folder: str = "", stop_at: int = 0, **changes: Any
@@ -68,7 +71,7 @@ def run(trained, tmp_path) -> Run:
             if record["step"] == stop_at:
                 raise KeyboardInterrupt
 
-        settings = trained.replace(out=str(out), device=device, **changes)
+        settings = trained.replace(out=str(out), device=device, overwrite=not changes.get("resume"), **changes)
         with pretend_gpu() if device != "cpu" else contextlib.nullcontext() as ops:
             try:
                 history = stage.run(settings, watch).history
