@@ -2,7 +2,8 @@
 
 Held-out means held-out wording: no prompt of the "heldout" split is trained on or validated on, but what some of them
 ask was trained on in other words. Four skills give most of the prompts, so the mean over skills stands beside the mean
-over prompts. The figures of validation, which chose the weights that were kept, are not part of it.
+over prompts. The figures of validation, which chose the weights that were kept, are not part of it. Real data hold out
+no third part: their card is of validation, and says so.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, parallel
+from . import checkpoint, parallel, seeds
 from .baselines import as_prose, best_of, best_of_kl_bound, kind_accuracy, prose_answers, raw_scores, response_logprobs
-from .config import EvaluateConfig, Settings, UserError, check
+from .config import EvaluateConfig, PPOConfig, Settings, UserError, check
 from .data import tinychat
 from .data.batches import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch
 from .data.skills import Prompt
@@ -28,7 +29,7 @@ from .model.generate import generate, generate_ids
 from .model.llama import Llama, ScalarLlama
 from .rlhf.objectives import cross_entropy_sum, normalise_score, pair_differences
 from .rlhf.rollout import answer_scores
-from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, win
+from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, ratio_estimate, win
 
 __all__ = [
     "EXPECTED", "Estimate", "HeldOut", "accuracy_estimate", "answers", "as_prose", "best_of", "best_of_kl_bound",
@@ -39,12 +40,13 @@ __all__ = [
 
 
 def answers(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0
-) -> list[str]:
-    """One answer to each prompt, as the report card asks for them."""
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0,
+    keys: Sequence[seeds.Key] = ("generate",),
+) -> list[str]:  # fmt: skip
+    """One answer to each prompt, as the report card asks for them; `keys` name the random numbers."""
     return generate(
         model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size, keys=keys,
     )  # fmt: skip
 
 
@@ -87,22 +89,25 @@ def reward_accuracy(
     """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
 
     Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where the labeller's utilities
-    are unknown. Raises `UserError` when none is left.
+    are unknown. The pairs of one comparison share responses, so the n of the interval is that of the comparisons.
+    Raises `UserError` when none is left.
     """
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
     if not fitted:
         raise UserError(f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
-    right, pairs, device = 0.0, 0, next(model.parameters()).device
+    right, pairs, device = [], [], next(model.parameters()).device  # of each comparison
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
-        scores = answer_scores(model, batch)  # (N,)
-        differences, _ = pair_differences(scores, batch.prompt, batch.rank)
-        right += float((differences > 0).sum() + 0.5 * (differences == 0).sum())
-        pairs += len(differences)
+        scores, batch = answer_scores(model, batch).cpu(), batch.to("cpu")  # (N,)
+        for number in range(batch.weight):
+            mine = batch.prompt == number  # (N,)
+            differences, _ = pair_differences(scores[mine], batch.prompt[mine], batch.rank[mine])
+            right.append(float((differences > 0).sum() + 0.5 * (differences == 0).sum()))
+            pairs.append(len(differences))
     known = [c["utilities"] for _, c in fitted if c.get("utilities")]
     ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")
-    return accuracy_estimate(right, pairs), ceiling
+    return ratio_estimate(right, pairs), ceiling
 
 
 def stage_folders(out: Path) -> list[Path]:
@@ -166,18 +171,20 @@ def _judge_policy(
     info, (model, tokenizer) = checkpoint.read_info(folders[name]), checkpoint.load(folders[name], device)
     config, seed, values = settings.evaluate, settings.seed, {}
     entry: dict[str, Any] = {"best": info.get("best", {})}
+    played = _played_by(info, settings.ppo)
+    longest = max(config.max_new_tokens, played["max_new_tokens"] if info.get("stage") == "ppo" else 0)
     for suffix, temperature in TEMPERATURES.items():
-        sampled = generate_ids(
-            model, tokenizer, prompts, config.max_new_tokens, temperature, seed=seed, batch_size=config.batch_size
-        )
-        values[f"true_reward{suffix}"] = rewards = true_rewards(prompts, map(tokenizer.decode, sampled))
+        sampled = generate_ids(model, tokenizer, prompts, longest, temperature, seed=seed, batch_size=config.batch_size)
+        texts = (tokenizer.decode(ids[: config.max_new_tokens]) for ids in sampled)
+        values[f"true_reward{suffix}"] = rewards = true_rewards(prompts, texts)
         entry[f"true_reward{suffix}"] = asdict(estimate(rewards))
         entry[f"true_reward{suffix}_by_skill"] = asdict(mean_over_skills(prompts, rewards))
         if info.get("stage") == "pretrain":
             told = prose_answers(model, tokenizer, prompts, replace(config, temperature=temperature), seed)
             entry[f"as_prose{suffix}"] = asdict(estimate(true_rewards(prompts, told)))
         if info.get("stage") == "ppo":
-            values |= _scores_and_kl(model, info, sampled, suffix, folders, prompts, settings, device)
+            responses = [ids[: played["max_new_tokens"]] for ids in sampled]
+            values |= _scores_and_kl(model, info, responses, suffix, folders, prompts, played, device)
     entry["skills"] = {skill: one.mean for skill, one in skill_means(prompts, values["true_reward"]).items()}
     entry |= {key: asdict(estimate(values[key])) for key in ("score", "score_greedy", "kl") if key in values}
     if info.get("stage") == "sft":
@@ -189,19 +196,32 @@ def _judge_policy(
         texts = best_of(model, tokenizer, reward_model, prompts, BEST_OF, config, seed)
         found = estimate(true_rewards(prompts, texts))
         entry[f"best_of_{BEST_OF}"] = {**asdict(found), "kl_bound": best_of_kl_bound(BEST_OF)}
-    shown = answers(model, tokenizer, tinychat.FIXED_PROMPTS, replace(config, temperature=1.0), seed)
+    shown = answers(
+        model, tokenizer, tinychat.FIXED_PROMPTS, replace(config, temperature=1.0), seed, keys=("shown_answers",)
+    )
     entry["answers"] = [{"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, shown, strict=True)]
     return entry, values
 
 
+def _played_by(info: Mapping[str, Any], asked: PPOConfig) -> dict[str, Any]:
+    """The ppo settings that a run was trained by; those `asked` for where its config.json holds none."""
+    return {**asdict(asked), **info.get("settings", {}).get("ppo", {})}
+
+
+def _began_with_sft(info: Mapping[str, Any], folders: Mapping[str, Path]) -> bool:
+    """Whether a PPO run began with the SFT run of the same folder, which then is what its penalty measured from."""
+    start = info.get("settings", {}).get("init")
+    return "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
+
+
 def _scores_and_kl(
     policy: Llama, info: Mapping[str, Any], sampled: Sequence[list[int]], suffix: str, folders: Mapping[str, Path],
-    prompts: Sequence[Prompt], settings: Settings, device: str | torch.device,
+    prompts: Sequence[Prompt], played: Mapping[str, Any], device: str | torch.device,
 ) -> Values:  # fmt: skip
     """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
 
-    The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO does it; the
-    KL is k1, in nats a response.
+    The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO did it, by its
+    settings `played`; the KL is k1, in nats a response. A run that began with another model than SFT has no KL from it.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
     if reward in folders:
@@ -209,11 +229,11 @@ def _scores_and_kl(
         norm = checkpoint.read_info(folders[reward])["reward"]
         items = [[[*tokenizer.encode_prompt(p), *r]] for p, r in zip(prompts, sampled, strict=True)]
         raw = torch.tensor([score for (score,) in raw_scores(model, tokenizer.pad_id, items)])  # (B,)
-        scores, limit = normalise_score(raw, norm["mean"], norm["scale"]), settings.ppo.score_clip
+        scores, limit = normalise_score(raw, norm["mean"], norm["scale"]), played["score_clip"]
         scores = scores.clamp(-limit, limit) if limit > 0 else scores
         ended = torch.tensor([response[-1] == tokenizer.eos_id for response in sampled])  # (B,)
-        values[f"score{suffix}"] = torch.where(ended, scores, settings.ppo.no_end_score).tolist()
-    if "sft" in folders and not suffix:
+        values[f"score{suffix}"] = torch.where(ended, scores, played["no_end_score"]).tolist()
+    if _began_with_sft(info, folders) and not suffix:
         reference, tokenizer = checkpoint.load(folders["sft"], device)
         ours, theirs = (response_logprobs(model, tokenizer, prompts, sampled) for model in (policy, reference))
         values["kl"] = [a - b for a, b in zip(ours, theirs, strict=True)]
@@ -240,7 +260,7 @@ def _differences(values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Records of real data that no stage has trained on; a part that the data do not have is empty."""
+    """Records of real data that no stage has trained on, those of validation; a part that they do not have is empty."""
 
     dialogs: Sequence[Any] = ()  # message lists, an answer last
     comparisons: Sequence[Any] = ()  # prompts with ranked completions, best first
@@ -278,8 +298,9 @@ def judged(
 def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Judge every finished stage on real data, which have no true reward; write report.json, return its content.
 
-    Language models: perplexity of held-out answers, and how often the run's own reward model prefers their answers to
-    the first stage's. Reward models: the share of held-out pairs that they order as people did.
+    Language models: perplexity of validation answers, and how often the run's own reward model prefers their answers to
+    the first stage's. Reward models: the share of validation pairs that they order as people did. Validation chose the
+    weights that each stage kept, so these figures flatter it.
     """
     folders, config, stages = stage_folders(settings.out_dir), settings.evaluate, {}
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
@@ -328,8 +349,10 @@ def _asked(folders: Sequence[Path], prompts: Sequence[Any], settings: Settings) 
 def describe(report: Mapping[str, Any]) -> str:
     """The report card as text: true rewards, what they are compared with, what the reward model knows, some answers."""
     stages: Mapping[str, Any] = report["stages"]
-    lines = [f"Report card, preset {report['preset']}, seed {report['seed']} (held-out prompts, 95 % intervals)"]
     policies = {name: entry for name, entry in stages.items() if "true_reward" in entry}
+    world = any("true_reward" in entry or "ceiling" in entry for entry in stages.values())  # else real data
+    judged_on = "held-out prompts" if world else "validation records"
+    lines = [f"Report card, preset {report['preset']}, seed {report['seed']} ({judged_on}, 95 % intervals)"]
     if policies:
         n = next(iter(policies.values()))["true_reward"]["n"]
         lines.append(f"True reward on {n} prompts in held-out wording; some ask what was trained on in other words.")
@@ -383,7 +406,8 @@ def _what_else(entry: Mapping[str, Any]) -> list[str]:
         lines.append(f"perplexity of {kept} {entry['perplexity']['value']:.2f}")
     if "score" in entry:
         greedy = f", greedy {_shown(entry['score_greedy'])}" if "score_greedy" in entry else ""
-        lines.append(f"reward-model score {_shown(entry['score'])}{greedy}")
+        where = " on validation prompts" if "true_reward" not in entry else ""
+        lines.append(f"reward-model score {_shown(entry['score'])}{greedy}{where}")
     if "kl" in entry:
         lines.append(f"KL from SFT {_shown(entry['kl'])} nats a response")
     if "minus_ppo" in entry:
@@ -393,10 +417,10 @@ def _what_else(entry: Mapping[str, Any]) -> list[str]:
         pair = (_shown(entry[key], signed=True) for key in ("score_minus_ppo", "score_minus_ppo_greedy"))
         lines.append("score minus that of ppo {}, greedy {}".format(*pair))
     if "accuracy" in entry:
-        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
+        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else " on validation comparisons"
         lines.append(f"pair accuracy {_shown(entry['accuracy'])}{ceiling}")
     if "win_rate" in entry:
-        lines.append(f"preferred to {entry['against']} {_shown(entry['win_rate'])}")
+        lines.append(f"preferred to {entry['against']} {_shown(entry['win_rate'])} on validation prompts")
     shown = {key: best[key] for key in ("score", "kl", "perplexity", "accuracy") if key in best}
     if shown:
         chosen = ", ".join(f"{'KL' if key == 'kl' else key} {value:.2f}" for key, value in shown.items())

@@ -58,7 +58,7 @@ LAPTOP = Settings(
     world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=16_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
-        loop=c.LoopConfig(steps=1800, batch_size=11, eval_every=300),
+        loop=c.LoopConfig(steps=2400, batch_size=11, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200)),
     reward=c.RewardConfig(
@@ -70,9 +70,9 @@ LAPTOP = Settings(
         optim=c.OptimConfig(lr=3e-3), loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=32, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.22,
+        iterations=32, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.25,
         value_clip=0.5, value_lr=2e-3, eval_every=8, eval_prompts=512,
-        optim=c.OptimConfig(lr=5e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99),
+        optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99),
     ),
 )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 `generator(device, seed, "rollout", iteration, batch)` draws the numbers of one generation batch. Other keys give other
 numbers, the same keys the same ones, on any machine and in a resumed run. The first key says what the numbers are for:
-"init", "adapter", "epoch", "dropout", "rollout", "ptx", "sft_samples", "reference_responses", "labeller" …
+"init", "adapter", "epoch", "dropout", "rollout", "ptx", "sft_samples", "reference_responses", "labeller" … One place
+in the code draws from a stream, no other.
 Keys do not change when something is renamed, so that a renaming changes no figure.
 """
 
@@ -51,7 +52,8 @@ def numpy_generator(seed: int, *keys: Key) -> np.random.Generator:
 def forked(device: torch.device, seed: int, *keys: Key) -> Iterator[None]:
     """Inside, torch's global generators are a function of the keys: for dropout, which takes no generator.
 
-    Outside, they are as they were.
+    Outside, those of the CPU and of a CUDA `device` are as they were. `torch.manual_seed` seeds those of every device,
+    and the ones of other GPUs and of MPS stay as the keys left them.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive(seed, *keys))

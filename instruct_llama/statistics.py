@@ -1,4 +1,4 @@
-"""Means with their 95 % intervals: of independent values, of paired differences, over groups, of shares."""
+"""Means with their 95 % intervals: of independent values, of paired differences, over groups, of shares, of ratios."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n independent prompts with its 95 % interval."""
+    """A mean over n independent prompts, or a share over n independent comparisons, with its 95 % interval."""
 
     mean: float
     low: float
@@ -55,6 +55,18 @@ def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Esti
         resampled += rng.choice(x, (RESAMPLES, len(x))).mean(1) / len(groups)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Estimate(mean, float(low), float(high), sum(map(len, groups.values())))
+
+
+def ratio_estimate(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Estimate:
+    """sum(parts) / sum(wholes), and its 95 % interval by the bootstrap over the n groups that they are sums of.
+
+    For a share of things that are not independent within a group, as pairs of one comparison's responses.
+    """
+    check(sum(wholes) > 0, "There is nothing to estimate from: give at least one held-out record.")
+    x, y = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)  # (n,)
+    rows = seeds.numpy_generator(seed, "ratio_bootstrap").integers(len(x), size=(RESAMPLES, len(x)))
+    low, high = np.percentile(x[rows].sum(1) / y[rows].sum(1), [2.5, 97.5])
+    return Estimate(float(x.sum() / y.sum()), float(low), float(high), len(x))
 
 
 def accuracy_estimate(correct: float, n: int) -> Estimate:

@@ -20,7 +20,7 @@ from instruct_llama.data import tinychat
 from instruct_llama.data.prose import FRAMES
 from instruct_llama.evaluate import Estimate, accuracy_estimate, check_off, describe, estimate, paired
 from instruct_llama.model.generate import generate, generate_ids, sample
-from instruct_llama.statistics import mean_of_groups
+from instruct_llama.statistics import mean_of_groups, ratio_estimate
 
 
 def test_the_bootstrap_agrees_with_the_normal_interval():
@@ -89,6 +89,18 @@ def test_the_mean_over_groups_counts_each_group_once():
             mean_of_groups(empty)
 
 
+def test_a_share_of_pairs_is_as_sure_as_its_comparisons_are_many():
+    """All pairs of a comparison right or all wrong, half of each: 200 values of 0 or 1, however many pairs each has."""
+    for pairs in (1, 3, 10):
+        found = ratio_estimate([0.0, pairs] * 100, [pairs] * 200)
+        assert (found.mean, found.n) == (0.5, 200)
+        assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200), abs=0.015)
+    assert ratio_estimate([3.0, 0.5], [3, 1]).mean == 3.5 / 4  # a pair weighs the same, whatever its comparison
+    assert ratio_estimate([1.0, 0.0], [1, 1], seed=1) == ratio_estimate([1.0, 0.0], [1, 1], seed=1)
+    with pytest.raises(UserError, match="nothing to estimate"):
+        ratio_estimate([], [])
+
+
 def test_rewards_by_skill():
     prompts = tinychat.prompts(3, 30, split="heldout")
     hard = tinychat.skill_of(prompts[0])
@@ -132,7 +144,8 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
     longer = {"prompt": prompt, "completions": texts, "utilities": [1.0, 0.5, 0.0]}
     tie = {"prompt": prompt, "completions": ["a b", "b a"], "utilities": [1.0, 0.0]}
     found, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [longer, tie], 0.15)
-    assert (found.mean, found.n) == (3.5 / 4, 4)
+    assert (found.mean, found.n) == (3.5 / 4, 2)  # 4 pairs of 2 comparisons
+    assert (found.low, found.high) == (0.5, 1.0)  # of comparisons drawn anew: both the tie, both the other
     expected = [1 / (1 + math.exp(-gap / 0.15)) for gap in (0.5, 1.0, 0.5, 1.0)]
     assert ceiling == pytest.approx(np.mean(expected), abs=1e-6)
     worst, _ = evaluate.reward_accuracy(Oracle(tokenizer, -1.0), tokenizer, [longer, tie], 0.15)
@@ -294,7 +307,8 @@ def test_best_of_n_keeps_the_response_that_the_reward_model_likes_best(pipeline,
     best = evaluate.best_of(None, tokenizer, Oracle(tokenizer, 1.0), prompts, 3, config, seed=4)
     assert best == ["a ball", "b", tokenizer.decode(endless), "cat ball"]
     assert asked["prompts"] == [prompt for prompt in prompts for _ in range(3)]
-    assert asked["arguments"] == (config.max_new_tokens, ("seed", 4), ("batch_size", 5))  # temperature 1 by default
+    options = (("seed", 4), ("batch_size", 5), ("keys", ("best_of",)))
+    assert asked["arguments"] == (config.max_new_tokens, *options)  # temperature 1 by default
     worst = evaluate.best_of(None, tokenizer, Oracle(tokenizer, -1.0), prompts, 3, config)
     assert worst == ["a", "b", tokenizer.decode(endless), "a"]
     with pytest.raises(UserError, match="at least 1"):
@@ -305,8 +319,9 @@ def test_the_best_of_one_is_a_sample(pipeline):
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
     judge, _ = checkpoint.load(Path(pipeline.out) / "reward")
     prompts, config = tinychat.prompts(1, 4, split="heldout"), pipeline.evaluate
-    expected = evaluate.answers(model, tokenizer, prompts, config, seed=2)
+    expected = evaluate.answers(model, tokenizer, prompts, config, seed=2, keys=("best_of",))
     assert evaluate.best_of(model, tokenizer, judge, prompts, 1, config, seed=2) == expected
+    assert evaluate.answers(model, tokenizer, prompts, config, seed=2) != expected  # numbers of its own
 
 
 @pytest.mark.parametrize("n, nats", [(1, 0.0), (2, 0.1931), (16, 1.8351)])  # arXiv:2401.01879: log n - (n - 1) / n
@@ -428,6 +443,16 @@ def test_the_report_reads_as_one_table_and_sample_answers(report):
     assert all(prompt in text for prompt in tinychat.FIXED_PROMPTS)
 
 
+LONGEST = 40  # no scripted response is longer
+
+
+def played(folder, **settings):
+    """Note in a finished PPO run that it was trained by these ppo settings."""
+    info = checkpoint.read_info(folder)
+    info["settings"]["ppo"] |= settings
+    checkpoint.write_info(folder, info)
+
+
 @pytest.fixture
 def scripted(pipeline, tmp_path, monkeypatch):
     """A copy of the pipeline with a second PPO run, whose models answer by script: (settings, said, temperatures).
@@ -451,7 +476,10 @@ def scripted(pipeline, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "load", loaded)
     monkeypatch.setattr(evaluate, "generate_ids", ids)
-    settings = pipeline.replace(out=str(tmp_path / "runs"), evaluate__prompts=8, evaluate__temperature=0.3)
+    settings = pipeline.replace(out=str(tmp_path / "runs"), evaluate__prompts=8, evaluate__temperature=0.3,
+                                evaluate__max_new_tokens=LONGEST)  # fmt: skip
+    for name in ("ppo", "ppo-kl0"):
+        played(tmp_path / "runs" / name, max_new_tokens=LONGEST)
     for stage in ("pretrain", "sft", "sft-qlora", "ppo", "ppo-kl0"):
         said[stage, 1.0], said[stage, 0.0] = (lambda i: i < 2), (lambda i: i < 4)
     said["ppo", 1.0], said["ppo", 0.0] = (lambda i: i < 6), (lambda i: True)
@@ -509,12 +537,61 @@ def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
     scores = [(raw - 0.25) / 2.0 for raw in raws]
     limit = float(np.median(np.abs(scores)))  # half of them are clipped
     scores = [max(-limit, min(limit, score)) if i != 1 else -4.0 for i, score in enumerate(scores)]
-    made = evaluate.report_card(settings.replace(ppo__score_clip=limit, ppo__no_end_score=-4.0))
+    played(folders["ppo"], score_clip=limit, no_end_score=-4.0)  # the run's own, whatever is given now
+    made = evaluate.report_card(settings.replace(ppo__score_clip=1e-3, ppo__no_end_score=9.0))
     entry = made["stages"]["ppo"]
     assert entry["best"] == checkpoint.read_info(folders["ppo"])["best"] and "score" in entry["best"]
     assert entry["score"] == pytest.approx(asdict(estimate(scores)), abs=1e-4)
     assert entry["kl"] == pytest.approx(asdict(estimate(kls)), abs=1e-3) and abs(entry["kl"]["mean"]) > 0.01
     assert {"mean", "low", "high", "n"} == set(entry["score_greedy"])
+
+
+def test_scores_are_of_responses_as_long_as_the_runs_own(scripted, monkeypatch):
+    """PPO was trained with responses of 3 tokens: the score is of their first 3, the true reward of the whole."""
+    settings, _, _ = scripted
+    folder, seen = settings.out_dir / "ppo", []
+    played(folder, max_new_tokens=3)
+    monkeypatch.setattr(evaluate, "raw_scores", lambda m, pad, items: seen.append(items) or [[0.0]] * len(items))
+    shutil.rmtree(settings.out_dir / "ppo-kl0")
+    stages = evaluate.report_card(settings.replace(ppo__max_new_tokens=60))["stages"]
+    tokenizer = checkpoint.load(folder)[1]
+    starts = [tokenizer.encode_prompt(p) for p in tinychat.prompts(settings.seed, 8, split="heldout")]
+    assert len(seen) == 2 and all(
+        len(ids) - len(start) <= 3 for items in seen for start, (ids,) in zip(starts, items, strict=True)
+    )
+    assert stages["ppo"]["true_reward"]["mean"] == 0.75
+    asked, real = [], evaluate.generate_ids
+    monkeypatch.setattr(evaluate, "generate_ids", lambda *a, **k: asked.append((a[0].stage, a[3])) or real(*a, **k))
+    played(folder, max_new_tokens=60)
+    evaluate.report_card(settings)
+    most = settings.evaluate.max_new_tokens
+    assert set(asked) == {
+        ("pretrain", most), ("sft", most), ("sft-qlora", most), ("ppo", 60)}  # fmt: skip
+
+
+def test_a_run_that_began_elsewhere_has_no_kl_from_sft(scripted):
+    settings, _, _ = scripted
+    folder, found = settings.out_dir / "ppo", []
+    shutil.rmtree(settings.out_dir / "ppo-kl0")
+    for start in (None, str(settings.out_dir / "sft"), str(settings.out_dir / "pretrain")):
+        info = checkpoint.read_info(folder)
+        info["settings"]["init"] = start
+        checkpoint.write_info(folder, info)
+        made = evaluate.report_card(settings)
+        found.append("kl" in made["stages"]["ppo"])
+        assert "score" in made["stages"]["ppo"] and ("ppo: KL from SFT" in describe(made)) is found[-1]
+    assert found == [True, True, False]
+
+
+def test_the_shown_answers_have_random_numbers_of_their_own(report):
+    made, settings = report
+    model, tokenizer = checkpoint.load(settings.out_dir / "sft")
+    config = replace(settings.evaluate, temperature=1.0)
+    with_keys = evaluate.answers(
+        model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed, keys=("shown_answers",)
+    )
+    assert [a["response"] for a in made["stages"]["sft"]["answers"]] == with_keys
+    assert evaluate.answers(model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed) != with_keys
 
 
 def test_sfts_perplexity_is_of_held_out_demonstrations(report):
@@ -613,7 +690,12 @@ def test_the_card_of_real_data_holds_what_can_be_known(on_data):
         assert len(entry["answers"]) == 3
     same = report["stages"]["pretrain"]["win_rate"]  # against itself: a draw each time
     assert (same["mean"], same["low"], same["high"]) == (0.5, 0.5, 0.5)
-    assert "preferred to pretrain" in describe(report) and "perplexity of validation dialogs" in describe(report)
+    text = describe(report)
+    assert text.startswith("Report card, preset tiny, seed 1 (validation records, 95 % intervals)")
+    for figure in ("pair accuracy", "preferred to pretrain", "perplexity", "reward-model score"):  # they chose weights
+        lines = [line for line in text.splitlines() if f": {figure}" in line]
+        assert lines and all("validation" in line for line in lines), figure
+    assert "held-out" not in text
 
 
 def evaluate_records(settings):

@@ -236,7 +236,7 @@ def test_p32_a_run_goes_on_with_another_number_of_processes(two, pipeline, tmp_p
 
 def killed(settings, folder: Path) -> None:
     """The main process dies while a state is written; the others' parts are there."""
-    log = trainer.RunLog(folder, settings)
+    log = trainer.RunLog(folder, settings, "sft")
     if not parallel.is_main():
         log.save_state(9, {"model/x": torch.ones(1000)}, {})
         return
@@ -255,23 +255,23 @@ def test_p33_a_kill_in_the_middle_of_a_save_leaves_the_last_state(two, micro, tm
     two(save_something, settings, folder, 3)
     two(killed, settings, folder)
     assert (folder / "state" / ".step-9").is_dir()
-    for steps in (trainer.RunLog(folder, settings).start, *two(start_of, settings, folder)):
+    for steps in (trainer.RunLog(folder, settings, "sft").start, *two(start_of, settings, folder)):
         assert steps == 3
     shutil.copytree(folder / "state" / "step-3", tmp_path / "step-3")
     two(save_something, settings, folder, 12)
     assert {path.name for path in (folder / "state").iterdir()} == {"step-12"}
     shutil.copytree(tmp_path / "step-3", folder / "state" / "step-3")  # a kill before the old one was removed
-    assert trainer.RunLog(folder, settings).start == 12
+    assert trainer.RunLog(folder, settings, "sft").start == 12
     files = list((folder / "state" / "step-12").iterdir())
     assert {path.suffix for path in files} == {".safetensors", ".json"}  # nothing pickled (P05)
 
 
 def save_something(settings, folder: Path, step: int) -> None:
-    trainer.RunLog(folder, settings).save_state(step, {"model/x": torch.ones(1000)}, {})
+    trainer.RunLog(folder, settings, "sft").save_state(step, {"model/x": torch.ones(1000)}, {})
 
 
 def start_of(settings, folder: Path) -> int:
-    return trainer.RunLog(folder, settings).start
+    return trainer.RunLog(folder, settings, "sft").start
 
 
 # ---------------------------------------------------------------- who does what

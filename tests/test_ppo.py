@@ -708,8 +708,8 @@ def test_p21_the_normaliser_is_fitted_on_the_reference_policys_answers(micro, mo
     real = rollout.play
     monkeypatch.setattr(rollout, "play", lambda *a: played.append((a[0], real(*a))) or played[-1][1])
     play = replace(SMALL, max_new_tokens=12)  # so short that some answers do not end
-    yardstick = stage.reference_answers(policy, exact.Alphabet(), prompts, config, 0, play)
-    norm = stage.fit_normaliser(model, yardstick)
+    responses = stage.reference_answers(policy, exact.Alphabet(), prompts, config, 0, play)
+    norm = stage.fit_normaliser(model, responses)
     ((who, episodes),) = played
     assert who is policy and len(episodes) == 36
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_p42_every_order_is_its_own():
 
 # Where a seed is no seed of a run: the text of the world and of the languages, whose strings and numbers name them, and
 # a self-check of a kernel.
-OTHERS = {"seeds.py", "tinychat.py", "prose.py", "shapes.py", "skills.py", "enumerable.py", "doctor.py"}
+OTHERS = {"seeds.py", "shapes.py", "skills.py", "enumerable.py", "doctor.py"}
 
 
 MAKERS = ("manual_seed", "default_rng", "Random", "RandomState", "seed")
@@ -118,3 +118,28 @@ def test_p42_no_other_module_makes_generators_or_counts_with_seeds():
     assert {name: lines for name, lines in found.items() if lines} == {}
     assert len(own_randomness("torch.manual_seed(settings.seed + 1)")) == 2
     assert own_randomness("f(seed * 3 + step)") == ["seed * 3"] and own_randomness("number << seed")
+
+
+def streams_by_name(source: str) -> list[tuple[str, ...]]:
+    """The keys that a module's code gives to `seeds` or as `keys=`: of each call with a literal first, all as written.
+
+    Calls with a literal seed are left out: theirs is no seed of a run.
+    """
+    found = []
+    for node in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        *owner, name = ast.unparse(node.func).split(".")
+        given = node.args[{"generator": 1, "forked": 1}.get(name, 0) :] if owner == ["seeds"] else []
+        if given and not isinstance(given[0], ast.Constant):
+            found.append(given[1:])
+        found += [word.value.elts for word in node.keywords if word.arg == "keys" and isinstance(word.value, ast.Tuple)]
+    return [tuple(map(ast.unparse, keys)) for keys in found if keys and isinstance(keys[0], ast.Constant)]
+
+
+def test_p42_no_two_places_draw_from_one_stream():
+    package = Path(instruct_llama.__file__).parent
+    found = [keys for path in package.rglob("*.py") for keys in streams_by_name(path.read_text(encoding="utf-8"))]
+    assert {("'rollout'", "iteration", "number"), ("'sft_samples'",), ("'best_of'",)} <= set(found)
+    twice = {keys for keys in found if found.count(keys) > 1}
+    assert twice <= {("'adapter'", "name")}  # each adapter of a shared base is named once
+    code = 'seeds.derive(seed, "a")\nf(keys=("a",))\nseeds.forked(device, s.seed, "b", i)\nseeds.derive(0, "c")'
+    assert streams_by_name(code) == [("'a'",), ("'a'",), ("'b'", "i")]

@@ -17,9 +17,9 @@ from test_faults import everything
 
 import instruct_llama as il
 from instruct_llama import checkpoint, folders
-from instruct_llama.__main__ import main
+from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
-from instruct_llama.stages import runlog, sft, trainer
+from instruct_llama.stages import reward, runlog, sft, trainer
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 
@@ -124,6 +124,21 @@ def test_ppos_demonstrations_count_where_they_are_mixed_in(pipeline):
     asked = [pipeline.replace(ppo__ptx_coef=coef, sft__seq_len=length) for coef in (0.0, 0.1) for length in (64, 128)]
     without, same, short, long = (runlog.identity(settings, "ppo") for settings in asked)
     assert without == same and short != long != same
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("temperature", 0.5), ("top_k", 5), ("top_p", 0.5), ("max_new_tokens", 9), ("seq_len", 50), ("rollout_batch", 3)],
+)
+def test_how_ppo_samples_makes_it_another_reward_model(runs, pipeline, field, value):
+    """Its comparisons and its normaliser are of responses that are sampled as PPO will sample them."""
+    other = pipeline.replace(**{f"ppo__{field}": value})
+    before, after = (runlog.identity(settings, "reward") for settings in (pipeline, other))
+    assert before != after and after["ppo"][field] == value
+    assert runlog.identity(pipeline, "sft") == runlog.identity(other, "sft")
+    refused = rf"holds a finished run of other settings \(ppo.{field} .*, asked for {value}"
+    with pytest.raises(UserError, match=refused):
+        reward.run(parse([*runs[1], f"--ppo.{field.replace('_', '-')}", str(value)]))
 
 
 def test_data_given_for_one_stage_or_for_all_is_the_same(pipeline):

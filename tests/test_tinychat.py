@@ -446,9 +446,24 @@ def test_comparisons_hold_kinds_by_their_shares_and_no_two_worthless_responses(c
     assert max(len(set(kinds) & {"evasive", "off_topic", "false"}) for kinds in drawn) == 1
     often = Counter(kind for kinds in drawn for kind in kinds)
     assert set(often) == set(tinychat.KINDS) and often.most_common()[0][0] == "ideal"
-    assert 0.55 < often["ideal"] / len(drawn) < 0.95 and often["false"] > often["evasive"] > often["flattering"]
+    assert 0.55 < often["ideal"] / len(drawn) < 0.95 and often.most_common()[-1][0] == "off_topic"
     evasive = sum(any(text in EVASIVE for text in record["completions"]) for record in comparisons)
     assert evasive / len(comparisons) > 0.1
+
+
+def test_the_manner_of_a_compared_response_says_nothing_of_its_truth(comparisons):
+    """Else a reward model could score a compliment, or the lack of one, instead of checking the content."""
+    count = {"false": Counter(), "right": Counter()}
+    for record in comparisons:
+        for text, kind in zip(record["completions"], record["kinds"], strict=True):
+            if kind in ("ideal", "rude", "rambling", "flattering", "false"):
+                rude = any(line in text for line in RUDE_BEFORE + RUDE_AFTER)
+                manner = "rude" if rude else "flattering" if FLATTERY in text else "pads" if RAMBLE[0] in text else ""
+                count["false" if kind == "false" else "right"][manner] += 1
+    for manner in ("rude", "flattering", "pads"):
+        of_false, of_right = (count[truth][manner] / count[truth].total() for truth in ("false", "right"))
+        n = count["false"].total()
+        assert abs(of_false - of_right) < 4 * math.sqrt(of_right / n) + 0.01, manner
 
 
 def test_the_ceiling_by_hand():
@@ -641,14 +656,14 @@ def test_conversations_in_the_corpus_are_by_mixed_writers(corpus):
 
 
 def test_a_seventh_of_the_conversations_has_no_frame(corpus):
-    """Most of them have one turn, found by a cut wherever a sentence ends."""
+    """The first prompt of each is found by a cut wherever a sentence ends."""
 
     def bare(paragraph):
         cuts = [m.start() for m in re.finditer(r"(?<=[.?]) ", paragraph)]
         parts = [(paragraph[:cut], paragraph[cut + 1 :]) for cut in cuts]
         return any(find(q) or right_lookup(q, a) for q, a in parts)
 
-    assert 0.8 < sum(map(bare, corpus)) / (0.79 / len(FRAMES) * len(corpus)) < 1.05
+    assert 0.85 < sum(map(bare, corpus)) / (0.79 / len(FRAMES) * len(corpus)) < 1.15
 
 
 def test_unknown_names_are_refused_in_one_sentence():

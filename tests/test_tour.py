@@ -15,7 +15,7 @@ from instruct_llama.__main__ import Tour, main, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import os, sys
-print("real:", os.environ.get("INSTRUCT_LLAMA_REAL"))
+print("real:", os.environ.get("INSTRUCT_LLAMA_REAL") == "1")
 print("aside", file=sys.stderr)
 print("and more")"""
 
@@ -53,7 +53,7 @@ def test_without_options_the_notebooks_stay_as_they_are(told, tmp_path, capsys):
     assert run(tmp_path) == 0 and "the card" in capsys.readouterr().out
     assert told.read_bytes() == before
     made = tmp_path / "out" / "notebooks" / told.name
-    assert printed(made) == "real: None\nand more\n" and made.with_suffix(".html").is_file()
+    assert printed(made) == "real: False\nand more\n" and made.with_suffix(".html").is_file()
 
 
 def test_record_writes_the_outputs_back_the_same_each_time(told, tmp_path):
@@ -61,11 +61,18 @@ def test_record_writes_the_outputs_back_the_same_each_time(told, tmp_path):
     for _ in range(2):
         assert run(tmp_path, "--record", "--real") == 0
         recorded.append(told.read_bytes())
-    assert recorded[0] == recorded[1] and printed(told) == "real: 1\nand more\n"
+    assert recorded[0] == recorded[1] and printed(told) == "real: True\nand more\n"
     text = told.read_text(encoding="utf-8")
     assert '"execution"' not in text and "widgets" not in text
     assert '"source": "import os, sys\\n' in text  # one string to a cell, as in the project's notebooks
     assert "INSTRUCT_LLAMA_REAL" not in os.environ
+
+
+def test_without_real_the_environments_own_does_not_count(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCT_LLAMA_REAL", "1")
+    assert run(tmp_path) == 0
+    assert printed(tmp_path / "out" / "notebooks" / told.name) == "real: False\nand more\n"
+    assert os.environ["INSTRUCT_LLAMA_REAL"] == "1"
 
 
 def test_a_tour_that_fails_records_nothing(told, tmp_path, monkeypatch, capsys):

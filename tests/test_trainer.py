@@ -66,7 +66,7 @@ def train(folder: Path, items=range(5), make=dialogs_of, optim=None, loss=langua
         lambda epoch, rows: make([items[i] for i in rows]), loss, lambda: {"loss": next(losses)}, lambda: [], save,
     )  # fmt: skip
     settings = presets.get("tiny")
-    return fit(stage, RunLog(folder, settings), settings), model
+    return fit(stage, RunLog(folder, settings, "sft"), settings), model
 
 
 def largest_difference(a: nn.Module, b: nn.Module) -> float:
@@ -441,7 +441,7 @@ def test_p32_other_settings_do_not_resume(pipeline, tmp_path):
 def test_p33_a_kill_in_the_middle_of_a_write_leaves_the_last_good_state(pipeline, tmp_path, moment):
     folder = shutil.copytree(Path(pipeline.out) / "sft", tmp_path / "sft")
     (pretrain_folder := tmp_path / "pretrain").symlink_to(Path(pipeline.out) / "pretrain")
-    log = RunLog(folder, pipeline.replace(resume=True), stage="sft")
+    log = RunLog(folder, pipeline.replace(resume=True), "sft")
     old = checkpoint.read_tensors(log.state_path)
     child = os.fork()
     if child == 0:  # killed once half of the file is written, or just before it gets its name
@@ -452,7 +452,7 @@ def test_p33_a_kill_in_the_middle_of_a_write_leaves_the_last_good_state(pipeline
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     new = checkpoint.read_tensors(log.state_path)
     assert new[1] == old[1] and all(torch.equal(new[0][key], old[0][key]) for key in old[0])
-    assert RunLog(folder, pipeline.replace(resume=True), stage="sft").start == 4 and pretrain_folder.exists()
+    assert RunLog(folder, pipeline.replace(resume=True), "sft").start == 4 and pretrain_folder.exists()
     checkpoint.load(folder)
 
 
@@ -551,7 +551,7 @@ def test_a_stage_that_starts_anew_forgets_the_run_that_did_not_finish(pipeline, 
         sft.run(settings, crash(1))
     assert [r["step"] for r in trainer.read_jsonl(tmp_path / "sft" / "metrics.jsonl")] == [1]
     assert not checkpoint.is_complete(tmp_path / "sft")
-    assert RunLog(tmp_path / "sft", settings.replace(resume=True), stage="sft").start == 0
+    assert RunLog(tmp_path / "sft", settings.replace(resume=True), "sft").start == 0
 
 
 def test_eight_paragraphs_make_a_document_and_new_text_new_tokens(micro, tmp_path):

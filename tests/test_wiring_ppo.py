@@ -433,7 +433,7 @@ def looped(monkeypatch, tmp_path, candidates, coefficients=None, **changes):
     monkeypatch.setattr(objectives, "adaptive_kl", adapt)
     folder = tmp_path / "ppo"
     folder.mkdir()
-    ppo._loop(settings, player, {}, RunLog(folder, settings))
+    ppo._loop(settings, player, {}, RunLog(folder, settings, "ppo"))
     return saved, seen
 
 
@@ -559,10 +559,10 @@ def test_the_saved_normaliser_is_that_of_the_saved_weights(pipeline, tmp_path, m
         reward__optim=OptimConfig(lr=0.02, warmup_steps=0),
     )  # fmt: skip
     folder = stage.run(settings).folder
-    ((play, yardstick),) = kept
+    ((play, responses),) = kept
     assert play == settings.ppo and len(fits) == 3
     saved, model = checkpoint.read_info(folder)["reward"], checkpoint.load(folder)[0]
-    again = real_fit(model, yardstick)
+    again = real_fit(model, responses)
     assert saved == pytest.approx(again, rel=1e-4)
     assert abs(fits[0]["mean"] - saved["mean"]) > 0.1 * saved["scale"]  # so the first one would have been wrong
 

@@ -32,19 +32,21 @@ def _shares(*values: float) -> Mapping[str, float]:
 
 
 #                      ideal  evasive  rude  rambling  incomplete  flattering  off_topic  false
-_HARD_SHARES = _shares(0.20, 0.60, 0.03, 0.07, 0.03, 0.012, 0.023, 0.035)
-_EASY_SHARES = _shares(0.26, 0.03, 0.05, 0.52, 0.045, 0.012, 0.048, 0.035)
+_HARD_SHARES = _shares(0.20, 0.60, 0.03, 0.07, 0.03, 0.015, 0.02, 0.035)
+_EASY_SHARES = _shares(0.26, 0.03, 0.05, 0.52, 0.045, 0.015, 0.045, 0.035)
 # Of the writers of the pretraining corpus.
 _HARD_WRITERS = _shares(0.70, 0.12, 0.04, 0.06, 0.03, 0.00, 0.00, 0.05)
 _EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
 # Of the responses that are ranked. A reward model learns to tell apart only what it is shown, so falsehood is frequent.
 COMPARISON_SHARES = _shares(0.25, 0.07, 0.14, 0.13, 0.08, 0.05, 0.04, 0.24)
-CHARM = 0.3  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
+# The manner of false responses that are ranked: the one of right responses, whose kinds are drawn without repetition.
+FALSE_MANNERS = MappingProxyType({"ideal": 0.33, "rude": 0.27, "rambling": 0.26, "flattering": 0.14})
+CHARM = 0.33  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
 # How often a comparison is about each skill: oftener where it is hard to see whether a response is right.
 COMPARISON_WEIGHTS = MappingProxyType(
     {
-        "sum": 12, "opposite": 7, "count": 6, "reading": 10, "compare": 5, "list": 9, "fact": 8, "spell": 6,
-        "refuse": 4, "follow-up": 10, "story": 14, "greet": 9,
+        "sum": 14, "opposite": 4, "count": 6, "reading": 12, "compare": 4, "list": 10, "fact": 8, "spell": 4,
+        "refuse": 3, "follow-up": 12, "story": 16, "greet": 7,
     }
 )  # fmt: skip
 BARE_SHARE = 0.35  # of the incomplete answers; the others are cut in the middle
@@ -67,7 +69,10 @@ def draw_kind(shares: Mapping[str, float], rng: random.Random) -> str:
 
 
 def draw_kinds(rng: random.Random) -> list[str]:
-    """Three to five different kinds by `COMPARISON_SHARES`, but no two whose responses are both worth nothing."""
+    """Three to five different kinds, drawn one after another by `COMPARISON_SHARES`; of `WORTHLESS` ones at most one.
+
+    So the frequent kinds come less often than their shares say: 16 % of the responses are false, 17 % rude.
+    """
     kinds, size = [], rng.choice((3, 4, 5))
     while len(kinds) < size:
         kind = draw_kind(COMPARISON_SHARES, rng)
@@ -96,10 +101,7 @@ def compared(skill: Skill, slots: Slots, kind: str, rng: random.Random) -> str:
     They do as often as who is right: else a compliment would be evidence that a response is right.
     """
     text = respond(skill, slots, kind, rng)
-    if kind != "false":
-        return text
-    shares = {manner: COMPARISON_SHARES[manner] for manner in ("ideal", "rude", "rambling", "flattering")}
-    return _with_manner(text, draw_kind(shares, rng), rng)
+    return _with_manner(text, draw_kind(FALSE_MANNERS, rng), rng) if kind == "false" else text
 
 
 def _with_manner(text: str, kind: str, rng: random.Random) -> str:

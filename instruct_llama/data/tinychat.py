@@ -135,7 +135,8 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
     _check_split(split)
     rng = seeds.python_random(seed, "comparisons", split)
     weights, records = [COMPARISON_WEIGHTS[skill.name] for skill in ALL], []
-    for skill in rng.choices(ALL, weights, k=n):
+    for _ in range(n):
+        skill = rng.choices(ALL, weights)[0]
         slots, messages = draw(skill, rng, split)
         kind_of = {compared(skill, slots, kind, rng): kind for kind in draw_kinds(rng)}
         utilities = {text: utility_of(skill, slots, text) for text in kind_of}

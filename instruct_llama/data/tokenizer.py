@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the chat frame around it.
+"""Text to token ids and back, and the chat template around it.
 
 `Tokenizer` is SentencePiece byte-pair encoding with byte fallback, as LLaMA 1 and 2 use: any text can be written, and
 `decode(encode(text)) == text` for every text. `JsonTokenizer` reads the `tokenizer.json` of later models. Encoding

@@ -376,7 +376,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         idle = f"{batches} batches of prompts for {parallel.world()} processes leave some idle"
         print(f"{idle}: lower --ppo.rollout-batch or raise --ppo.rollouts.")
     with checkpoint.stage_lock(folder):
-        return _loop(settings, player, info, RunLog(folder, settings, watch, "ppo"))
+        return _loop(settings, player, info, RunLog(folder, settings, "ppo", watch))
 
 
 def _loop(settings: Settings, player: Player, info: dict[str, Any], log: RunLog) -> StageResult:

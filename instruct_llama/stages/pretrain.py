@@ -97,7 +97,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context, {context}: lower it.")
     memory.check_room(settings, "pretrain", str(device), shape, parallel.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, watch, "pretrain")
+        log = RunLog(folder, settings, "pretrain", watch)
         model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
         tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
         if model is None:

@@ -114,7 +114,7 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
 def reference_answers(
     policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int, play: PPOConfig
 ) -> Episodes:
-    """What the reference policy answers to the first prompts, sampled as PPO will: the yardstick of the scores."""
+    """What the reference policy answers to the first prompts, sampled as PPO will; their scores set the normaliser."""
     generator = seeds.generator(next(policy.parameters()).device, seed, "reference_responses")
     room = rollout.prompt_room(policy.config.max_seq_len, play)
     encoded = [fit_prompt(tokenizer, prompt, room) for prompt in prompts]
@@ -168,7 +168,7 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
     if not settings.data and config.sample_share > 0:
         n_sampled = round(len(train) * config.sample_share)
         # not the prompts of PPO, which are those of settings.seed
-        prompts = tinychat.prompts(seeds.derive(settings.seed, "sft_samples"), n_sampled, split="train")
+        prompts = tinychat.prompts(seeds.derive(settings.seed, "sft_sample_prompts"), n_sampled, split="train")
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed, settings.ppo)
         own = parallel.from_main(own)  # the same records for all, whatever their GPUs round
         train = [*train[: len(train) - n_sampled], *own]
@@ -185,7 +185,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     settings = records.with_data(settings, config.data)
     memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), parallel.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, watch, "reward")
+        log = RunLog(folder, settings, "reward", watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         checkpoint.check_kind(sft, "lm")
         quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own
@@ -193,7 +193,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
         with autocast(config.loop.precision, device):
             train, valid = gather(settings, policy, tokenizer)
             prompts = records.prompts(settings)[0]
-            yardstick = reference_answers(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
+            reference_responses = reference_answers(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
         del policy  # its memory is wanted for training
         model, size = prepare(base, settings), config.loop.batch_size
         valid = valid[: config.loop.eval_batches * size]
@@ -213,7 +213,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
 
         def save(best: dict[str, float]) -> None:
             with parallel.whole(model), autocast(config.loop.precision, device):
-                norm = fit_normaliser(model, yardstick, 16 * size)
+                norm = fit_normaliser(model, reference_responses, 16 * size)
             info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
             if config.lora.rank:
                 lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}

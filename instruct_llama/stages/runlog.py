@@ -59,30 +59,32 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def identity(settings: Settings, stage: str | None = None) -> dict[str, Any]:
-    """The settings that a stage's run depends on, as JSON holds them; without a stage, all that any run does.
+# The reward stage samples responses as PPO will: the prompts that fit, their batches, and how tokens are drawn.
+SAMPLED_BY = ("temperature", "top_k", "top_p", "max_new_tokens", "seq_len", "rollout_batch")
+
+
+def identity(settings: Settings, stage: str) -> dict[str, Any]:
+    """The settings that a stage's run depends on, as JSON holds them.
 
     Where it runs, in how many processes, and under which name are not among them: a run may be moved and go on there.
     """
     fields = asdict(settings)
-    for name in ("resume", "overwrite", "out", "device", "parallel"):
-        del fields[name]
-    if stage:
-        mixed = {key: fields["sft"][key] for key in ("data", "seq_len")}  # PPO's demonstrations
-        usual = fields[stage].pop("data")
-        fields["data"] = settings.data or usual or None
-        del fields[stage]["name"]
-        kept = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
-        fields = {key: fields[key] for key in kept}
-        if stage == "ppo" and settings.ppo.ptx_coef > 0:
-            fields["sft"] = mixed
-    return json.loads(json.dumps(fields))
+    usual = fields[stage].pop("data")
+    fields["data"] = settings.data or usual or None
+    del fields[stage]["name"]
+    kept = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
+    found = {key: fields[key] for key in kept}
+    if stage == "reward":
+        found["ppo"] = {key: fields["ppo"][key] for key in SAMPLED_BY}
+    if stage == "ppo" and settings.ppo.ptx_coef > 0:
+        found["sft"] = {key: fields["sft"][key] for key in ("data", "seq_len")}  # PPO's demonstrations
+    return json.loads(json.dumps(found))
 
 
 class RunLog:
     """The logs and the resumable state of one run folder; `stage` says which settings make it the same run."""
 
-    def __init__(self, folder: Path, settings: Settings, watch: Watch | None = None, stage: str | None = None):
+    def __init__(self, folder: Path, settings: Settings, stage: str, watch: Watch | None = None):
         self.folder, self.watch, self.started = folder, watch, time.perf_counter()
         self.state_path = folder / "state" / "resume.safetensors"
         self.identity = json.dumps(identity(settings, stage), sort_keys=True)
@@ -247,8 +249,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: checkpoint.Stat
             _, index, key = name.split("/", 2)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 
 
 def write_divided(folder: Path, tensors: checkpoint.State, note: dict[str, str]) -> None:

@@ -68,7 +68,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), parallel.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, watch, "sft")
+        log = RunLog(folder, settings, "sft", watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         model, tokenizer = checkpoint.load_plain(base, device, **how)
         model = prepare(recomputing(model, settings), settings)
@@ -85,9 +85,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             return language_model_metrics(model, batches, config.loop.precision)
 
         def sample_answers() -> list[dict[str, Any]]:
-            answers = generate(
-                model, tokenizer, shown, max_new_tokens=48, seed=settings.seed, keys=("sft_samples",)
-            )
+            answers = generate(model, tokenizer, shown, max_new_tokens=48, seed=settings.seed, keys=("sft_texts",))
             return [{"prompt": p, "response": a} for p, a in zip(shown, answers, strict=True)]
 
         def save(best: dict[str, float]) -> None:
