@@ -404,7 +404,8 @@ def writes(stage: str, settings) -> list[str]:
 
 
 def test_p35_only_the_main_process_writes(two, pipeline, tmp_path):
-    settings = beside(pipeline, tmp_path, "pretrain", "sft", "reward").replace(out=str(tmp_path / "two"), overwrite=True)
+    settings = beside(pipeline, tmp_path, "pretrain", "sft", "reward")
+    settings = settings.replace(out=str(tmp_path / "two"), overwrite=True)
     for stage in ("sft", "ppo"):
         mine, theirs = two(writes, stage, settings)
         for name in ("metrics.jsonl", "samples.jsonl", "config.json", "events.out", "tokenizer", ".step-"):
