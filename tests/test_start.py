@@ -100,6 +100,22 @@ def test_p48_other_settings_are_refused_and_named(runs, capsys, stage, option):
     assert everything(out) == before
 
 
+def test_where_ppos_networks_are_kept_does_not_make_it_another_run(runs, capsys):
+    out, args = runs
+    before = everything(out)
+    for more in (["--ppo.devices", "cpu", "cpu", "cpu", "cpu"], ["--ppo.swap"]):
+        assert main(["ppo", *args, *more]) == 0
+        assert "nothing to do" in capsys.readouterr().out and everything(out) == before
+
+
+def test_a_run_written_beside_another_is_no_stage(runs):
+    """Whole for a moment before the two are swapped, or for as long as a kill between leaves them there."""
+    out, _ = runs
+    for name in (".sft.new", ".sft.old"):
+        shutil.copytree(out / "sft", out / name)
+    assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--device", "cpu"], ["--parallel.cpu-offload"]])
 def test_p48_a_second_run_of_the_same_settings_does_nothing(runs, capsys, stage, more):

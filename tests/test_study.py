@@ -135,7 +135,7 @@ def test_the_command_runs_a_study_and_prints_its_table(trained, monkeypatch, cap
     settings, results, done = trained
     words = ["evaluate", "--study", "seeds", "--seeds", "7", "9", "--results", str(results), "--preset", "tiny"]
     monkeypatch.setattr("sys.argv", ["__main__.py", *words, *options(settings)])
-    assert main() == 0
+    assert main([*words, *options(settings)]) == 0
     said = capsys.readouterr().out
     assert "PPO, temperature 1: at least 0.90" in said and "0/2" in said and "7, 9" in said
     lines = study.read(results)

@@ -71,7 +71,8 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
     fields = asdict(settings)
     usual = fields[stage].pop("data")
     fields["data"] = settings.data or usual or None
-    del fields[stage]["name"]
+    for where in ("name", "devices", "swap"):  # PPO's networks among them
+        fields[stage].pop(where, None)
     kept = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
     found = {key: fields[key] for key in kept}
     if stage == "reward":
