@@ -197,7 +197,7 @@ def test_the_tour_tells_the_notebooks_and_stops_at_a_failure(micro, tmp_path, mo
         told.pop("INSTRUCT_LLAMA_OFFLINE")  # of the tests
         assert presets.get() == presets.get("tiny").replace(out=str(tmp_path / "runs"), seed=4)
     assert told == {"INSTRUCT_LLAMA_PRESET": "tiny", "INSTRUCT_LLAMA_OUT": str(tmp_path / "runs"),
-                    "INSTRUCT_LLAMA_SEED": "4", "INSTRUCT_LLAMA_STATIC": "1"}  # fmt: skip
+                    "INSTRUCT_LLAMA_SEED": "4", "INSTRUCT_LLAMA_STATIC": "1", "INSTRUCT_LLAMA_REAL": ""}  # fmt: skip
     assert "INSTRUCT_LLAMA_SEED" not in os.environ
     error = tour.nbclient.exceptions.CellExecutionError("Traceback: boom", "ValueError", "boom")
 

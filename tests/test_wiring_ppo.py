@@ -525,7 +525,7 @@ def test_comparisons_are_sampled_as_ppo_samples_and_ranked_by_a_labeller_of_thei
     orders = []
     monkeypatch.setattr(stage.tinychat, "rank", lambda prompt, texts, temperature, rng: orders.append(
         (temperature, rng.random())) or texts)  # fmt: skip
-    monkeypatch.setattr(stage.tinychat, "true_reward", lambda *_: SimpleNamespace(total=0.0))  # prompts are no questions
+    monkeypatch.setattr(stage.tinychat, "true_reward", lambda *_: SimpleNamespace(total=0.0))  # of no question
     monkeypatch.setattr(stage.tinychat, "utility", lambda *_: 0.0)
     config = RewardConfig(answers=4)
     for seed in (1, 2, 1):
