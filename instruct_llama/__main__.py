@@ -219,7 +219,8 @@ def evaluate(settings: Evaluate) -> int:
     if settings.study:
         plain = Settings(**{field.name: getattr(settings, field.name) for field in fields(Settings)})
         results = Path(settings.results) if settings.results else None
-        print(study.describe(study.summary(study.run(plain, settings.seeds, results, settings.kl0))))
+        written = study.run(plain, settings.seeds, results, settings.kl0)
+        print(study.describe(study.summary(written, made_by=study.made_by(plain))))
         return 0
     device = pick_device(settings.device)
     if settings.data or settings.sft.data:

@@ -417,7 +417,9 @@ def merge_run(source: Path, target: Path, into: Into = "dequantised", overwrite:
     """
     info = read_info(source)
     origin = os.path.relpath(source, target)
-    again = (target / "config.json").is_file() and read_info(target).get("merged_from") == origin
+    again = False
+    with contextlib.suppress(UserError):  # not ours, or nothing there
+        again = read_info(target).get("merged_from") == origin
     folders.check_target(target, overwrite or again, read_from(source))
     model, tokenizer, lines = merged(source, into)
     parts = ("base", "fingerprint", "adapter", "beside", "lora", "quant", "model", "kind", "settings")

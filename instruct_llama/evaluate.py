@@ -116,6 +116,8 @@ def stage_folders(out: Path) -> list[Path]:
     Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`.
     """
     order = list(checkpoint.STAGES)
+    for new in out.glob(".*.new"):  # a kill may have left no other
+        checkpoint.folders.find(checkpoint.folders.final(new))
     shown = (f.parent for f in sorted(out.glob("*/config.json")) if not f.parent.name.startswith("."))
     found = [folder for folder in shown if checkpoint.is_complete(folder)]
     return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))

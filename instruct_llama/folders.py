@@ -20,6 +20,7 @@ from .config import check
 
 def beside(folder: Path) -> Path:
     """Where the folder that will replace `folder` is written."""
+    folder = folder.absolute()  # "." has no name
     return folder.with_name(f".{folder.name}.new")
 
 
@@ -34,6 +35,7 @@ def final(folder: Path) -> Path:
 
 
 def _old(folder: Path) -> Path:
+    folder = folder.absolute()
     return folder.with_name(f".{folder.name}.old")
 
 
@@ -58,8 +60,11 @@ def swap(folder: Path) -> None:
     remove(old)
     if folder.exists():
         folder.rename(old)
-    with contextlib.suppress(FileNotFoundError):  # a reader found no folder, and has put it there already
+    try:
         beside(folder).rename(folder)
+    except FileNotFoundError:  # a reader, who takes no lock, has put it there already: before the rename above or after
+        if not folder.exists() and old.exists():
+            old.rename(folder)
     remove(old)
 
 

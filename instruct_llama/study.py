@@ -25,7 +25,8 @@ from filelock import FileLock
 
 from . import checkpoint, evaluate, parallel
 from .config import Settings, check, project_folder, shown, to_json
-from .stages import ppo
+from .stages import ppo, pretrain, reward, sft  # noqa: F401  all now: a stage imported later could be other code
+from .stages.runlog import read_jsonl
 from .stages.trainer import pick_device
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
@@ -48,6 +49,7 @@ def run(settings: Settings, seeds: Sequence[int], results: Path | None = None, k
     check(parallel.world() == 1, "A study runs in one process: start it again with other --seeds to share the work.")
     results = results or project_folder() / "notebooks" / "results" / "seeds.jsonl"
     check(bool(seeds), "A study needs at least one seed: --seeds 1 2 3.")
+    git_state()  # of the code that runs, not of what the checkout is when the first seed ends
     todo = []
     for seed in dict.fromkeys(seeds):
         mine = settings.replace(seed=seed, out=str(settings.out_dir / "seeds" / str(seed)))
@@ -65,7 +67,13 @@ def run(settings: Settings, seeds: Sequence[int], results: Path | None = None, k
 
 
 def run_seed(settings: Settings, stages: Sequence[str]) -> Line:
-    """Train what is missing of one seed, judge it, and return its line."""
+    """Train what is missing of one seed, judge it, and return its line; one process at a time."""
+    settings.out_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.out_dir / ".study.lock"):
+        return _run_seed(settings, stages)
+
+
+def _run_seed(settings: Settings, stages: Sequence[str]) -> Line:
     note = _note(settings) or {**_made_by(settings), "seconds": {}, "resumed": []}
     write_note = lambda: checkpoint.write_text(settings.out_dir / NOTE, json.dumps(note, indent=2) + "\n")  # noqa: E731
     write_note()
@@ -106,7 +114,7 @@ def _train(stage: str, settings: Settings) -> None:
 
 def settings_hash(settings: Settings) -> str:
     """What tells settings apart, whatever the seed, and wherever and with how many processes they are run."""
-    same = settings.replace(seed=0, out="", device="auto", resume=False, parallel=Settings().parallel)
+    same = settings.replace(seed=0, out="", device="auto", resume=False, overwrite=False, parallel=Settings().parallel)
     return hashlib.sha256(to_json(same).encode()).hexdigest()[:16]
 
 
@@ -171,9 +179,8 @@ def _check_note(settings: Settings) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a results file, in their order; none where there is no file yet."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    """The lines of a results file, in their order; none where there is no file yet. One cut by a kill is left out."""
+    return read_jsonl(path)
 
 
 def append(path: Path, line: Line, unless: Callable[[], bool] = lambda: False) -> bool:
@@ -182,8 +189,9 @@ def append(path: Path, line: Line, unless: Callable[[], bool] = lambda: False) -
     with FileLock(path.with_name(f".{path.name}.lock")):
         if unless():
             return False
-        with open(path, "ab") as file:
-            file.write((json.dumps(line) + "\n").encode())
+        with open(path, "ab+") as file:
+            cut = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a kill
+            file.write((b"\n" if cut else b"") + (json.dumps(line) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
     return True
@@ -256,8 +264,8 @@ def _targets() -> Iterator[Target]:
     for suffix, name in (("", "temperature 1"), ("_greedy", "greedy")):
         score = _figure(WITHOUT_PENALTY, f"score_minus_ppo{suffix}", "low")
         yield Target(f"kl_coef 0 - PPO, score, {name}: interval above 0", score, 0.0, strict=True)
-        reward = _figure(WITHOUT_PENALTY, f"minus_ppo{suffix}", "high")
-        yield Target(f"kl_coef 0 - PPO, true reward, {name}: interval below 0", reward, high=0.0, strict=True)
+        worth = _figure(WITHOUT_PENALTY, f"minus_ppo{suffix}", "high")
+        yield Target(f"kl_coef 0 - PPO, true reward, {name}: interval below 0", worth, high=0.0, strict=True)
 
 
 TARGETS = tuple(_targets())
@@ -265,7 +273,7 @@ TARGETS = tuple(_targets())
 
 @dataclass(frozen=True)
 class Row:
-    """How one target was met over the seeds that have its figure."""
+    """How one target was met over the seeds; a figure that is not there, and should be, is not a number and missed."""
 
     target: str
     passed: int
@@ -275,9 +283,19 @@ class Row:
     missed: tuple[int, ...]  # the seeds at which it was not met
 
 
-def summary(path: Path, candidate: int = -1) -> list[Row]:
-    """A row for each target, over the seeds of one candidate (the newest, if not said otherwise) in a results file."""
+def made_by(settings: Settings) -> tuple[str, str, str]:
+    """What tells the lines of these settings and this code from others: preset, settings, code."""
+    return settings.preset, settings_hash(settings), code_hash()
+
+
+def summary(path: Path, candidate: int = -1, made_by: tuple[str, str, str] | None = None) -> list[Row]:
+    """A row for each target, over the seeds of one candidate in a results file.
+
+    That is the newest one, if not said otherwise: by its number, or by what made its lines.
+    """
     found = candidates(path)
+    if made_by is not None:
+        found = [lines for lines in found if tuple(lines[0][key] for key in ("preset", "settings", "code")) == made_by]
     check(bool(found), f"{path} holds no results yet: python -m instruct_llama evaluate --study seeds.")
     return [row for row in (_row(target, found[candidate]) for target in TARGETS) if row.of]
 
@@ -287,10 +305,12 @@ def _row(target: Target, lines: Sequence[Line]) -> Row:
     for line in lines:
         try:
             values[line["seed"]] = target.value(line["stages"])
-        except KeyError:
-            continue
+        except KeyError:  # only PPO without its penalty need not be there
+            if WITHOUT_PENALTY in line["stages"] or not target.name.startswith("kl_coef 0"):
+                values[line["seed"]] = float("nan")  # in no range, so missed
     missed = tuple(seed for seed, value in values.items() if not _met(target, value))
-    ends = (min(values.values()), max(values.values())) if values else (float("nan"), float("nan"))
+    known = [value for value in values.values() if value == value]
+    ends = (min(known), max(known)) if known else (float("nan"), float("nan"))
     return Row(target.name, len(values) - len(missed), len(values), *ends, missed)
 
 

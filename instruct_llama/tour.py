@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from . import evaluate
 from .config import Settings, UserError, project_folder
+from .data.batches import atomic
 
 
 def notebooks() -> list[Path]:
@@ -132,7 +133,8 @@ def run(settings: Settings) -> int:
         page.result()  # raises what went wrong in writing it
     if getattr(settings, "record", False):
         for path, notebook in executed.items():
-            nbformat.write(notebook, path, split_lines=False)  # a cell's text is one string in them
+            with atomic(path) as temporary:
+                nbformat.write(notebook, temporary, split_lines=False)  # a cell's text is one string in them
     written = out / "report.json"
     report = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else evaluate.report_card(settings)
     print("\n" + evaluate.describe(report))

@@ -288,11 +288,36 @@ def test_p48_a_kill_while_the_new_run_takes_its_place(runs, function, nth, monke
         folders.swap(folder)
         os._exit(0)
     os.waitpid(child, 0)
+    shown = [path for path in out.iterdir() if path.name == ".sft.old"]
+    assert folder in il.evaluate.stage_folders(out) and not {*shown} & {*il.evaluate.stage_folders(out)}
     checkpoint.load(folder)
     assert everything(folder) in (old, new)
     with checkpoint.stage_lock(folder):
         assert everything(folder) == new
     assert not folders.beside(folder).exists() and not (out / ".sft.old").exists()
+
+
+def test_p48_a_reader_before_the_first_rename_does_not_lose_the_new_run(runs, monkeypatch):
+    """It puts the new run in its place just before `swap` looks there."""
+    out, _ = runs
+    folder, new = out / "sft", everything(out / "reward")
+    (out / "sft").rename(folders.beside(folder))
+    shutil.rmtree(folders.beside(folder))
+    shutil.copytree(out / "reward", folders.beside(folder))
+    remove = folders.remove
+
+    def removed(path: Path) -> None:
+        remove(path)
+        folders.find(folder)
+
+    monkeypatch.setattr(folders, "remove", removed)
+    folders.swap(folder)
+    assert everything(folder) == new
+
+
+def test_the_folder_beside_this_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert folders.beside(Path(".")) == tmp_path.parent / f".{tmp_path.name}.new"
 
 
 def test_a_swap_that_a_kill_cut_is_undone_where_the_new_folder_is_not_whole(tmp_path):
@@ -408,6 +433,15 @@ def test_a_merge_may_be_made_again_from_the_same_run(runs):
     shutil.copytree(out / "sft-qlora", out / "other")
     with pytest.raises(UserError, match="holds a checkpoint already"):
         checkpoint.merge_run(out / "other", out / "merged")
+
+
+def test_a_merge_onto_a_foreign_folder_can_overwrite_it(runs):
+    out, _ = runs
+    il.convert.export("hf", out / "sft", out / "theirs")
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        checkpoint.merge_run(out / "sft-qlora", out / "theirs")
+    checkpoint.merge_run(out / "sft-qlora", out / "theirs", overwrite=True)
+    il.load(out / "theirs")
 
 
 def test_a_conversion_that_fails_leaves_what_was_there(runs, monkeypatch):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 from test_cli import options
 
 from instruct_llama import checkpoint, evaluate, study
@@ -150,7 +151,7 @@ def test_the_command_runs_a_study_and_prints_its_table(trained, monkeypatch, cap
 
 def test_the_settings_hash_knows_what_changes_a_figure(micro, tmp_path):
     settings = micro(tmp_path)
-    same = settings.replace(seed=5, out="x", device="cpu", resume=True, parallel__timeout_minutes=3)
+    same = settings.replace(seed=5, out="x", device="cpu", resume=True, overwrite=True, parallel__timeout_minutes=3)
     assert study.settings_hash(settings) == study.settings_hash(same)
     changes = {"ppo__kl_coef": 0.123, "evaluate__prompts": 7, "world__temperature": 0.2, "reward__optim__lr": 1.0}
     hashes = {study.settings_hash(settings.replace(**{key: value})) for key, value in changes.items()}
@@ -192,6 +193,35 @@ def test_a_line_that_another_process_has_added_meanwhile_is_not_added_again(tmp_
     path = tmp_path / "results.jsonl"
     assert study.append(path, {"seed": 1}) and not study.append(path, {"seed": 1}, unless=lambda: True)
     assert study.read(path) == [{"seed": 1}]
+
+
+def test_a_line_that_a_kill_cut_is_left_out_and_the_next_one_is_whole(tmp_path):
+    path = tmp_path / "results.jsonl"
+    study.append(path, {"seed": 1})
+    path.write_bytes(path.read_bytes() + b'{"seed": 2, "st')
+    assert study.read(path) == [{"seed": 1}]
+    study.append(path, {"seed": 3})
+    assert study.read(path) == [{"seed": 1}, {"seed": 3}]
+
+
+def test_one_process_at_a_time_trains_a_seed_and_the_commit_is_asked_first(trained, monkeypatch):
+    settings, results, _ = trained
+    calls, train, state = [], study._train, study.git_state
+
+    def asked() -> dict:
+        calls.append("git")
+        return state()
+
+    def training(stage, mine):
+        calls.append(stage)
+        with pytest.raises(Timeout):
+            study.FileLock(mine.out_dir / ".study.lock", timeout=0).acquire()
+        train(stage, mine)
+
+    monkeypatch.setattr(study, "git_state", asked)
+    monkeypatch.setattr(study, "_train", training)
+    study.run(settings, (7,), results)
+    assert calls[0] == "git" and calls[1:6] == list(study.STAGES)
 
 
 # ---------------------------------------------------------------- the targets
@@ -262,6 +292,24 @@ def test_a_target_that_is_missed_names_the_seed(tmp_path, change, target):
     assert [row.target for row in rows if row.passed < row.of and not row.target.startswith(target)] == []
     said = study.describe(rows)
     assert said.count("2/3") == 1 and all(len(line) <= 120 for line in said.splitlines())
+
+
+def test_a_figure_that_is_missing_is_missed(tmp_path):
+    bad = copy.deepcopy(GOOD)
+    del bad["ppo"]["true_reward"], bad["ppo-kl0"]["minus_ppo"]
+    rows = {row.target: row for row in study.summary(write(tmp_path / "r.jsonl", GOOD, bad))}
+    for name in ("PPO, temperature 1: at least 0.90", "kl_coef 0 - PPO, true reward, temperature 1: interval below 0"):
+        assert (rows[name].passed, rows[name].of, rows[name].missed) == (1, 2, (2,))
+    assert rows["PPO, temperature 1: at least 0.90"].lowest == 0.92
+
+
+def test_a_summary_can_be_of_the_run_just_made(tmp_path):
+    path = write(tmp_path / "r.jsonl", GOOD)
+    study.append(path, {"seed": 1, "preset": "laptop", "settings": "s", "code": "newer", "stages": GOOD})
+    study.append(path, {"seed": 2, "preset": "laptop", "settings": "s", "code": "newer", "stages": GOOD})
+    assert study.summary(path, made_by=("laptop", "s", "c"))[0].of == 1
+    with pytest.raises(UserError, match="holds no results yet"):
+        study.summary(path, made_by=("laptop", "t", "c"))
 
 
 def test_a_summary_is_of_one_candidate(tmp_path):
