@@ -475,3 +475,14 @@ def test_ppo_refuses_a_reward_model_of_another_vocabulary(runs, capsys, layout):
     assert main(["ppo", *args, "--overwrite", "--ppo.layout", layout]) == 2
     assert f"The vocabularies of runs/sft and runs/{name} differ" in capsys.readouterr().err.replace(str(out), "runs")
     assert everything(out / "ppo") == before
+
+
+def test_p48_an_exported_adapter_is_not_trained_over(pipeline, tmp_path):
+    """It has no config.json of ours, and its weights would be removed with those of an unfinished run."""
+    folder = tmp_path / "my-peft"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+    with pytest.raises(UserError, match="holds a finished run of other settings"):
+        sft.run(pipeline.replace(out=str(tmp_path), sft__name="my-peft", init=str(pipeline.out_dir / "pretrain")))
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

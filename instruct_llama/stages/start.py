@@ -54,6 +54,8 @@ def training_folder(stage: str, settings: Settings) -> Path:
 
 def holds_other(folder: Path) -> bool:
     """Whether a folder holds a finished run, or a checkpoint that is none of ours."""
+    if (folder / "adapter_config.json").is_file():  # an exported PEFT adapter
+        return True
     try:
         return (folder / "config.json").is_file() and checkpoint.is_complete(folder)
     except UserError:
