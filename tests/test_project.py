@@ -257,7 +257,7 @@ def test_the_package_is_thin():
     assert {name: n for name, n in sizes.items() if n > 440} == {}
     doors = sum(code_lines(path) for path in MODULES if part(path) in DOORS or path.stem in DOORS)
     story = sum(code_lines(path) for path in MODULES) - doors
-    assert story < 6_700, f"the package has {story:,} lines of code"
+    assert story < 6_750, f"the package has {story:,} lines of code"
     assert doors < 2_000, f"the doors to other people's formats, data and machines have {doors:,} lines of code"
 
 
