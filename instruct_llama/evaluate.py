@@ -27,8 +27,8 @@ from .data.tokenizer import Tokenizer
 from .expectations import EXPECTED, check_off
 from .model.generate import generate, generate_ids
 from .model.llama import Llama, ScalarLlama
-from .rlhf.objectives import cross_entropy_sum, normalise_score, pair_differences
-from .rlhf.rollout import answer_scores
+from .rlhf.objectives import cross_entropy_sum, pair_differences
+from .rlhf.rollout import answer_scores, final_scores
 from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, ratio_estimate, win
 
 __all__ = [
@@ -231,10 +231,9 @@ def _scores_and_kl(
         norm = checkpoint.read_info(folders[reward])["reward"]
         items = [[[*tokenizer.encode_prompt(p), *r]] for p, r in zip(prompts, sampled, strict=True)]
         raw = torch.tensor([score for (score,) in raw_scores(model, tokenizer.pad_id, items)])  # (B,)
-        scores, limit = normalise_score(raw, norm["mean"], norm["scale"]), played["score_clip"]
-        scores = scores.clamp(-limit, limit) if limit > 0 else scores
         ended = torch.tensor([response[-1] == tokenizer.eos_id for response in sampled])  # (B,)
-        values[f"score{suffix}"] = torch.where(ended, scores, played["no_end_score"]).tolist()
+        rules = played["score_clip"], played["no_end_score"]
+        values[f"score{suffix}"] = final_scores(raw, ended, norm["mean"], norm["scale"], *rules).tolist()
     if _began_with_sft(info, folders) and not suffix:
         reference, tokenizer = checkpoint.load(folders["sft"], device)
         ours, theirs = (response_logprobs(model, tokenizer, prompts, sampled) for model in (policy, reference))

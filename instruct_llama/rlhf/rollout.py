@@ -151,10 +151,17 @@ def answer_values(model: nn.Module, episodes: Episodes) -> Tensor:
 
 def score(model: nn.Module, episodes: Episodes, config: PPOConfig, mean: float, scale: float) -> Tensor:
     """(B,) normalised reward-model scores, read at the end token; an answer without one gets `no_end_score`."""
-    scores = normalise_score(score_at_end(model(episodes.tokens), episodes.lengths - 1), mean, scale)
-    if config.score_clip > 0:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
-    return torch.where(episodes.ended, scores, config.no_end_score)
+    raw = score_at_end(model(episodes.tokens), episodes.lengths - 1)  # (B,)
+    return final_scores(raw, episodes.ended, mean, scale, config.score_clip, config.no_end_score)
+
+
+def final_scores(
+    raw: Tensor, ended: Tensor, mean: float, scale: float, score_clip: float, no_end_score: float
+) -> Tensor:  # fmt: skip
+    """(B,) what PPO goes by: raw scores (B,) normalised, clipped to +-score_clip, and replaced unless ended (B,)."""
+    scores = normalise_score(raw, mean, scale)
+    scores = scores.clamp(-score_clip, score_clip) if score_clip > 0 else scores
+    return torch.where(ended, scores, no_end_score)
 
 
 def answer_scores(model: nn.Module, batch: RankedBatch) -> Tensor:
