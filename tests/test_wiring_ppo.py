@@ -540,6 +540,17 @@ def test_comparisons_are_sampled_as_ppo_samples_and_ranked_by_a_labeller_of_thei
     assert sampled[-1]["first"] != sampled[0]["first"]  # two uses of one seed
 
 
+def test_the_reward_stage_hands_ppos_settings_to_both_of_its_samplers(pipeline, tmp_path, monkeypatch):
+    played, real = [], stage.rollout.play
+    monkeypatch.setattr(stage.rollout, "play", lambda p, ids, tok, config, g: played.append(config) or real(
+        p, ids, tok, config, g))  # fmt: skip
+    settings = pipeline.replace(
+        out=str(tmp_path), init=str(pipeline.out_dir / "sft"), ppo__top_p=0.8, ppo__temperature=1.3
+    )
+    stage.run(settings)
+    assert played == [settings.ppo, settings.ppo]  # own comparisons, and the reference responses of the normaliser
+
+
 def test_the_normaliser_ignores_answers_without_end_unless_none_ends():
     model, episodes = scalar(3), by_hand()
     raw = [float(model(episodes.tokens[i : i + 1])[0, n - 1]) for i, n in enumerate((6, 3))]
