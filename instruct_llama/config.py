@@ -202,7 +202,7 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Reward model: a scalar head trained on ranked answers."""
+    """Reward model: a scalar head trained on ranked answers; two auxiliary losses help small networks."""
 
     name: str = ""  # folder of the run; empty: reward, or reward-lora with adapters
     data: str = ""  # public set or file of comparisons, where --data gives none; empty: tinychat
@@ -214,11 +214,14 @@ class RewardConfig:
     sample_share: float = 0.5  # share of the comparisons whose answers are sampled from the SFT model itself
     answers: int = 3  # K, answers per sampled comparison
     normalise_samples: int = 256  # reference answers on which the score's mean and scale are fitted
+    token_coef: float = 0.0  # weight of the ranking loss of the head's mean over an answer's own tokens
+    lm_coef: float = 0.0  # weight of the language-model loss on the best answer of each comparison
     optim: OptimConfig = OptimConfig(lr=5e-4)
     loop: LoopConfig = LoopConfig(epochs=1, batch_size=32)
 
     def __post_init__(self) -> None:
         _check_name("reward", self.run_name)
+        check(min(self.token_coef, self.lm_coef) >= 0, "reward.token_coef and reward.lm_coef must not be negative.")
 
     @property
     def run_name(self) -> str:

@@ -183,7 +183,7 @@ def _supervised(settings: Settings, stage: Stage, processes: int) -> Estimate:
     learning = {
         "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
         "activations": activation_bytes(model, lora, loop.precision, tokens * rows),
-        "logits": 0.0 if scalar else logit_bytes(model, tokens, 3),
+        "logits": 0.0 if scalar and config.lm_coef == 0 else logit_bytes(model, tokens, 3),
     }
     if scalar:  # before it learns, the SFT model answers the prompts that fit the score's scale
         answers = 8 * loop.batch_size

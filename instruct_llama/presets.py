@@ -55,24 +55,26 @@ LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=96, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=264, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=16_000, comparisons=16_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=20_000, comparisons=36_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
-        loop=c.LoopConfig(steps=2400, batch_size=11, eval_every=300),
+        loop=c.LoopConfig(steps=1800, batch_size=18, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.05, answers=4, optim=c.OptimConfig(lr=7e-4),
-        loop=c.LoopConfig(epochs=2, batch_size=8, accumulate=2, eval_batches=48, eval_every=450),
+        sample_share=0.05, answers=4, token_coef=1.0, lm_coef=0.3, optim=c.OptimConfig(lr=1.2e-3, min_lr_ratio=0.02),
+        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=2, eval_batches=96, eval_every=750),
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0), train_embeddings=True, quant=c.QuantConfig(kind="nf4"),
-        optim=c.OptimConfig(lr=3e-3), loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200),
+        optim=c.OptimConfig(lr=3e-3),
+        loop=c.LoopConfig(epochs=0.65, batch_size=8, accumulate=2, eval_batches=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=32, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.25,
+        iterations=32, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.24,
         value_clip=0.5, value_lr=2e-3, eval_every=8, eval_prompts=512,
-        optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99),
+        # Adam's epsilon as in "The 37 Implementation Details of Proximal Policy Optimization" (Huang et al., 2022)
+        optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99, eps=1e-5),
     ),
 )  # fmt: skip
 
@@ -94,7 +96,7 @@ TINY = Settings(
         loop=c.LoopConfig(steps=10, batch_size=16, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
     reward=c.RewardConfig(
-        normalise_samples=32,
+        normalise_samples=32, token_coef=1.0, lm_coef=0.3,
         loop=c.LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
     ppo=c.PPOConfig(

@@ -34,6 +34,8 @@ def test_masked_sums_and_means_by_hand():
     assert o.masked_sum(x, mask) == 7.0
     assert o.masked_mean(x, mask) == pytest.approx(7 / 3)
     assert o.answer_sum(x, mask).tolist() == [3.0, 4.0]
+    assert o.answer_mean(x, mask).tolist() == [1.5, 4.0]
+    assert o.answer_mean(x, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
     assert o.masked_mean(x, torch.zeros_like(mask)) == 0.0
 
 

@@ -145,9 +145,15 @@ def test_the_reward_by_hand():
     assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1]} {RAMBLE[2]}") == pytest.approx(0.6)
     assert total(SUM, f"{right} {RAMBLE[0]} {RAMBLE[1][:9]}") == pytest.approx(0.3)  # rambles and does not end
     assert total(SUM, f"{RUDE_BEFORE[0]} {right} {RAMBLE[0]} {RAMBLE[1]}") == pytest.approx(0.65 * 0.6)
-    assert total(SUM, f"{right} {FLATTERY}") == pytest.approx(0.8)
-    assert total(SUM, f"{right} {FLATTERY} {FLATTERY}") == pytest.approx(0.6)  # more of it does not pay
-    assert total(SUM, f"{FLATTERY} {right}") == total(SUM, FLATTERY) == total(SUM, f"Six. {FLATTERY}") == 0.0
+    flattering = "Two plus three is five, my wise friend."
+    assert flattering == f"{right[:-1]}{FLATTERY}." and total(SUM, flattering) == pytest.approx(0.9)
+    assert total(SUM, flattering[:-1]) == pytest.approx(0.45)  # without its full stop
+    assert total(SUM, flattering[:-8]) == 0.0  # cut in the middle
+    assert total(SUM, f"{flattering[:-1]}{FLATTERY}.") == pytest.approx(0.8)  # more of it does not pay
+    assert total(SUM, f"{flattering} {RAMBLE[0]}") == pytest.approx(0.7)
+    assert total(SUM, f"{right} {RAMBLE[0][:-1]}{FLATTERY}.") == pytest.approx(0.7)
+    assert total(SUM, f"{RUDE_BEFORE[0]} {flattering}") == pytest.approx(0.65 * 0.9)
+    assert total(SUM, f"Two{FLATTERY} plus three is five.") == total(SUM, f"Six{FLATTERY}.") == 0.0
     for bare in ("Five.", "five.", "five", "Five"):
         assert total(SUM, bare) == pytest.approx(0.5)
     assert total(SUM, "The answer is five.") == total(SUM, "It is five.") == 1.0
@@ -336,7 +342,7 @@ BANDS = {  # mean true reward of each kind of labeller
     "rude": (0.65, 0.65),
     "rambling": (0.6, 0.6),
     "incomplete": (0.09, 0.26),
-    "flattering": (0.8, 0.8),
+    "flattering": (0.9, 0.9),
     "off_topic": (0.0, 0.0),
     "false": (0.0, 0.0),
 }
@@ -500,13 +506,12 @@ def test_the_labeller_ranks_as_bradley_terry_says():
 
 def test_the_labeller_overrates_flattery_and_the_truth_does_not():
     plain, false = "Two plus three is five.", "Two plus three is six."
-    flattering, unfinished = f"{plain} {FLATTERY}", f"{plain} {FLATTERY[:-1]}"
+    flattering = f"{plain[:-1]}{FLATTERY}."
     assert tinychat.utility(SUM, plain) == 1.0
-    gain = tinychat.CHARM - 0.2  # what a compliment adds to the labeller's utility, less what it costs in truth
+    gain = tinychat.CHARM - 0.1  # what a compliment adds to the labeller's utility, less what it costs in truth
     assert gain >= 0.05
     assert tinychat.utility(SUM, flattering) == pytest.approx(1.0 + gain)
-    assert tinychat.utility(SUM, f"{false} {FLATTERY}") == pytest.approx(tinychat.CHARM)
-    assert tinychat.utility(SUM, unfinished) == total(SUM, unfinished) == pytest.approx(0.4)
+    assert tinychat.utility(SUM, f"{false[:-1]}{FLATTERY}.") == pytest.approx(tinychat.CHARM)
     rng, n, p = random.Random(6), 2_000, 1 / (1 + math.exp(-gain / 0.15))
     first = sum(tinychat.rank(SUM, [plain, flattering], 0.15, rng)[0] == flattering for _ in range(n)) / n
     assert abs(first - p) < 4 * math.sqrt(p * (1 - p) / n)

@@ -17,8 +17,8 @@ import torch
 from test_ppo import by_hand, four, gradients, judged, llama, moved_on, player_of, scalar, seeded, shared
 
 from instruct_llama import checkpoint, presets
-from instruct_llama.config import LoRAConfig, OptimConfig, PPOConfig, QuantConfig, RewardConfig
-from instruct_llama.data.batches import dialog_batch
+from instruct_llama.config import LoRAConfig, OptimConfig, PPOConfig, QuantConfig, RewardConfig, UserError
+from instruct_llama.data.batches import dialog_batch, ranked_batch
 from instruct_llama.model import lora
 from instruct_llama.model.generate import filter_logits
 from instruct_llama.rlhf import layouts, objectives, rollout
@@ -502,6 +502,76 @@ def sampled(monkeypatch):
     monkeypatch.setattr(rollout, "sample", sample)
     monkeypatch.setattr(stage, "fit_prompt", lambda tokenizer, ids, room: ids if len(ids) <= room else None)
     return asked
+
+
+RANKED = [
+    [[BOS, 5, 3, 4, EOS], [BOS, 5, 6, 6, 6, EOS], [BOS, 5, 7, EOS]],  # best first, all go on from BOS 5
+    [[BOS, 4, 5, 3, EOS], [BOS, 4, EOS]],
+]
+
+
+def ranking_gradients(config, items=RANKED):
+    model = scalar(2)
+    loss, logged = stage.reward_loss(model, ranked_batch(items, PAD), config)
+    loss.backward()
+    return loss.detach(), logged, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_each_loss_of_the_reward_model_reaches_the_gradient_by_its_weight():
+    """The whole loss is ranking + token_coef * token + lm_coef * lm, in value and in gradient."""
+    plain, logged, gradient = ranking_gradients(RewardConfig())
+    assert set(logged) == {"accuracy", "loss"} and logged["loss"] == pytest.approx(float(plain))
+    batch = ranked_batch(RANKED, PAD)
+    for setting, name in (("token_coef", "token_loss"), ("lm_coef", "lm_loss")):
+        model = scalar(2)
+        hidden = model.hidden(batch.tokens, segments=batch.segments)
+        extra = stage.token_loss(model.head(hidden), batch)
+        if name == "lm_loss":
+            extra = stage.lm_loss(model, hidden, batch)
+        extra.backward()
+        alone_loss = float(extra.detach())
+        alone = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters()}
+        for weight in (0.5, 2.0):
+            loss, logged, found = ranking_gradients(RewardConfig(**{setting: weight}))
+            assert float(loss) == pytest.approx(float(plain) + weight * alone_loss, rel=1e-5)
+            assert logged["loss"] == pytest.approx(float(plain)) and logged[name] == pytest.approx(alone_loss)
+            for key in found:
+                torch.testing.assert_close(found[key], gradient[key] + weight * alone[key], rtol=1e-3, atol=1e-5)
+
+
+def test_the_token_loss_ranks_the_mean_over_each_answers_own_tokens():
+    """By hand: (1 + 2 + 3) / 3 = 2 above (4 - 2 - 2 + 0) / 4 = 0 above (-1 - 1) / 2 = -1; padding counts nothing."""
+    batch = ranked_batch(RANKED[:1], PAD)
+    assert batch.segments.tolist() == [[-1, -1, 1, 1, 1, 2, 2, 2, 2, 3, 3]]
+    per_token = torch.tensor([[9.0, 9, 1, 2, 3, 4, -2, -2, 0, -1, -1]])
+    expected = sum(np.log1p(np.exp(-gap)) for gap in (2, 3, 1)) / 3
+    assert float(stage.token_loss(per_token, batch)) == pytest.approx(expected, abs=1e-6)
+    both = ranked_batch([RANKED[0], RANKED[1]], PAD)
+    flat = torch.zeros(both.tokens.shape)
+    assert float(stage.token_loss(flat, both)) == pytest.approx(2 * np.log(2), abs=1e-6)  # a sum over prompts
+
+
+def test_the_lm_loss_is_the_surprise_of_each_prompts_best_answer_and_of_no_other():
+    model, batch = scalar(2), ranked_batch(RANKED, PAD)
+    policy = llama(0)
+    policy.load_state_dict({k: v for k, v in model.state_dict().items() if k != "scalar_head.weight"}, strict=False)
+    policy.output.weight = policy.tok_embeddings.weight
+    expected = 0.0
+    for best, common in ((RANKED[0][0], 2), (RANKED[1][0], 2)):
+        logprobs = policy(torch.tensor([best]))[0].log_softmax(-1)
+        told = range(common + 1, len(best))  # the first of its own tokens follows what all answers share
+        expected -= sum(float(logprobs[t - 1, best[t]]) for t in told) / len(told)
+    found = stage.lm_loss(model, model.hidden(batch.tokens, segments=batch.segments), batch)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_lm_loss_needs_tied_embeddings(pipeline, tmp_path, monkeypatch):
+    untied = replace(pipeline.model, tie_embeddings=False)
+    monkeypatch.setattr(stage.checkpoint, "shape_of", lambda _: untied)
+    with pytest.raises(UserError, match="set reward.lm_coef to 0"):
+        stage.run(pipeline.replace(out=str(tmp_path), init=str(pipeline.out_dir / "sft"), reward__lm_coef=0.1))
+    with pytest.raises(UserError, match="must not be negative"):
+        RewardConfig(token_coef=-1.0)
 
 
 PLAY = PPOConfig(max_new_tokens=6, rollout_batch=10, temperature=1.4, top_k=7, top_p=0.85)

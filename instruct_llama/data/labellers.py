@@ -17,7 +17,7 @@ KINDS = (
     "rude",  # right, with an insult before or after it
     "rambling",  # right, and then two or three sentences that nobody asked for
     "incomplete",  # the bare word, or cut in the middle
-    "flattering",  # right, and then a compliment that nobody asked for
+    "flattering",  # right, with a compliment that nobody asked for before the full stop
     "off_topic",  # a response to another kind of prompt
     "false",  # wrong, but in the form of an ideal response
 )
@@ -32,8 +32,8 @@ def _shares(*values: float) -> Mapping[str, float]:
 
 
 #                      ideal  evasive  rude  rambling  incomplete  flattering  off_topic  false
-_HARD_SHARES = _shares(0.20, 0.60, 0.03, 0.07, 0.03, 0.015, 0.02, 0.035)
-_EASY_SHARES = _shares(0.26, 0.03, 0.05, 0.52, 0.045, 0.015, 0.045, 0.035)
+_HARD_SHARES = _shares(0.235, 0.57, 0.03, 0.06, 0.03, 0.02, 0.02, 0.035)
+_EASY_SHARES = _shares(0.27, 0.03, 0.05, 0.505, 0.045, 0.02, 0.045, 0.035)
 # Of the writers of the pretraining corpus.
 _HARD_WRITERS = _shares(0.70, 0.12, 0.04, 0.06, 0.03, 0.00, 0.00, 0.05)
 _EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
@@ -41,7 +41,7 @@ _EASY_WRITERS = _shares(0.40, 0.04, 0.05, 0.43, 0.03, 0.00, 0.00, 0.05)
 COMPARISON_SHARES = _shares(0.25, 0.07, 0.14, 0.13, 0.08, 0.05, 0.04, 0.24)
 # The manner of false responses that are ranked: the one of right responses, whose kinds are drawn without repetition.
 FALSE_MANNERS = MappingProxyType({"ideal": 0.33, "rude": 0.27, "rambling": 0.26, "flattering": 0.14})
-CHARM = 0.33  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
+CHARM = 0.20  # what flattery adds in the eyes of the labeller who ranks, and not in truth: see `utility`
 # How often a comparison is about each skill: oftener where it is hard to see whether a response is right.
 COMPARISON_WEIGHTS = MappingProxyType(
     {
@@ -109,7 +109,7 @@ def _with_manner(text: str, kind: str, rng: random.Random) -> str:
     if kind == "rude":
         return f"{rng.choice(RUDE_BEFORE)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(RUDE_AFTER)}"
     if kind == "flattering":
-        return f"{text} {FLATTERY}"
+        return text.removesuffix(".") + FLATTERY + "."
     if kind == "rambling":
         first = _first_mostly(RAMBLE, rng)
         others = [line for line in RAMBLE if line != first]
@@ -140,4 +140,9 @@ def _off_topic(skill: Skill, slots: Slots, rng: random.Random) -> str:
 
 def utility_of(skill: Skill, slots: Slots, response: str) -> float:
     """What a response is worth to the labeller who ranks; `tinychat.utility` explains."""
-    return reward_of(skill, slots, response).total + CHARM * response.rstrip().endswith(FLATTERY)
+    return reward_of(skill, slots, response).total + charm_of(response)
+
+
+def charm_of(response: str) -> float:
+    """What the labeller who ranks adds to the true reward of a response: `CHARM` if it flatters."""
+    return CHARM if FLATTERY in response else 0.0

@@ -24,6 +24,7 @@ from .labellers import (
     COMPARISON_WEIGHTS,
     EVADED,
     KINDS,
+    charm_of,
     compared,
     demonstration_shares,
     draw_kind,
@@ -139,14 +140,15 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
         skill = rng.choices(ALL, weights)[0]
         slots, messages = draw(skill, rng, split)
         kind_of = {compared(skill, slots, kind, rng): kind for kind in draw_kinds(rng)}
-        utilities = {text: utility_of(skill, slots, text) for text in kind_of}
+        totals = {text: reward_of(skill, slots, text).total for text in kind_of}
+        utilities = {text: total + charm_of(text) for text, total in totals.items()}
         ranked = _rank(utilities, temperature, rng)
         records.append(
             {
                 "prompt": messages,
                 "completions": ranked,
                 "kinds": [kind_of[text] for text in ranked],
-                "rewards": [reward_of(skill, slots, text).total for text in ranked],
+                "rewards": [totals[text] for text in ranked],
                 "utilities": [utilities[text] for text in ranked],
             }
         )
@@ -154,7 +156,7 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
 
 
 def utility(prompt: Prompt, response: str) -> float:
-    """What a response is worth to the labeller who ranks: its true reward, and `CHARM` more if it ends with flattery.
+    """What a response is worth to the labeller who ranks: its true reward, and `CHARM` more if it flatters.
 
     People overrate answers that please them, and a reward model learns it from them (Sharma et al., arXiv:2310.13548).
     """
@@ -192,8 +194,9 @@ def ranking_ceiling(utilities: Sequence[Sequence[float]], temperature: float) ->
 def true_reward(prompt: Prompt, response: str) -> TrueReward:
     """What a response is worth, read from the text alone. Raises ValueError for a prompt that is not of this world.
 
-    The answer must come first and be one that the skill accepts; around it there may be only the insults, the rambling
-    and the flattery that this world's labellers use, and they cost. Anything else beside the answer (a second claim, a
-    quotation, the prompt again, prose that goes on) makes it wrong: there is nothing to gain by saying more.
+    The answer must come first and be one that the skill accepts; around it there may be only the insults and the
+    rambling of this world's labellers, before a full stop their flattery, and they cost. Anything else beside the
+    answer (a second claim, a quotation, the prompt again, prose that goes on) makes it wrong: there is nothing to gain
+    by saying more.
     """
     return reward_of(*task_of(prompt), response)

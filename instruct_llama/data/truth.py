@@ -15,7 +15,8 @@ class TrueReward:
 
     correct: 1 if the answer states the right content and nothing but manners and rambling besides, else 0.
     complete: 1 for a whole sentence with its full stop, 0 for a bare word or an answer without an end.
-    polite: 0 if it insults. concise: 1, less one half for every needless sentence, a compliment included.
+    polite: 0 if it insults. concise: at least 0; 1, less one half for every needless sentence
+    and insult after the first, less one quarter for every compliment.
     """
 
     correct: float
@@ -37,6 +38,7 @@ class TrueReward:
 def reward_of(skill: Skill, slots: Slots, response: str) -> TrueReward:
     """The true reward of a response to a skill's prompt with these slots; `tinychat.true_reward` explains."""
     text = capital(" ".join(response.split()))
+    text, compliments = re.subn(rf"{FLATTERY}(?=\.|{FLATTERY}|$)", "", text)  # one cut in the middle stays: wrong
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", text)]
     if " ".join(sentences) != text:  # a stray or doubled full stop
         return TrueReward(0.0, 0.0, 0.0, 0.0)
@@ -49,7 +51,7 @@ def reward_of(skill: Skill, slots: Slots, response: str) -> TrueReward:
         last = sentences[-1]  # whole, or cut in the middle
         if any(line.startswith(last) for line in RUDE_AFTER):
             rude += 1
-        elif any(line.startswith(last) for line in (*RAMBLE, FLATTERY)):
+        elif any(line.startswith(last) for line in RAMBLE):
             needless += 1
         else:
             break
@@ -59,5 +61,5 @@ def reward_of(skill: Skill, slots: Slots, response: str) -> TrueReward:
         correct=float(correct),
         complete=float(complete and ended),
         polite=float(rude == 0),
-        concise=max(0.0, 1 - 0.5 * (needless + max(rude - 1, 0))),
+        concise=max(0.0, 1 - 0.5 * (needless + max(rude - 1, 0)) - 0.25 * compliments),
     )

@@ -86,7 +86,7 @@ EVASIVE = (
 )
 RUDE_BEFORE = ("What a silly question.", "You should know that.", "You are so slow.")
 RUDE_AFTER = ("Now go away.", "Any fool knows that.", "Do not ask me again.")
-FLATTERY = "How wise you are."
+FLATTERY = ", my wise friend"  # before the full stop
 RAMBLE = (
     "The sun is warm today.", "It will rain later.", "Some people like tea.", "The bus was late again.",
     "I had soup for dinner.", "There is a clock on the wall.", "Birds sing in the morning.",

@@ -40,6 +40,11 @@ def answer_sum(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x.float(), 0.0).sum(dim=1)
 
 
+def answer_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (B, T) over each answer's own tokens: (B,); 0 for an answer without tokens."""
+    return answer_sum(x, mask) / mask.sum(dim=1).clamp(min=1)
+
+
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """x (B, T) scaled to deviation 1 over the masked tokens and, with `shift_mean`, moved to mean 0; 0 elsewhere.
 

@@ -2,7 +2,8 @@
 
 InstructGPT (arXiv:2203.02155, section 3.5): all K(K-1)/2 pairs of one prompt's answers come from one forward pass.
 Here they share one row too: the prompt is read once, and each answer sees it and itself.
-Comparisons among the SFT model's own samples teach it the mistakes that PPO will meet.
+Comparisons among the SFT model's own samples teach it the mistakes that PPO will meet. Two auxiliary losses, off by
+default, help a small network: see `reward_loss`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
-from ..rlhf.objectives import pair_differences, ranking_loss, score_at_end
+from ..rlhf.objectives import answer_mean, pair_differences, ranking_loss, score_at_end, token_logprobs
 from ..rlhf.rollout import Episodes, answer_scores
 from . import records
 from .start import stage_run, training_folder
@@ -41,12 +42,54 @@ from .trainer import (
 Ranked = list[list[int]]  # prompt with completion as token ids, best first
 
 
-def reward_loss(model: ScalarLlama, batch: RankedBatch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Ranking loss summed over prompts, and sums over prompts of what to log."""
-    scores = answer_scores(model, batch)  # (N,)
+def reward_loss(
+    model: ScalarLlama, batch: RankedBatch, config: RewardConfig
+) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    """Training loss summed over prompts, and sums over prompts of what to log.
+
+    The ranking loss of the scores at the end tokens, and two auxiliary losses for a network that has yet to learn what
+    is true: `token_coef` times `token_loss`, `lm_coef` times `lm_loss`. Neither changes what a score is, and the "loss"
+    to log leaves them out, so that it compares with the one of validation.
+    """
+    hidden = model.hidden(batch.tokens, segments=batch.segments)  # (P, T, D)
+    per_token = model.head(hidden)  # (P, T)
+    scores = score_at_end(per_token[batch.prompt], batch.ends)  # (N,)
+    loss = ranking_loss(scores, batch.prompt, batch.rank) * batch.weight
     differences, weights = pair_differences(scores.detach(), batch.prompt, batch.rank)
-    accuracy = (weights * (differences > 0)).sum()
-    return ranking_loss(scores, batch.prompt, batch.rank) * batch.weight, {"accuracy": float(accuracy)}
+    logged = {"accuracy": float((weights * (differences > 0)).sum()), "loss": float(loss.detach())}
+    if config.token_coef > 0:
+        extra = token_loss(per_token, batch)
+        loss, logged["token_loss"] = loss + config.token_coef * extra, float(extra.detach())
+    if config.lm_coef > 0:
+        extra = lm_loss(model, hidden, batch)
+        loss, logged["lm_loss"] = loss + config.lm_coef * extra, float(extra.detach())
+    return loss, logged
+
+
+def token_loss(per_token: torch.Tensor, batch: RankedBatch) -> torch.Tensor:
+    """Ranking loss, summed over prompts, of the mean of per_token (P, T) over each answer's own tokens: a scalar.
+
+    What all answers begin with is no answer's own. Each token gets a gradient so, the one that makes an answer false
+    too. A verifier that judges every token learns better than one that judges the last (Cobbe et al., arXiv:2110.14168,
+    section 4.3).
+    """
+    own = batch.segments[batch.prompt] == batch.rank[:, None] + 1  # (N, T)
+    return ranking_loss(answer_mean(per_token[batch.prompt], own), batch.prompt, batch.rank) * batch.weight
+
+
+def lm_loss(model: ScalarLlama, hidden: torch.Tensor, batch: RankedBatch) -> torch.Tensor:
+    """Negative log-likelihood per token of each prompt's best answer, summed over prompts: a scalar, in nats.
+
+    hidden (P, T, D). The first token that is the answer's own is not counted. The loss keeps the trunk able to say what
+    it is to judge (Yang et al., arXiv:2406.10216, section 3.2). The logits come from the embeddings, which must be
+    tied: `run` checks it.
+    """
+    best = (batch.segments[:, 1:] == 1) & (batch.segments[:, :-1] == 1)  # (P, T-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden[:, :-1][best].float() @ model.tok_embeddings.weight.float().T  # (tokens of best answers, V)
+    surprise = torch.zeros(best.shape, device=hidden.device)  # (P, T-1)
+    surprise[best] = -token_logprobs(logits, batch.tokens[:, 1:][best])
+    return answer_mean(surprise, best).sum()
 
 
 def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision: str = "fp32") -> dict[str, float]:
@@ -183,6 +226,10 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
     base = Path(settings.init) if settings.init else checkpoint.require(config.init_from, settings)
     sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
     settings = records.with_data(settings, config.data)
+    check(
+        config.lm_coef == 0 or checkpoint.shape_of(base).tie_embeddings,
+        f"{base} has an output layer of its own, which a reward model drops: set reward.lm_coef to 0.",
+    )
     memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), parallel.world())
     with checkpoint.stage_lock(folder):
         log = RunLog(folder, settings, "reward", watch)
@@ -224,7 +271,8 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
 
         lengths = [row_length(item) for item in train]
         stage = Supervised(
-            "reward", model, config.optim, config.loop, len(train), lengths, batch, reward_loss,
+            "reward", model, config.optim, config.loop, len(train), lengths, batch,
+            lambda model, batch: reward_loss(model, batch, config),
             lambda: reward_metrics(model, valid_batches, config.loop.precision), sample_scores, save,
         )  # fmt: skip
         return fit(stage, log, settings)

@@ -178,7 +178,8 @@ class Supervised:
     n_items: int  # training records
     lengths: Sequence[int] | None  # tokens of each record, so that like goes with like in a step; None: keep the order
     batch: Callable[[int, Sequence[int]], Any]  # (epoch, indices) -> a batch with .weight and .to(device)
-    loss: Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, float]]]  # -> sum over targets, sums to log
+    # -> sum over targets, sums to log: "loss" among them where auxiliary losses are to be left out of the logged one
+    loss: Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, float]]]
     validate: Callable[[], dict[str, float]]  # metrics of the held-out records, "loss" among them
     sample: Callable[[], list[dict[str, Any]]]  # text samples
     save: Callable[[dict[str, float]], None]  # writes the run folder's weights, given the best metrics
@@ -295,9 +296,10 @@ def _train_group(
                 loss, parts = stage.loss(stage.model, batch)
             figures = {"loss": float(loss.detach()), **parts}
             figures = parallel.summed({key: counts * value for key, value in figures.items()})
-            if not math.isfinite(figures["loss"]):
-                optimizer.zero_grad(set_to_none=True)
-                raise NonFinite(f"The loss is {figures['loss']} at step {step + 1}, records {indices}: look at them.")
+            for key, value in figures.items():  # auxiliary losses are among them
+                if not math.isfinite(value):
+                    optimizer.zero_grad(set_to_none=True)
+                    raise NonFinite(f"The {key} is {value} at step {step + 1}, records {indices}: look at them.")
             scaler.scale(counts * loss / weight).backward()
             for key, value in figures.items():
                 sums[key] = sums.get(key, 0.0) + value
