@@ -351,7 +351,8 @@ def test_kinds_are_judged_by_who_stands_above_the_ideal(pipeline, monkeypatch):
     assert list(found) == kinds[1:] and all(one["mean"] == one["ceiling"] for one in found.values())
     assert found["flattering"]["ceiling"] == 0.0 and found["false"]["ceiling"] == found["rude"]["ceiling"] == 1.0
     for kind in ("rude", "flattering", "rambling"):
-        assert all(texts[0] in texts[kinds.index(kind)] for texts in seen), "not the words of the ideal response"
+        texts_of = ((texts[0].removesuffix("."), texts[kinds.index(kind)]) for texts in seen)  # flattery: before it
+        assert all(ideal in text for ideal, text in texts_of), "not the words of the ideal response"
     assert asdict(accuracy_estimate(24, 24)).items() <= found["false"].items()
     sign = -1.0
     wrong = evaluate.kind_accuracy(None, tokenizer, prompts, seed=1)
