@@ -565,6 +565,19 @@ def test_the_lm_loss_is_the_surprise_of_each_prompts_best_answer_and_of_no_other
     assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_reward_stage_trains_and_logs_by_its_own_weights_of_the_auxiliary_losses(pipeline, tmp_path, monkeypatch):
+    real, asked = stage.reward_loss, []
+    monkeypatch.setattr(stage, "reward_loss", lambda model, batch, config: asked.append(config) or real(
+        model, batch, config))  # fmt: skip
+    settings = pipeline.replace(
+        out=str(tmp_path), init=str(pipeline.out_dir / "sft"), reward__token_coef=0.7, reward__lm_coef=0.0,
+        reward__loop=replace(pipeline.reward.loop, steps=1),
+    )  # fmt: skip
+    (record,) = stage.run(settings).history
+    assert set(asked) == {settings.reward}
+    assert "train/token_loss" in record and "train/lm_loss" not in record
+
+
 def test_the_lm_loss_needs_tied_embeddings(pipeline, tmp_path, monkeypatch):
     untied = replace(pipeline.model, tie_embeddings=False)
     monkeypatch.setattr(stage.checkpoint, "shape_of", lambda _: untied)
