@@ -40,9 +40,7 @@ def told(settings: Settings) -> Iterator[None]:
         "INSTRUCT_LLAMA_OUT": str(settings.out_dir.resolve()),
         "INSTRUCT_LLAMA_SEED": str(settings.seed),
         "INSTRUCT_LLAMA_STATIC": "1",  # static figures, no widget state in the saved notebooks
-        "INSTRUCT_LLAMA_REAL": "1"
-        if getattr(settings, "real", False)
-        else "",  # a `Tour` has it, not the plain settings
+        "INSTRUCT_LLAMA_REAL": "1" if getattr(settings, "real", False) else "",  # a `Tour`, not the plain settings
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

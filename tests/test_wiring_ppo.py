@@ -634,6 +634,21 @@ def test_the_reward_stage_hands_ppos_settings_to_both_of_its_samplers(pipeline, 
     assert played == [settings.ppo, settings.ppo]  # own comparisons, and the reference responses of the normaliser
 
 
+def test_the_reward_stage_hands_the_worlds_temperature_to_the_labeller_of_its_own_samples(
+    pipeline, tmp_path, monkeypatch
+):  # fmt: skip
+    asked, real = [], stage.sample_comparisons
+    monkeypatch.setattr(stage, "sample_comparisons", lambda *given: asked.append(given) or real(*given))
+    settings = pipeline.replace(
+        out=str(tmp_path), init=str(pipeline.out_dir / "sft"), world__temperature=0.4, reward__sample_share=0.5,
+        reward__loop=replace(pipeline.reward.loop, steps=1),
+    )  # fmt: skip
+    stage.run(settings)
+    ((_, _, prompts, config, temperature, seed, play),) = asked
+    assert (config, temperature, seed, play) == (settings.reward, 0.4, settings.seed, settings.ppo)
+    assert len(prompts) == round(settings.world.comparisons * 0.5)  # the share that is sampled
+
+
 def test_the_normaliser_ignores_answers_without_end_unless_none_ends():
     model, episodes = scalar(3), by_hand()
     raw = [float(model(episodes.tokens[i : i + 1])[0, n - 1]) for i, n in enumerate((6, 3))]

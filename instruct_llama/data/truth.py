@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from .skills import Skill, Slots
 from .words import FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
 
+# Where a sentence ends, or another compliment follows; one cut in the middle stays, and makes the response wrong.
+COMPLIMENT = re.compile(rf"{re.escape(FLATTERY)}(?=\.|{re.escape(FLATTERY)}|$)")
+
 
 @dataclass(frozen=True)
 class TrueReward:
@@ -38,7 +41,7 @@ class TrueReward:
 def reward_of(skill: Skill, slots: Slots, response: str) -> TrueReward:
     """The true reward of a response to a skill's prompt with these slots; `tinychat.true_reward` explains."""
     text = capital(" ".join(response.split()))
-    text, compliments = re.subn(rf"{FLATTERY}(?=\.|{FLATTERY}|$)", "", text)  # one cut in the middle stays: wrong
+    text, compliments = COMPLIMENT.subn("", text)
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", text)]
     if " ".join(sentences) != text:  # a stray or doubled full stop
         return TrueReward(0.0, 0.0, 0.0, 0.0)
