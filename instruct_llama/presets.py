@@ -55,14 +55,15 @@ LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=96, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=264, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=20_000, comparisons=36_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=20_000, comparisons=40_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
         loop=c.LoopConfig(steps=1800, batch_size=18, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.05, answers=4, token_coef=1.0, lm_coef=0.3, optim=c.OptimConfig(lr=1.2e-3, min_lr_ratio=0.02),
+        sample_share=0.05, answers=4, token_coef=1.0, lm_coef=0.3,
+        optim=c.OptimConfig(lr=1.2e-3, min_lr_ratio=0.02, weight_decay=0.2),
         loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=2, eval_batches=96, eval_every=750),
     ),
     qlora=c.SFTConfig(
