@@ -64,7 +64,7 @@ LAPTOP = Settings(
     reward=c.RewardConfig(
         sample_share=0.05, answers=4, token_coef=1.0, lm_coef=0.3,
         optim=c.OptimConfig(lr=1.2e-3, min_lr_ratio=0.02, weight_decay=0.2),
-        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=2, eval_batches=96, eval_every=750),
+        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=2, eval_batches=96, eval_every=1250),
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0), train_embeddings=True, quant=c.QuantConfig(kind="nf4"),
@@ -72,8 +72,8 @@ LAPTOP = Settings(
         loop=c.LoopConfig(epochs=0.65, batch_size=8, accumulate=2, eval_batches=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=32, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.24,
-        value_clip=0.5, value_lr=2e-3, eval_every=8, eval_prompts=512,
+        iterations=30, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.24,
+        value_clip=0.5, value_lr=2e-3, eval_every=10, eval_prompts=256,
         # Adam's epsilon as in "The 37 Implementation Details of Proximal Policy Optimization" (Huang et al., 2022)
         optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99, eps=1e-5),
     ),
