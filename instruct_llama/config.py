@@ -216,12 +216,14 @@ class RewardConfig:
     normalise_samples: int = 256  # reference answers on which the score's mean and scale are fitted
     token_coef: float = 0.0  # weight of the ranking loss of the head's mean over an answer's own tokens
     lm_coef: float = 0.0  # weight of the language-model loss on the best answer of each comparison
+    bucket_steps: int = 1  # optimizer steps whose comparisons are sorted by length together: more means less padding
     optim: OptimConfig = OptimConfig(lr=5e-4)
     loop: LoopConfig = LoopConfig(epochs=1, batch_size=32)
 
     def __post_init__(self) -> None:
         _check_name("reward", self.run_name)
         check(min(self.token_coef, self.lm_coef) >= 0, "reward.token_coef and reward.lm_coef must not be negative.")
+        check(self.bucket_steps >= 1, "reward.bucket_steps must be at least 1: each step's comparisons by themselves.")
 
     @property
     def run_name(self) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from . import checkpoint, parallel, seeds
 from .baselines import as_prose, best_of, best_of_kl_bound, kind_accuracy, prose_answers, raw_scores, response_logprobs
-from .config import EvaluateConfig, PPOConfig, Settings, UserError, check
+from .config import EvaluateConfig, PPOConfig, Settings, check
 from .data import tinychat
 from .data.batches import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch
 from .data.skills import Prompt
@@ -94,8 +94,7 @@ def reward_accuracy(
     """
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
-    if not fitted:
-        raise UserError(f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
+    check(bool(fitted), f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
     right, pairs, device = [], [], next(model.parameters()).device  # of each comparison
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
@@ -137,8 +136,7 @@ def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[
     processes take a stage each in turn, so each stage is judged as by one process alone.
     """
     folders = {folder.name: folder for folder in stage_folders(settings.out_dir)}
-    if not folders:
-        raise UserError(f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
+    check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
     prompts = tinychat.prompts(settings.seed, settings.evaluate.prompts, split="heldout")
     judged_here: dict[int, tuple[dict[str, Any], Values]] = {}
     for number, name in parallel.dealt(folders):

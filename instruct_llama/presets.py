@@ -55,16 +55,16 @@ LAPTOP = Settings(
     preset="laptop",
     model=c.ModelConfig(dim=96, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=264, max_seq_len=256, init_std=0.12),
     tokenizer=c.TokenizerConfig(vocab_size=640),
-    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=20_000, comparisons=40_000, prompts=4_000, heldout=512),
+    world=c.WorldConfig(corpus_chars=4_000_000, demonstrations=20_000, comparisons=36_000, prompts=4_000, heldout=512),
     pretrain=c.PretrainConfig(
         seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
         loop=c.LoopConfig(steps=1800, batch_size=18, eval_every=300),
     ),
     sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.05, answers=4, token_coef=1.0, lm_coef=0.3,
+        sample_share=0.05, answers=4, token_coef=1.0, lm_coef=0.3, bucket_steps=4,
         optim=c.OptimConfig(lr=1.2e-3, min_lr_ratio=0.02, weight_decay=0.2),
-        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=2, eval_batches=96, eval_every=1250),
+        loop=c.LoopConfig(epochs=1, batch_size=8, eval_batches=48, eval_every=1500),
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0), train_embeddings=True, quant=c.QuantConfig(kind="nf4"),
@@ -73,7 +73,7 @@ LAPTOP = Settings(
     ),
     ppo=c.PPOConfig(
         iterations=30, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.24,
-        value_clip=0.5, value_lr=2e-3, eval_every=10, eval_prompts=256,
+        value_clip=0.5, value_lr=2e-3, eval_every=15, eval_prompts=256,
         # Adam's epsilon as in "The 37 Implementation Details of Proximal Policy Optimization" (Huang et al., 2022)
         optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99, eps=1e-5),
     ),

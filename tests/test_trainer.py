@@ -20,7 +20,7 @@ from torch import nn
 
 from instruct_llama import checkpoint, presets
 from instruct_llama.config import LoopConfig, ModelConfig, OptimConfig, UserError
-from instruct_llama.data.batches import Batch, dialog_batch
+from instruct_llama.data.batches import Batch, dialog_batch, epoch_order
 from instruct_llama.model.llama import Llama
 from instruct_llama.stages import ppo, pretrain, records, sft, trainer
 from instruct_llama.stages.pretrain import language_model_loss
@@ -154,15 +154,34 @@ def test_p09_schedules_count_optimizer_steps(tmp_path):
     assert [r["train/lr"] for r in result.history] == [learning_rate(step, 9, optim) for step in range(9)]
 
 
+@pytest.mark.parametrize("bucket_steps", [1, 2])
 @pytest.mark.parametrize("lengths", [None, [5, 1, 4, 2, 3, 9, 8]])
-def test_every_record_comes_once_an_epoch(lengths):
+def test_every_record_comes_once_an_epoch(lengths, bucket_steps):
     loop = LoopConfig(batch_size=2, accumulate=3)
-    stage = types.SimpleNamespace(name="sft", n_items=7, lengths=lengths, loop=loop)
+    stage = types.SimpleNamespace(name="sft", n_items=7, lengths=lengths, loop=loop, bucket_steps=bucket_steps)
     orders = [trainer.epoch_groups(stage, 1, epoch) for epoch in range(3)]
     for groups in orders:
         flat = list(itertools.chain.from_iterable(itertools.chain.from_iterable(groups)))
-        assert sorted(flat) == list(range(7)) and [len(group) for group in groups] == [3, 1]
+        assert sorted(flat) == list(range(7)) and sorted(len(group) for group in groups) == [1, 3]
     assert orders[0] != orders[1] and orders[1] == trainer.epoch_groups(stage, 1, 1)
+
+
+def test_a_bucket_holds_like_lengths_in_a_step_and_puts_its_steps_in_random_order():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 200, 640).tolist()
+    loop = LoopConfig(batch_size=4)
+    padded = {}
+    for buckets in (1, 8):
+        stage = types.SimpleNamespace(name="reward", n_items=640, lengths=lengths, loop=loop, bucket_steps=buckets)
+        groups = trainer.epoch_groups(stage, 1, 0)
+        steps = [[lengths[i] for i in sum(group, [])] for group in groups]
+        padded[buckets] = sum(len(step) * max(step) for step in steps) / sum(lengths)
+        rises = sum(max(one) < max(two) for one, two in itertools.pairwise(steps)) / (len(steps) - 1)
+        assert 0.3 < rises < 0.7  # 0.5 where chance orders the steps; 7 in 8 where a bucket stays sorted
+    draw = epoch_order(640, 1, 0, "reward")[:32]
+    stage = types.SimpleNamespace(name="reward", n_items=640, lengths=lengths, loop=loop, bucket_steps=8)
+    first = sum(sum(trainer.epoch_groups(stage, 1, 0)[:8], []), [])
+    assert sorted(first) == sorted(draw) and padded[8] < 1.2 < 1.4 < padded[1]  # each bucket is a random draw
 
 
 def test_p27_a_step_is_a_random_draw_whatever_the_lengths():
@@ -170,7 +189,7 @@ def test_p27_a_step_is_a_random_draw_whatever_the_lengths():
     own tokens), and a model would learn short responses more often than they come. Micro-batches may be alike."""
     lengths = [10] * 500 + [40] * 500
     loop = LoopConfig(batch_size=5, accumulate=4)
-    stage = types.SimpleNamespace(name="sft", n_items=1000, lengths=lengths, loop=loop)
+    stage = types.SimpleNamespace(name="sft", n_items=1000, lengths=lengths, loop=loop, bucket_steps=1)
     groups = trainer.epoch_groups(stage, 1, 0)
     long_share = [sum(lengths[i] == 40 for micro in group for i in micro) / 20 for group in groups]
     weight = sum(share * 40 / (share * 40 + (1 - share) * 10) for share in long_share) / len(groups)
@@ -476,7 +495,7 @@ def poisoned(value: str, record: int):
 @pytest.mark.parametrize("value", ["loss", "gradient"])
 def test_p34_what_is_not_finite_stops_with_step_and_records(tmp_path, value):
     items, bad = range(5), 3
-    stage = types.SimpleNamespace(name="toy", n_items=5, lengths=None, loop=LoopConfig(batch_size=1))
+    stage = types.SimpleNamespace(name="toy", n_items=5, lengths=None, loop=LoopConfig(batch_size=1), bucket_steps=1)
     epoch = trainer.epoch_groups(stage, 1, 0)
     at = [group[0][0] for group in epoch].index(bad)
     options = {"optim": SGD_LIKE, "batch_size": 1}

@@ -22,7 +22,7 @@ from instruct_llama.data.batches import dialog_batch, ranked_batch
 from instruct_llama.model import lora
 from instruct_llama.model.generate import filter_logits
 from instruct_llama.rlhf import layouts, objectives, rollout
-from instruct_llama.stages import exact, ppo, trainer
+from instruct_llama.stages import exact, ppo, pretrain, sft, trainer
 from instruct_llama.stages import reward as stage
 from instruct_llama.stages.pretrain import language_model_loss
 from instruct_llama.stages.runlog import RunLog, read_jsonl
@@ -576,6 +576,25 @@ def test_the_reward_stage_trains_and_logs_by_its_own_weights_of_the_auxiliary_lo
     (record,) = stage.run(settings).history
     assert set(asked) == {settings.reward}
     assert "train/token_loss" in record and "train/lm_loss" not in record
+
+
+def test_p27_only_the_reward_stage_sorts_the_records_of_several_steps(pipeline, tmp_path, monkeypatch):
+    """A comparison counts as one whatever its length; a demonstration counts by its tokens, and must not be sorted."""
+    asked = {}
+
+    def fit(job, log, settings):
+        asked[job.name] = job.bucket_steps
+        raise InterruptedError
+
+    for one in (stage, sft, pretrain):
+        monkeypatch.setattr(one, "fit", fit)
+        settings = pipeline.replace(out=str(tmp_path / one.__name__), reward__bucket_steps=3)
+        init = str(pipeline.out_dir / "sft") if one is stage else str(pipeline.out_dir / "pretrain")
+        with pytest.raises(InterruptedError):
+            one.run(settings if one is pretrain else settings.replace(init=init))
+    assert asked == {"reward": 3, "sft": 1, "pretrain": 1}
+    with pytest.raises(UserError, match="bucket_steps must be at least 1"):
+        RewardConfig(bucket_steps=0)
 
 
 def test_the_lm_loss_needs_tied_embeddings(pipeline, tmp_path, monkeypatch):

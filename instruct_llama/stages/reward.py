@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint, memory, parallel, seeds
-from ..config import PPOConfig, QuantConfig, RewardConfig, Settings, UserError, check
+from ..config import PPOConfig, QuantConfig, RewardConfig, Settings, check
 from ..data import tinychat
 from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
 from ..data.tokenizer import Tokenizer
@@ -147,8 +147,7 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
     """Token ids of the comparisons that fit. Raises `UserError` when none does."""
     fitted = [fit_comparison(tokenizer, c["prompt"], c["completions"], seq_len) for c in comparisons]
     kept = [item for item in fitted if item is not None]
-    if not kept:
-        raise UserError(f"None of the {len(fitted)} comparisons fits reward.seq_len {seq_len}: raise it, say twofold.")
+    check(bool(kept), f"None of the {len(fitted)} comparisons fits reward.seq_len {seq_len}: raise it, say twofold.")
     if len(kept) < len(fitted):
         print(f"{len(fitted) - len(kept)} of {len(fitted)} comparisons are longer than {seq_len} tokens: dropped.")
     return kept
@@ -269,10 +268,10 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             else:
                 checkpoint.save_full(folder, model, tokenizer, info)
 
-        lengths = [row_length(item) for item in train]
         stage = Supervised(
-            "reward", model, config.optim, config.loop, len(train), lengths, batch,
+            "reward", model, config.optim, config.loop, len(train), [row_length(item) for item in train], batch,
             lambda model, batch: reward_loss(model, batch, config),
             lambda: reward_metrics(model, valid_batches, config.loop.precision), sample_scores, save,
+            config.bucket_steps,
         )  # fmt: skip
         return fit(stage, log, settings)

@@ -183,6 +183,7 @@ class Supervised:
     validate: Callable[[], dict[str, float]]  # metrics of the held-out records, "loss" among them
     sample: Callable[[], list[dict[str, Any]]]  # text samples
     save: Callable[[dict[str, float]], None]  # writes the run folder's weights, given the best metrics
+    bucket_steps: int = 1  # steps whose records are sorted by length together; more only where a record counts as one
 
 
 def progress(name: str, total: int, start: int) -> tqdm:
@@ -191,26 +192,27 @@ def progress(name: str, total: int, start: int) -> tqdm:
 
 
 def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int]]]:
-    """An epoch as optimizer steps of micro-batches of record indices; every record once, the last group incomplete.
+    """An epoch as optimizer steps of micro-batches of record indices: every record once, one step incomplete.
 
-    A step's records are a random draw. Only within it do records of like length share a micro-batch, to save padding:
-    steps of like length would divide long responses by more tokens than short ones, so that the model learns the short
-    ones more often than they come.
+    The records of `bucket_steps` steps are a random draw, sorted by length to save padding; the steps then come in
+    random order. A loss per token needs 1: steps of like length would divide long responses by more tokens than short
+    ones, and the model would learn the short ones more often than they come.
     """
     order = [int(i) for i in epoch_order(stage.n_items, seed, epoch, stage.name)]
-    size, groups = stage.loop.batch_size, []
-    for start in range(0, len(order), size * stage.loop.accumulate):
-        group = order[start : start + size * stage.loop.accumulate]
+    size, per_step, epoch_steps = stage.loop.batch_size, stage.loop.batch_size * stage.loop.accumulate, []
+    for start in range(0, len(order), per_step * stage.bucket_steps):
+        drawn = order[start : start + per_step * stage.bucket_steps]
         if stage.lengths is not None:
-            group = sorted(group, key=stage.lengths.__getitem__)
-        groups.append([group[i : i + size] for i in range(0, len(group), size)])
-    return groups
+            drawn = sorted(drawn, key=stage.lengths.__getitem__)
+        steps = [drawn[i : i + per_step] for i in range(0, len(drawn), per_step)]
+        for i in epoch_order(len(steps), seed, epoch, stage.name, "steps", start):
+            epoch_steps.append([steps[i][j : j + size] for j in range(0, len(steps[i]), size)])
+    return epoch_steps
 
 
 def total_steps(stage: Supervised) -> int:
     """Optimizer steps of the whole run."""
-    micro = -(-stage.n_items // stage.loop.batch_size)
-    per_epoch = -(-micro // stage.loop.accumulate)
+    per_epoch = -(-stage.n_items // (stage.loop.batch_size * stage.loop.accumulate))
     return stage.loop.steps or max(1, round(per_epoch * stage.loop.epochs))
 
 
