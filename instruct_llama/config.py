@@ -290,10 +290,14 @@ class EvaluateConfig:
     """The report card."""
 
     prompts: int = 512  # held-out prompts per stage
+    responses: int = 2  # responses to each prompt at temperature 1: a prompt's true reward is their mean
     comparisons: int = 2000  # held-out comparisons that judge the reward model
     max_new_tokens: int = 48  # longest answer, in tokens
     temperature: float = 1.0  # of answers to real data; the card of the embedded world takes both 1 and 0
     batch_size: int = 256  # prompts answered at once
+
+    def __post_init__(self) -> None:
+        check(self.responses >= 1, "evaluate.responses must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from . import checkpoint, parallel, seeds
 from .baselines import as_prose, best_of, best_of_kl_bound, kind_accuracy, prose_answers, raw_scores, response_logprobs
 from .config import EvaluateConfig, PPOConfig, Settings, check
 from .data import tinychat
-from .data.batches import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch
+from .data.batches import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch, row_length
 from .data.skills import Prompt
 from .data.tokenizer import Tokenizer
 from .expectations import EXPECTED, check_off
@@ -95,6 +95,7 @@ def reward_accuracy(
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
     check(bool(fitted), f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
+    fitted.sort(key=lambda pair: row_length(pair[0]))  # to save padding
     right, pairs, device = [], [], next(model.parameters()).device  # of each comparison
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
@@ -174,16 +175,19 @@ def _judge_policy(
     played = _played_by(info, settings.ppo)
     longest = max(config.max_new_tokens, played["max_new_tokens"] if info.get("stage") == "ppo" else 0)
     for suffix, temperature in TEMPERATURES.items():
-        sampled = generate_ids(model, tokenizer, prompts, longest, temperature, seed=seed, batch_size=config.batch_size)
-        texts = (tokenizer.decode(ids[: config.max_new_tokens]) for ids in sampled)
-        values[f"true_reward{suffix}"] = rewards = true_rewards(prompts, texts)
+        streams = [("generate",), *(("generate", n) for n in range(1, config.responses if temperature > 0 else 1))]
+        options = {"seed": seed, "batch_size": config.batch_size}
+        draws = [generate_ids(model, tokenizer, prompts, longest, temperature, keys=k, **options) for k in streams]
+        texts = [[tokenizer.decode(ids[: config.max_new_tokens]) for ids in draw] for draw in draws]
+        each = zip(*(true_rewards(prompts, draw) for draw in texts), strict=True)
+        values[f"true_reward{suffix}"] = rewards = [sum(mine) / len(mine) for mine in each]
         entry[f"true_reward{suffix}"] = asdict(estimate(rewards))
         entry[f"true_reward{suffix}_by_skill"] = asdict(mean_over_skills(prompts, rewards))
         if info.get("stage") == "pretrain":
             told = prose_answers(model, tokenizer, prompts, replace(config, temperature=temperature), seed)
             entry[f"as_prose{suffix}"] = asdict(estimate(true_rewards(prompts, told)))
         if info.get("stage") == "ppo":
-            responses = [ids[: played["max_new_tokens"]] for ids in sampled]
+            responses = [ids[: played["max_new_tokens"]] for ids in draws[0]]
             values |= _scores_and_kl(model, info, responses, suffix, folders, prompts, played, device)
     entry["skills"] = {skill: one.mean for skill, one in skill_means(prompts, values["true_reward"]).items()}
     entry |= {key: asdict(estimate(values[key])) for key in ("score", "score_greedy", "kl") if key in values}

@@ -7,6 +7,8 @@ Nothing here touches pyplot or leaves a setting behind. A history is what `metri
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,7 +85,8 @@ class LivePlot:
 
     Keys that end alike share a panel ("train/loss", "val/loss"). The one picture is redrawn in place at most every
     `every` seconds, and for about 3% of the time at most; `close()`, or leaving a `with`, draws the last records.
-    Without a notebook kernel it only collects the records, in `.history`.
+    Where INSTRUCT_LLAMA_STATIC is 1, as in a tour that nobody watches, only the last picture is drawn. Without a
+    notebook kernel it only collects the records, in `.history`.
     """
 
     def __init__(self, *keys: str, every: float = 2.0, show: Callable[..., Any] | None = None, **options: Any) -> None:
@@ -93,7 +96,8 @@ class LivePlot:
         self.groups, self.every, self.options = list(groups.values()), every, options  # options: those of `curves`
         self.history: list[dict[str, Any]] = []
         self._show = show or (display if getattr(get_ipython(), "kernel", None) is not None else None)
-        self._handle, self._drawn, self._due = None, 0, 0.0
+        self._handle, self._drawn = None, 0
+        self._due = math.inf if os.environ.get("INSTRUCT_LLAMA_STATIC") == "1" else 0.0
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         self.history.append(dict(record))

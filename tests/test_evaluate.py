@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from instruct_llama import baselines, checkpoint, evaluate, presets
-from instruct_llama.config import UserError
+from instruct_llama.config import EvaluateConfig, UserError
 from instruct_llama.data import tinychat
 from instruct_llama.data.prose import FRAMES
 from instruct_llama.evaluate import Estimate, accuracy_estimate, check_off, describe, estimate, paired
@@ -469,9 +469,9 @@ def scripted(pipeline, tmp_path, monkeypatch):
         model.stage = Path(folder).name
         return model, tokenizer
 
-    def ids(model, tokenizer, prompts, max_new_tokens, temperature, *, seed, batch_size):
+    def ids(model, tokenizer, prompts, max_new_tokens, temperature, *, seed, batch_size, keys):
         temperatures.append(temperature)
-        right = said[model.stage, temperature]
+        right = said.get((model.stage, temperature, keys), said[model.stage, temperature])
         texts = [tinychat.ideal(p) if right(i) else "I do not know." for i, p in enumerate(prompts)]
         return [[*tokenizer.encode(text), *[tokenizer.eos_id] * (i != 1)] for i, text in enumerate(texts)]
 
@@ -485,6 +485,20 @@ def scripted(pipeline, tmp_path, monkeypatch):
         said[stage, 1.0], said[stage, 0.0] = (lambda i: i < 2), (lambda i: i < 4)
     said["ppo", 1.0], said["ppo", 0.0] = (lambda i: i < 6), (lambda i: True)
     return settings, said, temperatures
+
+
+def test_a_prompts_true_reward_is_the_mean_over_its_responses_at_temperature_1(scripted):
+    settings, said, temperatures = scripted
+    said["sft", 1.0, ("generate",)], said["sft", 1.0, ("generate", 1)] = (lambda i: i < 4), (lambda i: i < 2)
+    for responses, mean in ((1, 4 / 8), (2, (4 + 2) / 16), (3, (4 + 2 + 2) / 24)):
+        temperatures.clear()
+        stages = evaluate.report_card(settings.replace(evaluate__responses=responses))["stages"]
+        found = stages["sft"]["true_reward"]
+        assert found["mean"] == pytest.approx(mean) and found["n"] == 8
+        assert stages["sft"]["true_reward_greedy"]["mean"] == pytest.approx(4 / 8)
+        assert temperatures.count(1.0) == responses * temperatures.count(0.0)
+    with pytest.raises(UserError, match="evaluate.responses must be at least 1"):
+        EvaluateConfig(responses=0)
 
 
 def test_the_report_compares_each_stage_with_what_it_came_from(scripted):

@@ -256,6 +256,18 @@ def test_live_plot_spends_little_of_the_time_drawing(clock, monkeypatch):
     assert len(display.shown) + len(display.updates) <= 6
 
 
+def test_live_plot_that_nobody_watches_is_drawn_once_at_the_end(clock, monkeypatch):
+    monkeypatch.setenv("INSTRUCT_LLAMA_STATIC", "1")
+    display = Display()
+    with plots.LivePlot("train/loss", show=display) as watch:
+        for step in range(1, 101):
+            watch({"step": step, "train/loss": 1.0 / step})
+            clock[0] += 10.0
+        assert display.shown == []
+    assert len(display.shown) == 1 and display.updates == []
+    assert len(display.shown[0].axes[0].lines[0].get_xdata()) == 100
+
+
 def test_live_plot_closes_with_its_block_even_when_training_stops(clock):
     display = Display()
     with pytest.raises(KeyboardInterrupt), plots.LivePlot("train/loss", show=display) as watch:

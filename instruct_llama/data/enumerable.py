@@ -264,16 +264,3 @@ def gap_closed(language: Language, policy: nn.Module, ref: nn.Module | None = No
         start = evaluate(language, ref, ref).objective.item()
         reached = evaluate(language, policy, ref).objective.item()
     return (reached - start) / (best_objective(language, ref) - start)
-
-
-def optimal_policy(language: Language) -> PrefixTable:
-    """pi* as a model: the next token's probability after a prefix is the mass of the answers that go on that way."""
-    policy = PrefixTable(language)
-    mass = torch.zeros(language.n_unended, language.vocab_size)
-    row = {prefix: i for i, prefix in enumerate(language.prefixes)}
-    for answer, mask, p in zip(language.answers.tolist(), language.mask, optimal_logprobs(language).exp(), strict=True):
-        for t in range(int(mask.sum())):
-            mass[row[tuple(answer[:t])], answer[t]] += p
-    with torch.no_grad():
-        policy.tok_embeddings.weight.copy_(mass.log().clamp(min=-50.0))
-    return policy
