@@ -226,6 +226,7 @@ class Display:
 
 @pytest.fixture
 def clock(monkeypatch):
+    monkeypatch.delenv("INSTRUCT_LLAMA_STATIC", raising=False)  # as where somebody watches
     now = [100.0]
     monkeypatch.setattr(plots.time, "monotonic", lambda: now[0])
     return now
