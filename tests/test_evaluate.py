@@ -490,6 +490,7 @@ def scripted(pipeline, tmp_path, monkeypatch):
 def test_a_prompts_true_reward_is_the_mean_over_its_responses_at_temperature_1(scripted):
     settings, said, temperatures = scripted
     said["sft", 1.0, ("generate",)], said["sft", 1.0, ("generate", 1)] = (lambda i: i < 4), (lambda i: i < 2)
+    said["ppo", 1.0, ("generate", 1)], scores = (lambda i: i < 1), []
     for responses, mean in ((1, 4 / 8), (2, (4 + 2) / 16), (3, (4 + 2 + 2) / 24)):
         temperatures.clear()
         stages = evaluate.report_card(settings.replace(evaluate__responses=responses))["stages"]
@@ -497,6 +498,8 @@ def test_a_prompts_true_reward_is_the_mean_over_its_responses_at_temperature_1(s
         assert found["mean"] == pytest.approx(mean) and found["n"] == 8
         assert stages["sft"]["true_reward_greedy"]["mean"] == pytest.approx(4 / 8)
         assert temperatures.count(1.0) == responses * temperatures.count(0.0)
+        scores.append((stages["ppo"]["score"]["mean"], stages["ppo"]["kl"]["mean"]))
+    assert scores[1:] == [scores[0]] * 2  # of the first responses alone
     with pytest.raises(UserError, match="evaluate.responses must be at least 1"):
         EvaluateConfig(responses=0)
 
