@@ -10,10 +10,13 @@ import torch
 
 from instruct_llama import checkpoint, presets
 from instruct_llama.config import ModelConfig, UserError
+from instruct_llama.data import enumerable
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama
-from instruct_llama.rlhf import layouts
+from instruct_llama.rlhf import ppo as algorithm
 from instruct_llama.stages import ppo, reward, sft
+from instruct_llama.stages.exact import Alphabet
+from instruct_llama.training import actors as layouts
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
@@ -27,20 +30,20 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
     start = sft.run(settings.replace(sft__name="sft")).folder
     judged = reward.run(settings.replace(init=str(start))).folder
     assert judged.name == "reward-lora" and checkpoint.base_of(judged)[0].resolve() == Path(settings.init).resolve()
-    player, _ = ppo.build(settings.replace(init=str(start)))
-    tokens = torch.randint(player.models.base.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    actors, *_ = ppo.build(settings.replace(init=str(start)))
+    tokens = torch.randint(actors.base.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
     taught, untaught = checkpoint.load(start)[0](tokens), checkpoint.load(settings.init)[0](tokens)
     for role in ("policy", "reference"):  # both start as the SFT model
-        with player.models.role(role) as model:
+        with actors.use(role) as model:
             assert torch.allclose(model(tokens), taught, atol=1e-5)
     assert not torch.allclose(taught, untaught, atol=1e-2)
     scores, norm = checkpoint.load(judged)[0](tokens), checkpoint.read_info(judged)["reward"]
     # the value starts as the reward model, in the unit of the rewards that it is to predict
     for role, expected in (("reward", scores), ("value", (scores - norm["mean"]) / norm["scale"])):
-        with player.models.role(role) as model, torch.no_grad():
+        with actors.use(role) as model, torch.no_grad():
             unit = norm["scale"] if role == "value" else 1.0
             assert torch.allclose(model(tokens), expected, rtol=1e-4, atol=1e-5 / unit)
-    for ours, theirs in zip(*(lora.adapter_state(player.models.base, role).items() for role in ("value", "reward")),
+    for ours, theirs in zip(*(lora.adapter_state(actors.base, role).items() for role in ("value", "reward")),
                             strict=True):  # fmt: skip
         assert torch.equal(ours[1], theirs[1]) and ours[1].data_ptr() != theirs[1].data_ptr(), ours[0]
     result = ppo.run(settings.replace(init=str(start)))
@@ -75,7 +78,7 @@ def test_p08_a_coarse_base_bears_fp32_adapters_and_heads(pipeline, tmp_path):
         ppo__layout="shared_base", ppo__precision="bf16", reward__loop__steps=1,
     )  # fmt: skip
     reward.run(settings)
-    models = ppo.build(settings)[0].models
+    models = ppo.build(settings)[0]
     assert {p.dtype for p in lora.no_adapters(models.base).values()} == {torch.bfloat16}
     for role in ("policy", "value"):
         assert {p.dtype for p in models.trainable(role).values()} == {torch.float32}
@@ -105,7 +108,8 @@ def test_each_network_is_loaded_where_it_belongs(pipeline):
         ({"ppo__swap": True}, ["cpu"] * 4),
         ({}, ["meta"] * 4),
     ):
-        models = layouts.four_models(sft_run, reward_run, torch.device("meta"), pipeline.replace(**changes).ppo)
+        config = pipeline.replace(**changes).ppo
+        models = layouts.four_models(sft_run, reward_run, Alphabet(), torch.device("meta"), config)
         assert list(models.models) == ["policy", "reference", "value", "reward"]
         assert [next(model.parameters()).device.type for model in models.models.values()] == places
         assert models.swap_to == (torch.device("meta") if "ppo__swap" in changes else None)
@@ -113,7 +117,7 @@ def test_each_network_is_loaded_where_it_belongs(pipeline):
 
 def test_frozen_layers_of_the_policy_do_not_train_with_their_embeddings(pipeline):
     folders = [Path(pipeline.out) / stage for stage in ("sft", "reward")]
-    models = layouts.four_models(*folders, torch.device("cpu"), pipeline.replace(ppo__freeze_layers=1).ppo)
+    models = layouts.four_models(*folders, Alphabet(), torch.device("cpu"), pipeline.replace(ppo__freeze_layers=1).ppo)
     names = models.trainable("policy")
     assert names and all(name.startswith(("layers.1.", "norm.")) for name in names)  # the tied output is the embedding
     assert set(models.trainable("value")) == set(dict(models.models["value"].named_parameters()))
@@ -138,24 +142,23 @@ def test_swapped_models_come_for_their_phase_and_go(pipeline, tmp_path, monkeypa
     """Which network is on the device when; the CPU stands for both places."""
     settings = pipeline.replace(out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), ppo__swap=True)
     monkeypatch.setattr(checkpoint, "require", lambda stage, _: Path(pipeline.out) / stage)
-    player, _ = ppo.build(settings)
-    models = player.models
-    named = {id(model): role for role, model in models.models.items()}
+    actors, *_ = ppo.build(settings)
+    named = {id(model): role for role, model in actors.models.items()}
     seen = moves(monkeypatch)
-    drawn = ppo.draw_prompts([[1, 5, 9, 6]] * 4, player.config, 0, 0)
-    optimizer = ppo.make_player_optimizer(player)
-    ppo.iterate(player, drawn, optimizer, 0.1, 0, 0)
+    drawn = algorithm.draw_prompts([[1, 5, 9, 6]] * 4, settings.ppo, 0, 0)
+    optimizer = actors.make_optimizer(settings.ppo)
+    algorithm.run_iteration(actors, settings.ppo, drawn, optimizer, 0.1, 0, 0)
     assert [named[i] for i, _ in seen] == [
         "policy", "policy",  # answers, and goes
         "reference", "reference", "value", "value", "reward", "reward",  # each judges, and goes
         "policy", "value", "policy", "value",  # both learn, and go
     ]  # fmt: skip
-    assert models.here == set()
-    with models.present("policy", "value"), models.role("policy"):
-        assert models.here == {"policy", "value"}
-    with pytest.raises(RuntimeError), models.present("reward"):
+    assert actors.here == set()
+    with actors.present("policy", "value"), actors.use("policy"):
+        assert actors.here == {"policy", "value"}
+    with pytest.raises(RuntimeError), actors.present("reward"):
         raise RuntimeError
-    assert models.here == set()  # also after an error
+    assert actors.here == set()  # also after an error
 
 
 @pytest.mark.parametrize("change", [{"ppo__swap": True}, {"ppo__devices": ("cpu",) * 4}])
@@ -197,7 +200,9 @@ def test_the_moments_wait_with_their_weights(pipeline, monkeypatch):
                 return self
 
         optimizer.state[weight] = {"exp_avg": torch.zeros(2, 2).as_subclass(Moment), "step": torch.tensor(1.0)}
-        player = type("Player", (), {"config": pipeline.replace(ppo__swap=swap).ppo})()
-        with ppo._moments(player, optimizer):
+        table = enumerable.reward_model(enumerable.fixed())
+        place = torch.device("cpu") if swap else None
+        actors = layouts.FourModels(table, table, table, table, Alphabet(), swap_to=place)
+        with actors.optimizing(optimizer):
             pass
         assert asked == expected

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from instruct_llama.rlhf.layouts import FourModels
 
 from instruct_llama import memory, presets
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
 from instruct_llama.memory import GB
 from instruct_llama.model import lora
 from instruct_llama.model.llama import KVCache, Llama, ScalarLlama
-from instruct_llama.rlhf.layouts import FourModels
 from instruct_llama.stages import trainer
 
 PUBLISHED = {  # the number of parameters that each model's own page gives (the hub counts them from its safetensors)

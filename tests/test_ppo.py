@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from instruct_llama.data import enumerable
 from instruct_llama.data.batches import ranked_batch
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama, ScalarLlama
-from instruct_llama.rlhf import layouts, objectives, rollout
+from instruct_llama.rlhf import objectives, ppo, rollout
 from instruct_llama.rlhf.rollout import Episodes
-from instruct_llama.stages import exact, ppo
+from instruct_llama.stages import exact
+from instruct_llama.stages import ppo as ppo_stage
 from instruct_llama.stages import reward as stage
+from instruct_llama.training import actors as layouts
 
 PAD, BOS, EOS = 0, 1, 2
 CPU = torch.device("cpu")
@@ -50,11 +53,11 @@ def test_p00_p42_small_generation_batches_close_the_gap_as_well(seed):
 
 def test_p42_generation_batches_of_an_iteration_draw_different_numbers():
     config = replace(SMALL, rollouts=512, max_new_tokens=4)
-    players = [player_of(config=replace(config, rollout_batch=size, micro_batch=512)) for size in (512, 64)]
-    whole, parts = (ppo.collect(player, [[BOS, 3, 4]] * 512, seed=1, iteration=0) for player in players)
+    setups = [setup_of(config=replace(config, rollout_batch=size, micro_batch=512)) for size in (512, 64)]
+    whole, parts = (ppo.sample_rollouts(*setup, [[BOS, 3, 4]] * 512, seed=1, iteration=0) for setup in setups)
     distinct = [len({tuple(ids) for ids in episodes.answers.tolist()}) for episodes in (whole, parts)]
     assert distinct[0] > 150 and distinct[1] == pytest.approx(distinct[0], rel=0.15)
-    again, other = (ppo.collect(players[1], [[BOS, 3, 4]] * 512, seed=1, iteration=i) for i in (0, 1))
+    again, other = (ppo.sample_rollouts(*setups[1], [[BOS, 3, 4]] * 512, seed=1, iteration=i) for i in (0, 1))
     assert torch.equal(again.answers, parts.answers) and not torch.equal(other.answers, parts.answers)
 
 
@@ -198,9 +201,10 @@ def scalar(seed, shape=SHAPE):
     return model
 
 
-def four(shape=SHAPE):
+def four(shape=SHAPE, tokenizer=None):
     """Policy and reference alike, as at the start of PPO."""
-    return layouts.FourModels(llama(0, shape), llama(0, shape), scalar(1, shape), scalar(2, shape))
+    models = llama(0, shape), llama(0, shape), scalar(1, shape), scalar(2, shape)
+    return layouts.FourModels(*models, tokenizer or exact.Alphabet())
 
 
 def shared():
@@ -212,18 +216,31 @@ def shared():
             heads[name].weight.normal_(generator=seeded(5))
             for parameter in lora.adapter_parameters(base, name):
                 parameter.normal_(std=0.1, generator=seeded(7))  # reward and value start alike
-    return layouts.SharedBase(base, LoRAConfig(rank=2, alpha=4.0), heads, seeded(9))
+    return layouts.SharedBase(base, LoRAConfig(rank=2, alpha=4.0), heads, seeded(9), exact.Alphabet())
 
 
-def player_of(models=None, config=SMALL, tokenizer=None):
-    return ppo.Player(models or four(), tokenizer or exact.Alphabet(), config, 0.0, 1.0, CPU, [])
+class Setup(NamedTuple):
+    """What every function of PPO takes first."""
+
+    actors: layouts.FourModels | layouts.SharedBase
+    config: PPOConfig
 
 
-def judged(player, prompts=PROMPTS, seed=0):
+def setup_of(actors=None, config=SMALL):
+    return Setup(actors or four(), config)
+
+
+def logprobs_of(setup, episodes):
+    """What the policy gives the sampled tokens (B, N), and all tokens (B, N, V)."""
+    policy = setup.actors.models["policy"]
+    return rollout.response_logprobs(policy, episodes, setup.config, setup.actors.tokenizer)
+
+
+def judged(setup, prompts=PROMPTS, seed=0):
     """Phases 2 to 4."""
-    episodes = ppo.answer(player, prompts, seeded(seed))
-    ppo.judge(player, episodes)
-    rollout.credit(episodes, player.config, player.config.kl_coef)
+    episodes = ppo.generate_responses(*setup, prompts, seeded(seed))
+    ppo.score_rollouts(*setup, episodes)
+    rollout.compute_advantages(episodes, setup.config, setup.config.kl_coef)
     return episodes
 
 
@@ -301,7 +318,7 @@ def test_p22_every_quantity_of_a_token_stands_at_its_index():
 
     episodes.logprobs, episodes.ref_logprobs = logprobs, logprobs - torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 9.0]])
     episodes.values, episodes.scores = torch.zeros(2, 3), torch.tensor([2.0, 5.0])
-    rollout.credit(episodes, PPOConfig(whiten=False, gamma=1.0, lam=1.0), kl_coef=1.0)
+    rollout.compute_advantages(episodes, PPOConfig(whiten=False, gamma=1.0, lam=1.0), kl_coef=1.0)
     torch.testing.assert_close(episodes.rewards, torch.tensor([[-0.1, -0.2, 1.7], [-0.4, 4.5, 0.0]]))
     torch.testing.assert_close(episodes.advantages, torch.tensor([[1.4, 1.5, 1.7], [4.1, 4.5, 0.0]]))
 
@@ -310,31 +327,31 @@ def test_p22_every_quantity_of_a_token_stands_at_its_index():
     "change", [{}, {"temperature": 0.6}, {"temperature": 1.7}, {"top_k": 4}, {"top_p": 0.7, "temperature": 1.3}]
 )
 def test_p23_training_recomputes_the_distribution_that_was_sampled_from(change):
-    player = player_of(config=replace(SMALL, **change))
-    episodes = judged(player)
+    setup = setup_of(config=replace(SMALL, **change))
+    episodes = judged(setup)
     torch.testing.assert_close(episodes.logprobs, episodes.sampled_logprobs, rtol=0, atol=1e-5)
-    assert ppo.report(player, episodes, 0.1, None)["ppo/sampling_gap"] < 1e-5
+    assert rollout.rollout_metrics(episodes, setup.config, 0.1)["ppo/sampling_gap"] < 1e-5
     # and the reference, which nobody samples from, has the same temperature but no filter: all finite
     assert torch.isfinite(episodes.ref_logprobs).all()
 
 
 @pytest.mark.parametrize("layout", [four, shared])
 def test_p24_before_the_first_update_ratio_is_one_and_kl_is_zero(layout):
-    player = player_of(layout())
-    episodes = judged(player)
+    setup = setup_of(layout())
+    episodes = judged(setup)
     assert episodes.kl().abs().max() < 1e-5
-    figures = ppo.minibatch_gradients(player, episodes, seed=0)
+    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
     assert figures["ratio"] < 1e-5
     assert figures["clip_fraction"] == 0
-    stats = ppo.update(player, episodes, ppo.make_player_optimizer(player), seed=0, iteration=0)
+    stats = ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
     assert stats["first_ratio"] < 1e-5
     assert stats["ratio"] > 1e-4  # the mean over all mini-batches: later ones have moved
 
 
 def test_p24_dropout_is_off():
     shape = replace(SHAPE, embed_dropout=0.3, attn_dropout=0.3, resid_dropout=0.3)
-    player = player_of(four(shape))
-    assert ppo.minibatch_gradients(player, judged(player), seed=0)["ratio"] < 1e-5
+    setup = setup_of(four(shape))
+    assert ppo.minibatch_gradients(*setup, judged(setup), seed=0)["ratio"] < 1e-5
 
 
 def always(token):
@@ -352,8 +369,8 @@ def always(token):
 def test_p25_an_empty_answer_is_kept_scored_and_trained():
     models = four()
     models.models["policy"] = always(EOS)
-    player = player_of(models, replace(SMALL, score_clip=0.0))
-    episodes = judged(player)
+    setup = setup_of(models, replace(SMALL, score_clip=0.0))
+    episodes = judged(setup)
     assert len(episodes) == len(PROMPTS)
     assert episodes.answers.tolist() == [[EOS]] * len(PROMPTS)
     assert episodes.mask.all() and episodes.ended.all()
@@ -362,26 +379,26 @@ def test_p25_an_empty_answer_is_kept_scored_and_trained():
 
 
 def test_p25_the_end_token_is_an_action_like_any_other():
-    player = player_of(config=replace(SMALL, value_coef=0.0))
+    setup = setup_of(config=replace(SMALL, value_coef=0.0))
     episodes = by_hand()
-    episodes.logprobs, _ = (x.detach() for x in ppo._logprobs(player.models.models["policy"], episodes, player))
+    episodes.logprobs, _ = (x.detach() for x in logprobs_of(setup, episodes))
     episodes.values = episodes.returns = torch.zeros(2, 3)
     episodes.advantages = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])  # only the first answer's end counts
-    ppo.minibatch_gradients(player, episodes, seed=0)
-    grads = [p.grad for p in player.models.trainable("policy").values()]
+    ppo.minibatch_gradients(*setup, episodes, seed=0)
+    grads = [p.grad for p in setup.actors.trainable("policy").values()]
     assert max(float(grad.abs().max()) for grad in grads) > 1e-4
 
 
 def test_p25_an_answer_without_end_gets_its_stated_score_and_the_limit_holds():
     models = four()
     models.models["policy"] = always(5)
-    player = player_of(models, replace(SMALL, no_end_score=-1.25))
-    player.reward_mean, player.reward_scale = 3.0, 0.5
-    episodes = judged(player)
+    setup = setup_of(models, replace(SMALL, no_end_score=-1.25))
+    setup.actors.reward_mean, setup.actors.reward_scale = 3.0, 0.5
+    episodes = judged(setup)
     assert episodes.answers.tolist() == [[5] * SMALL.max_new_tokens] * len(PROMPTS)
     assert not episodes.ended.any()
     assert episodes.scores.tolist() == [-1.25] * len(PROMPTS)  # neither normalised nor the reward model's
-    assert ppo.report(player, episodes, 0.0, None)["ppo/ended"] == 0
+    assert rollout.rollout_metrics(episodes, setup.config, 0.0)["ppo/ended"] == 0
 
 
 def test_p31_rows_that_have_ended_cost_nothing_more(monkeypatch):
@@ -409,12 +426,12 @@ class NoText(exact.Alphabet):
 
 
 def test_p38_sampled_ids_are_what_is_trained_on(monkeypatch):
-    player, seen = player_of(tokenizer=NoText()), []
+    setup, seen = setup_of(four(tokenizer=NoText())), []
     real = ppo.minibatch_gradients
-    monkeypatch.setattr(ppo, "minibatch_gradients", lambda p, e, *at: seen.append(e) or real(p, e, *at))
+    monkeypatch.setattr(ppo, "minibatch_gradients", lambda a, c, e, *at: seen.append(e) or real(a, c, e, *at))
     sampled, draw = [], rollout.sample
     monkeypatch.setattr(rollout, "sample", lambda *a, **k: sampled.append(draw(*a, **k)) or sampled[-1])
-    ppo.iterate(player, PROMPTS, ppo.make_player_optimizer(player), 0.1, seed=0, iteration=0)
+    ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), 0.1, seed=0, iteration=0)
     drawn = [ids[keep].tolist() for part in sampled for ids, keep in zip(part.tokens, part.mask, strict=True)]
     wanted = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, drawn, strict=True)}
     assert len(seen) == 4
@@ -429,18 +446,18 @@ def test_p38_sampled_ids_are_what_is_trained_on(monkeypatch):
 
 def test_p36_a_rollout_of_two_and_an_answer_of_one_token():
     for rollouts in (1, 2):
-        player = player_of(config=replace(SMALL, rollouts=rollouts, max_new_tokens=1, minibatch=32, micro_batch=32))
-        optimizer = ppo.make_player_optimizer(player)
-        episodes, stats = ppo.iterate(player, PROMPTS[:rollouts], optimizer, 0.1, seed=0, iteration=0)
+        setup = setup_of(config=replace(SMALL, rollouts=rollouts, max_new_tokens=1, minibatch=32, micro_batch=32))
+        optimizer = setup.actors.make_optimizer(setup.config)
+        episodes, stats = ppo.run_iteration(*setup, PROMPTS[:rollouts], optimizer, 0.1, seed=0, iteration=0)
         assert episodes.answers.shape == (rollouts, 1)
-        figures = {**ppo.report(player, episodes, 0.1, None), **stats}
+        figures = {**rollout.rollout_metrics(episodes, setup.config, 0.1), **stats}
         assert all(math.isfinite(value) for value in figures.values())
-        assert all(torch.isfinite(p).all() for p in player.models.trainable("policy").values())
+        assert all(torch.isfinite(p).all() for p in setup.actors.trainable("policy").values())
 
 
 def test_p36_the_standard_error_of_one_answer_is_a_number():
-    assert ppo._stderr(torch.tensor([3.0])) == 0.0
-    assert ppo._stderr(torch.tensor([1.0, 3.0])) == pytest.approx(1 / math.sqrt(2))
+    assert ppo_stage._stderr(torch.tensor([3.0])) == 0.0
+    assert ppo_stage._stderr(torch.tensor([1.0, 3.0])) == pytest.approx(1 / math.sqrt(2))
 
 
 def test_all_prompts_come_up_before_any_comes_up_again():
@@ -455,26 +472,26 @@ def test_all_prompts_come_up_before_any_comes_up_again():
 # ------------------------------------------------------------------------------------------------ phase 5, the update
 
 
-def gradients(player):
+def gradients(setup):
     found = {}
     for role in ("policy", "value"):
-        for name, parameter in player.models.trainable(role).items():
+        for name, parameter in setup.actors.trainable(role).items():
             found[role, name] = parameter.grad.clone()
             parameter.grad = None
     return found
 
 
-def moved_on(player):
+def moved_on(setup):
     """Judged episodes of a policy that has since moved, so that ratios, clips and value clips all play a part."""
-    episodes = judged(player)
+    episodes = judged(setup)
     assert len(set(episodes.mask.sum(1).tolist())) > 1  # unequal lengths, or a mean of means would look right
     episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - 0.1, 0.0)
     return episodes
 
 
 def test_p27_parts_hold_every_episode_once_without_padding_and_change_nothing():
-    player = player_of()
-    episodes = judged(player)
+    setup = setup_of()
+    episodes = judged(setup)
     parts = episodes.parts(2)
     assert sorted(row for rows in parts for row in rows) == list(range(len(episodes)))
     lengths = [episodes.lengths[row].item() for rows in parts for row in rows]
@@ -485,22 +502,22 @@ def test_p27_parts_hold_every_episode_once_without_padding_and_change_nothing():
         for name in ("logprobs", "ref_logprobs", "values", "advantages"):
             whole, cut = getattr(episodes, name)[rows], getattr(part, name)
             assert torch.equal(whole[episodes.mask[rows]], cut[part.mask])
-        with player.models.role("policy") as policy:
-            again = ppo._logprobs(policy, part, player)[0]
+        with setup.actors.use("policy"):
+            again = logprobs_of(setup, part)[0]
         assert torch.allclose(again[part.mask], part.logprobs[part.mask], atol=1e-5)
 
 
 def test_p27_gradients_do_not_depend_on_the_micro_batches():
     config = replace(SMALL, entropy_coef=0.01)
-    player = player_of(config=config)
-    episodes = moved_on(player)
-    player.config = replace(config, micro_batch=len(PROMPTS))
-    figures = ppo.minibatch_gradients(player, episodes, seed=0)
-    whole = gradients(player)
+    setup = setup_of(config=config)
+    episodes = moved_on(setup)
+    setup = setup._replace(config=replace(config, micro_batch=len(PROMPTS)))
+    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+    whole = gradients(setup)
     for size in (1, 2, 4, 5):
-        player.config = replace(config, micro_batch=size)
-        parts = ppo.minibatch_gradients(player, episodes, seed=0)
-        for key, gradient in gradients(player).items():
+        setup = setup._replace(config=replace(config, micro_batch=size))
+        parts = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        for key, gradient in gradients(setup).items():
             torch.testing.assert_close(gradient, whole[key], rtol=1e-4, atol=1e-6)
         for key, value in figures.items():
             assert parts[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
@@ -508,33 +525,33 @@ def test_p27_gradients_do_not_depend_on_the_micro_batches():
 
 @pytest.mark.parametrize(("n", "minibatch", "sizes"), [(6, 3, [3, 3]), (5, 4, [5]), (6, 4, [3, 3]), (2, 8, [2])])
 def test_p27_a_ragged_tail_takes_no_full_step(n, minibatch, sizes, monkeypatch):
-    player = player_of(config=replace(SMALL, minibatch=minibatch, epochs=2))
-    episodes, seen = judged(player, PROMPTS[:n]), []
+    setup = setup_of(config=replace(SMALL, minibatch=minibatch, epochs=2))
+    episodes, seen = judged(setup, PROMPTS[:n]), []
     real = ppo.minibatch_gradients
-    monkeypatch.setattr(ppo, "minibatch_gradients", lambda p, e, *at: seen.append(e.prompts) or real(p, e, *at))
-    ppo.update(player, episodes, ppo.make_player_optimizer(player), seed=0, iteration=0)
+    monkeypatch.setattr(ppo, "minibatch_gradients", lambda a, c, e, *at: seen.append(e.prompts) or real(a, c, e, *at))
+    ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
     assert [len(part) for part in seen] == sizes * 2
     for epoch in (seen[: len(sizes)], seen[len(sizes) :]):
         assert sorted(prompt for part in epoch for prompt in part) == sorted(PROMPTS[:n])  # each once an epoch
 
 
 def test_p40_a_policy_far_from_the_old_one_stays_finite_and_is_told():
-    player = player_of()
-    episodes = judged(player)
+    setup = setup_of()
+    episodes = judged(setup)
     episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - 500.0, 0.0)
-    figures = ppo.minibatch_gradients(player, episodes, seed=0)
+    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
     assert math.isfinite(figures["loss"]) and math.isfinite(figures["ratio"])
-    assert all(torch.isfinite(gradient).all() for gradient in gradients(player).values())
-    stats = ppo.update(player, episodes, ppo.make_player_optimizer(player), seed=0, iteration=0)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(setup).values())
+    stats = ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
     alarms = objectives.ppo_alarm(stats["first_ratio"], 0.0, 0.1, stats["clip_fraction"])
     assert "Compare temperature" in alarms[0] and "clipped" in alarms[1]
 
 
 def test_p40_the_first_ratio_is_the_first_mini_batches():
-    player = player_of()
-    episodes = judged(player)
+    setup = setup_of()
+    episodes = judged(setup)
     episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - math.log(1.5), 0.0)
-    stats = ppo.update(player, episodes, ppo.make_player_optimizer(player), seed=0, iteration=0)
+    stats = ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
     assert stats["first_ratio"] == pytest.approx(0.5, abs=1e-4)
     assert abs(stats["ratio"] - 0.5) > 1e-3  # the mean over all of them is another figure
 
@@ -543,13 +560,13 @@ def test_p40_the_first_ratio_is_the_first_mini_batches():
 
 
 def test_p29_p30_score_and_penalised_reward_are_two_curves_and_the_kl_is_signed():
-    player, episodes = player_of(config=replace(SMALL, score_clip=2.0)), by_hand()
+    setup, episodes = setup_of(config=replace(SMALL, score_clip=2.0)), by_hand()
     episodes.logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
     episodes.ref_logprobs = torch.tensor([[-0.5, -1.0, -2.5], [-1.5, -1.25, -7.0]])  # k1 of each answer: -2, 0.75
     episodes.values = torch.zeros(2, 3)
     episodes.scores = torch.tensor([2.0, -0.5])
-    rollout.credit(episodes, player.config, kl_coef=0.4)
-    figures = ppo.report(player, episodes, 0.4, None)
+    rollout.compute_advantages(episodes, setup.config, kl_coef=0.4)
+    figures = rollout.rollout_metrics(episodes, setup.config, 0.4)
     assert figures["ppo/score"] == pytest.approx(0.75)
     assert figures["ppo/kl"] == pytest.approx((-2 + 0.75) / 2)  # below 0: an estimate may be, and is not clamped
     assert figures["ppo/penalised"] == pytest.approx(0.75 + 0.4 * 0.625)  # a refund
@@ -569,11 +586,11 @@ def test_p29_p30_score_and_penalised_reward_are_two_curves_and_the_kl_is_signed(
 def test_both_layouts_give_the_same_interface(layout):
     models, tokens = layout(), torch.tensor([[BOS, 4, 5, 6], [BOS, 7, 8, PAD]])
     for role in ("policy", "reference"):
-        with models.role(role) as model:
+        with models.use(role) as model:
             assert model(tokens).shape == (2, 4, SHAPE.vocab_size)
             torch.testing.assert_close(model.head(model.hidden(tokens)), model(tokens))
     for role in ("value", "reward"):
-        with models.role(role) as model:
+        with models.use(role) as model:
             assert model(tokens).shape == (2, 4)
     for role in ("policy", "value"):
         named = models.trainable(role)
@@ -586,7 +603,7 @@ def outputs(models, tokens):
     found = {}
     with torch.no_grad():
         for role in ("policy", "reference", "value", "reward"):
-            with models.role(role) as model:
+            with models.use(role) as model:
                 found[role] = model(tokens).clone()
     return found
 
@@ -594,11 +611,11 @@ def outputs(models, tokens):
 @pytest.mark.parametrize("layout", [four, shared])
 def test_an_update_moves_policy_and_value_and_nothing_else(layout):
     models, tokens = layout(), torch.tensor([[BOS, 4, 5, 6]])
-    player, before = player_of(models), outputs(models, tokens)
+    setup, before = setup_of(models), outputs(models, tokens)
     started = {(role, name): p.detach().clone() for role in ("policy", "value")
                for name, p in models.trainable(role).items()}  # fmt: skip
     assert ("value", "scalar_head.weight") in started
-    ppo.iterate(player, PROMPTS, ppo.make_player_optimizer(player), 0.1, seed=0, iteration=0)
+    ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), 0.1, seed=0, iteration=0)
     for (role, name), old in started.items():  # each of them: half of a network that learns still moves its outputs
         assert not torch.equal(models.trainable(role)[name], old), (role, name)
     after = outputs(models, tokens)
@@ -612,9 +629,9 @@ def test_p15_the_shared_base_is_bit_identical_after_an_update():
     plain = llama(0)
     tokens = torch.tensor([[BOS, 4, 5, 6]])
     models = shared()
-    player = player_of(models)
-    ppo.iterate(player, PROMPTS, ppo.make_player_optimizer(player), 0.1, seed=0, iteration=0)
-    with torch.no_grad(), models.role("reference") as reference:
+    setup = setup_of(models)
+    ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), 0.1, seed=0, iteration=0)
+    with torch.no_grad(), models.use("reference") as reference:
         assert torch.equal(reference(tokens), plain(tokens))
     names = dict(models.base.named_parameters())
     for name, parameter in plain.named_parameters():
@@ -631,8 +648,8 @@ def test_adapters_do_not_leak_from_role_to_role():
     with torch.no_grad():
         for parameter in models.trainable("policy").values():
             parameter.add_(0.2)
-    with models.role("policy"):
-        with models.role("reference") as model:
+    with models.use("policy"):
+        with models.use("reference") as model:
             torch.testing.assert_close(model(tokens), before["reference"], rtol=0, atol=0)
         assert lora.active_adapter(models.base) == "policy"  # and back again
     assert lora.active_adapter(models.base) is None
@@ -643,7 +660,7 @@ def test_adapters_do_not_leak_from_role_to_role():
 
 
 def test_both_layouts_play_the_same_first_episodes():
-    one, other = judged(player_of(four())), judged(player_of(shared()))
+    one, other = judged(setup_of(four())), judged(setup_of(shared()))
     assert torch.equal(one.answers, other.answers)
     torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(one.ref_logprobs, other.ref_logprobs, rtol=0, atol=1e-5)
@@ -677,10 +694,10 @@ def test_shared_base_end_to_end(micro):
     before = digest(base)
     norm = json.loads((reward / "config.json").read_text())["reward"]
     assert norm["scale"] > 0 and math.isfinite(norm["mean"])
-    player, _ = ppo.build(micro)
-    assert (player.reward_mean, player.reward_scale) == (norm["mean"], norm["scale"])  # P21: fitted once, saved, read
+    actors, *_ = ppo_stage.build(micro)
+    assert (actors.reward_mean, actors.reward_scale) == (norm["mean"], norm["scale"])  # P21: fitted once, saved, read
 
-    result = ppo.run(micro.replace(ppo__optim__lr=0.03, ppo__optim__warmup_steps=0))  # steps that can be measured
+    result = ppo_stage.run(micro.replace(ppo__optim__lr=0.03, ppo__optim__warmup_steps=0))  # steps that can be measured
     assert digest(base) == before
     assert (result.folder / "adapter.safetensors").is_file()
     assert not (result.folder / "model.safetensors").exists()
@@ -730,26 +747,26 @@ def test_p21_the_normaliser_is_fitted_on_the_reference_policys_answers(micro, mo
 
 
 def test_p21_the_normaliser_does_not_drift_with_the_policy():
-    player = player_of()
-    player.reward_mean, player.reward_scale = 0.7, 2.0
-    optimizer = ppo.make_player_optimizer(player)
+    setup = setup_of()
+    setup.actors.reward_mean, setup.actors.reward_scale = 0.7, 2.0
+    optimizer = setup.actors.make_optimizer(setup.config)
     for iteration in range(2):
-        episodes, _ = ppo.iterate(player, PROMPTS, optimizer, 0.1, seed=0, iteration=iteration)
-        raw = rollout.score(player.models.models["reward"], episodes, replace(SMALL, score_clip=0.0), 0.0, 1.0)
+        episodes, _ = ppo.run_iteration(*setup, PROMPTS, optimizer, 0.1, seed=0, iteration=iteration)
+        raw = rollout.score(setup.actors.models["reward"], episodes, replace(SMALL, score_clip=0.0), 0.0, 1.0)
         expected = torch.where(episodes.ended, (raw - 0.7) / 2.0, SMALL.no_end_score)
         torch.testing.assert_close(episodes.scores, expected.detach(), rtol=0, atol=1e-5)
-    assert (player.reward_mean, player.reward_scale) == (0.7, 2.0)
+    assert (setup.actors.reward_mean, setup.actors.reward_scale) == (0.7, 2.0)
 
 
 def test_shared_base_refuses_a_reward_model_that_is_no_adapter(micro):
     sft, reward = checkpoint.require("sft", micro), checkpoint.require("reward-lora", micro)
     with pytest.raises(UserError, match="needs a reward adapter"):
-        layouts.shared_base(sft, sft, CPU, micro.ppo, 0)
-    assert isinstance(layouts.shared_base(sft, reward, CPU, micro.ppo, 0), layouts.SharedBase)
+        layouts.shared_base(sft, sft, exact.Alphabet(), CPU, micro.ppo, 0)
+    assert isinstance(layouts.shared_base(sft, reward, exact.Alphabet(), CPU, micro.ppo, 0), layouts.SharedBase)
     tensors, metadata = checkpoint.read_tensors(sft / "model.safetensors")
     checkpoint.write_tensors(sft / "model.safetensors", {k: t + 1e-3 for k, t in tensors.items()}, metadata)
     with pytest.raises(UserError, match="no longer those that the adapter in .*reward-lora was trained over"):
-        layouts.shared_base(sft, reward, CPU, micro.ppo, 0)
+        layouts.shared_base(sft, reward, exact.Alphabet(), CPU, micro.ppo, 0)
 
 
 def test_scores_at_the_bound_are_clipped():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,9 +19,11 @@ from torch import nn
 
 from instruct_llama import checkpoint, presets
 from instruct_llama.config import LoopConfig, ModelConfig, OptimConfig, UserError
+from instruct_llama.data import enumerable
 from instruct_llama.data.batches import Batch, dialog_batch, epoch_order
 from instruct_llama.model.llama import Llama
-from instruct_llama.stages import ppo, pretrain, records, sft, trainer
+from instruct_llama.rlhf import ppo as algorithm
+from instruct_llama.stages import exact, ppo, pretrain, records, sft, trainer
 from instruct_llama.stages.pretrain import language_model_loss
 from instruct_llama.stages.trainer import (
     Interrupted,
@@ -37,6 +38,7 @@ from instruct_llama.stages.trainer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from instruct_llama.training import actors
 
 SHAPE = ModelConfig(vocab_size=32, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=24, max_seq_len=64)
 LENGTHS = (3, 9, 5, 6, 12)
@@ -527,15 +529,15 @@ def test_p34_the_optimizer_is_untouched():
 
 
 def test_p34_ppo_stops_before_its_optimizer_steps(monkeypatch):
-    monkeypatch.setattr(ppo, "minibatch_gradients", lambda *_: {"loss": float("nan"), "ratio": 0.0})
-    monkeypatch.setattr(ppo, "scaled_step", lambda *_: pytest.fail("it stepped"))
+    monkeypatch.setattr(algorithm, "minibatch_gradients", lambda *_: {"loss": float("nan"), "ratio": 0.0})
+    monkeypatch.setattr(actors, "scaled_step", lambda *_: pytest.fail("it stepped"))
     config = dataclasses.replace(presets.get("tiny").ppo, minibatch=2, epochs=1)
     episodes = type("Four", (), {"__len__": lambda self: 4, "select": lambda self, rows: None})()
-    models = types.SimpleNamespace(present=lambda *_: contextlib.nullcontext())
-    player = types.SimpleNamespace(config=config, models=models)
+    table = enumerable.reward_model(enumerable.fixed())
+    networks = actors.FourModels(table, table, table, table, exact.Alphabet())
     cleared = types.SimpleNamespace(zero_grad=lambda set_to_none: None)
     with pytest.raises(NonFinite, match=r"nan at iteration 3, episodes \["):
-        ppo.update(player, episodes, cleared, 1, 2)
+        algorithm.update(networks, config, episodes, cleared, 1, 2)
 
 
 # ---------------------------------------------------------------- logs

@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 import test_ppo
 import torch
-from test_ppo import by_hand, four, gradients, judged, llama, moved_on, player_of, scalar, seeded, shared
+from test_ppo import by_hand, four, gradients, judged, llama, logprobs_of, moved_on, scalar, seeded, setup_of, shared
 
 from instruct_llama import checkpoint, presets
 from instruct_llama.config import LoRAConfig, OptimConfig, PPOConfig, QuantConfig, RewardConfig, UserError
 from instruct_llama.data.batches import dialog_batch, ranked_batch
 from instruct_llama.model import lora
 from instruct_llama.model.generate import filter_logits
-from instruct_llama.rlhf import layouts, objectives, rollout
-from instruct_llama.stages import exact, ppo, pretrain, sft, trainer
+from instruct_llama.rlhf import objectives, ppo, rollout
+from instruct_llama.stages import exact, pretrain, sft, trainer
+from instruct_llama.stages import ppo as ppo_stage
 from instruct_llama.stages import reward as stage
 from instruct_llama.stages.pretrain import language_model_loss
 from instruct_llama.stages.runlog import RunLog, read_jsonl
+from instruct_llama.training import actors as layouts
 
 BOS, EOS, PAD, CPU, PROMPTS = test_ppo.BOS, test_ppo.EOS, test_ppo.PAD, test_ppo.CPU, test_ppo.PROMPTS
 SHAPE, SMALL = test_ppo.SHAPE, test_ppo.SMALL
@@ -52,7 +54,7 @@ def largest(found):
 def test_sampling_settings_reach_the_sampler(monkeypatch):
     asked, real = [], rollout.sample
     monkeypatch.setattr(rollout, "sample", lambda *a, **k: asked.append((len(a[1]), k)) or real(*a, **k))
-    ppo.answer(player_of(config=ODD), PROMPTS, seeded(0))
+    ppo.generate_responses(*setup_of(config=ODD), PROMPTS, seeded(0))
     assert [rows for rows, _ in asked] == [4, 2]  # generation batches of 4
     for _, given in asked:
         found = {key: given[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
@@ -60,12 +62,12 @@ def test_sampling_settings_reach_the_sampler(monkeypatch):
 
 
 def test_the_reference_has_the_temperature_but_not_the_filters():
-    player = player_of(four(), ODD)
-    episodes = judged(player)
+    setup = setup_of(four(), ODD)
+    episodes = judged(setup)
     for name, model, filters in (("ref_logprobs", "reference", {}), ("logprobs", "policy", {"top_k": 5, "top_p": 0.8})):
         for i, prompt in enumerate(episodes.prompts):
             answer = episodes.answers[i][episodes.mask[i]]
-            logits = player.models.models[model](torch.tensor([[*prompt, *answer.tolist()]]))[0, len(prompt) - 1 : -1]
+            logits = setup.actors.models[model](torch.tensor([[*prompt, *answer.tolist()]]))[0, len(prompt) - 1 : -1]
             full = filter_logits(logits, 1.3, banned=exact.Alphabet().banned_ids, **filters)
             expected = full.gather(1, answer[:, None])[:, 0].detach()
             torch.testing.assert_close(getattr(episodes, name)[i][episodes.mask[i]], expected, rtol=1e-4, atol=1e-5)
@@ -73,14 +75,12 @@ def test_the_reference_has_the_temperature_but_not_the_filters():
 
 
 def test_scores_are_normalised_clipped_and_stated_where_there_is_no_end():
-    player = player_of(four(), ODD)
-    player.reward_mean, player.reward_scale = 0.4, 3.0
-    episodes = judged(player, PROMPTS * 4)
-    reward = player.models.models["reward"]
+    setup = setup_of(four(), ODD)
+    setup.actors.reward_mean, setup.actors.reward_scale = 0.4, 3.0
+    episodes = judged(setup, PROMPTS * 4)
+    reward = setup.actors.models["reward"]
     expected = []
-    for prompt, ids, keep, ended in zip(
-        episodes.prompts, episodes.answers, episodes.mask, episodes.ended, strict=True
-    ):
+    for prompt, ids, keep, ended in zip(episodes.prompts, episodes.answers, episodes.mask, episodes.ended, strict=True):
         raw = float(reward(torch.tensor([[*prompt, *ids[keep].tolist()]]))[0, -1])
         expected.append(max(-1.0, min(1.0, (raw - 0.4) / 3.0)) if ended else -0.7)
     normal = {score for score in expected if abs(score) < 1 and score != -0.7}
@@ -95,7 +95,7 @@ def test_returns_come_from_the_advantages_before_whitening(whiten):
     episodes.ref_logprobs = torch.tensor([[-0.5, -1.0, -2.5], [-1.5, -1.25, 0.0]])
     episodes.values = torch.tensor([[0.5, -0.25, 1.0], [2.0, 0.75, 0.0]])
     episodes.scores = torch.tensor([3.0, -1.0])
-    rollout.credit(episodes, replace(SMALL, gamma=0.9, lam=0.6, whiten=whiten), kl_coef=0.4)
+    rollout.compute_advantages(episodes, replace(SMALL, gamma=0.9, lam=0.6, whiten=whiten), kl_coef=0.4)
     rewards = torch.tensor([[0.2, 0.4, 0.2 + 3.0], [-0.2, -0.1 - 1.0, 0.0]])
     last = (3.2 - 1.0, -1.1 - 0.75)  # delta of each answer's last token
     one = (0.2 + 0.9 * -0.25 - 0.5, 0.4 + 0.9 * 1.0 + 0.25)
@@ -114,8 +114,8 @@ def test_iterate_penalises_with_the_coefficient_it_is_given():
     for kl_coef in (0.0, 0.7):
         models = four()
         models.models["policy"] = llama(3)
-        player = player_of(models)
-        episodes, _ = ppo.iterate(player, PROMPTS, ppo.make_player_optimizer(player), kl_coef, 0, 0)
+        setup = setup_of(models)
+        episodes, _ = ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), kl_coef, 0, 0)
         total = objectives.answer_sum(episodes.rewards, episodes.mask)
         torch.testing.assert_close(total, episodes.scores - kl_coef * episodes.kl(), rtol=1e-4, atol=1e-4)
         assert float(episodes.kl().abs().max()) > 0.1
@@ -127,9 +127,9 @@ def test_iterate_penalises_with_the_coefficient_it_is_given():
 def test_value_coef_multiplies_the_gradient_of_the_value_and_of_nothing_else():
     found = {}
     for coefficient in (1.0, 7.0):
-        player = player_of(config=replace(SMALL, value_coef=coefficient))
-        figures = ppo.minibatch_gradients(player, moved_on(player), seed=0)
-        found[coefficient] = gradients(player)
+        setup = setup_of(config=replace(SMALL, value_coef=coefficient))
+        figures = ppo.minibatch_gradients(*setup, moved_on(setup), seed=0)
+        found[coefficient] = gradients(setup)
         assert figures["loss"] == pytest.approx(figures["policy_loss"] + coefficient * figures["value_loss"])
     assert_alike(of_role(found[7.0], "value"), of_role(found[1.0], "value"), 7.0)
     assert_alike(of_role(found[7.0], "policy"), of_role(found[1.0], "policy"))
@@ -138,16 +138,16 @@ def test_value_coef_multiplies_the_gradient_of_the_value_and_of_nothing_else():
 def test_entropy_coef_adds_the_gradient_of_the_entropy():
     found = {}
     for coefficient in (0.0, 3.0):
-        player = player_of(config=replace(SMALL, entropy_coef=coefficient))
-        episodes = moved_on(player)
-        figures = ppo.minibatch_gradients(player, episodes, seed=0)
-        found[coefficient] = of_role(gradients(player), "policy")
+        setup = setup_of(config=replace(SMALL, entropy_coef=coefficient))
+        episodes = moved_on(setup)
+        figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        found[coefficient] = of_role(gradients(setup), "policy")
     assert figures["loss"] == pytest.approx(
         figures["policy_loss"] + 0.5 * figures["value_loss"] - 3.0 * figures["entropy"], rel=1e-5
     )
-    full = ppo._logprobs(player.models.models["policy"], episodes, player)[1]
+    full = logprobs_of(setup, episodes)[1]
     (objectives.entropy_loss(full, episodes.mask) / episodes.mask.sum()).backward()
-    entropy = {name: p.grad for name, p in player.models.trainable("policy").items()}
+    entropy = {name: p.grad for name, p in setup.actors.trainable("policy").items()}
     assert_alike({name: found[3.0][name] - found[0.0][name] for name in entropy}, entropy, 3.0)
     assert largest(entropy) > 1e-3
 
@@ -159,26 +159,25 @@ def test_ptx_coef_adds_the_gradient_of_the_demonstrations(monkeypatch):
     found, drawn = {}, []
     monkeypatch.setattr(ppo, "dialog_batch", lambda rows, pad: drawn.append(rows) or dialog_batch(rows, pad))
     for coefficient in (0.0, 5.0):
-        player = player_of(config=replace(SMALL, ptx_coef=coefficient))
-        player.ptx = DIALOGS
-        figures = ppo.minibatch_gradients(player, moved_on(player), seed=0)
-        found[coefficient] = of_role(gradients(player), "policy")
+        setup = setup_of(config=replace(SMALL, ptx_coef=coefficient))
+        figures = ppo.minibatch_gradients(*setup, moved_on(setup), seed=0, demonstrations=DIALOGS)
+        found[coefficient] = of_role(gradients(setup), "policy")
     batch = dialog_batch(drawn[0], PAD)
-    loss = language_model_loss(player.models.models["policy"], batch)[0] / batch.weight
+    loss = language_model_loss(setup.actors.models["policy"], batch)[0] / batch.weight
     loss.backward()
     assert figures["ptx_loss"] == pytest.approx(float(loss.detach()), rel=1e-5) and len(drawn) == 1
-    theirs = {name: p.grad for name, p in player.models.trainable("policy").items()}
+    theirs = {name: p.grad for name, p in setup.actors.trainable("policy").items()}
     assert_alike({name: found[5.0][name] - found[0.0][name] for name in theirs}, theirs, 5.0)
 
 
 def test_p42_every_mini_batch_has_demonstrations_of_its_own(monkeypatch):
     drawn = []
     monkeypatch.setattr(ppo, "dialog_batch", lambda rows, pad: drawn.append(rows) or dialog_batch(rows, pad))
-    player = player_of(config=replace(SMALL, ptx_coef=1.0, epochs=2, minibatch=2))
-    player.ptx, optimizer = DIALOGS, ppo.make_player_optimizer(player)
-    episodes = judged(player)
+    setup = setup_of(config=replace(SMALL, ptx_coef=1.0, epochs=2, minibatch=2))
+    optimizer = setup.actors.make_optimizer(setup.config)
+    episodes = judged(setup)
     for seed, iteration in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        ppo.update(player, episodes, optimizer, seed, iteration)
+        ppo.update(*setup, episodes, optimizer, seed, iteration, DIALOGS)
     batches = [tuple(map(str, rows)) for rows in drawn]
     assert [len(rows) for rows in drawn] == [2] * 24
     assert len(set(batches[:18])) == 18 and batches[18:] == batches[:6]
@@ -187,41 +186,41 @@ def test_p42_every_mini_batch_has_demonstrations_of_its_own(monkeypatch):
 
 def test_clip_stops_the_policys_gradient_and_is_reported():
     for clip, stopped in ((0.2, True), (0.5, False)):
-        player = player_of(config=replace(SMALL, clip=clip))
-        episodes = judged(player)
+        setup = setup_of(config=replace(SMALL, clip=clip))
+        episodes = judged(setup)
         episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - float(np.log(1.3)), 0.0)  # the ratio is 1.3
         episodes.advantages = episodes.mask.float()
-        figures = ppo.minibatch_gradients(player, episodes, seed=0)
-        assert (largest(of_role(gradients(player), "policy")) < 1e-7) is stopped
+        figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        assert (largest(of_role(gradients(setup), "policy")) < 1e-7) is stopped
         assert figures["clip_fraction"] == float(stopped) and figures["ratio"] == pytest.approx(0.3, abs=1e-4)
 
 
 def test_value_clip_stops_the_values_gradient():
     for clip, stopped in ((0.2, True), (0.5, False), (0.0, False)):
-        player = player_of(config=replace(SMALL, value_clip=clip))
-        episodes = judged(player)
+        setup = setup_of(config=replace(SMALL, value_clip=clip))
+        episodes = judged(setup)
         episodes.returns = torch.where(episodes.mask, episodes.values + 1.0, 0.0)
         episodes.values = torch.where(episodes.mask, episodes.values - 0.3, 0.0)  # it has moved by 0.3 towards it
-        figures = ppo.minibatch_gradients(player, episodes, seed=0)
-        assert (largest(of_role(gradients(player), "value")) < 1e-7) is stopped
+        figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        assert (largest(of_role(gradients(setup), "value")) < 1e-7) is stopped
         assert figures["value_loss"] == pytest.approx(0.5 * 1.1**2 if stopped else 0.5, rel=1e-3)
 
 
 def test_p42_mini_batches_are_others_in_every_epoch_and_iteration(monkeypatch):
-    seen, player = [], player_of(config=replace(SMALL, epochs=2, minibatch=3))
+    seen, setup = [], setup_of(config=replace(SMALL, epochs=2, minibatch=3))
 
-    def gradients_of(player, part, *at):
+    def gradients_of(actors, config, part, *at):
         seen.append(part.tokens[:, 1].tolist())
         return {"loss": 0.0, "ratio": 0.0}
 
     monkeypatch.setattr(ppo, "minibatch_gradients", gradients_of)
-    monkeypatch.setattr(ppo, "scaled_step", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(layouts, "scaled_step", lambda *_: (0.0, 0.0))
     tokens = torch.tensor([[BOS, number] for number in range(24)])
     ones = torch.ones(24, 1, dtype=torch.bool)
     starts = torch.ones(24).long()
     episodes = rollout.Episodes([[BOS]] * 24, tokens, starts, tokens[:, 1:], ones, ones[:, 0], ones.float())
     for seed, iteration in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        ppo.update(player, episodes, torch.optim.SGD([torch.zeros(1)]), seed, iteration)
+        ppo.update(*setup, episodes, torch.optim.SGD([torch.zeros(1)]), seed, iteration)
     assert len(seen) == 4 * 16 and {len(rows) for rows in seen} == {3}  # 2 epochs of 8 mini-batches of 3
     epochs = [sum(seen[i : i + 8], []) for i in range(0, 64, 8)]
     assert all(sorted(rows) == list(range(24)) for rows in epochs)
@@ -229,11 +228,11 @@ def test_p42_mini_batches_are_others_in_every_epoch_and_iteration(monkeypatch):
 
 
 def test_micro_batch_bounds_every_forward_pass(monkeypatch):
-    player, rows = player_of(config=replace(SMALL, micro_batch=2)), []
-    episodes = judged(player)
+    setup, rows = setup_of(config=replace(SMALL, micro_batch=2)), []
+    episodes = judged(setup)
     real = rollout.distribution
     monkeypatch.setattr(rollout, "distribution", lambda m, e, *rest: rows.append(len(e)) or real(m, e, *rest))
-    ppo.minibatch_gradients(player, episodes, seed=0)
+    ppo.minibatch_gradients(*setup, episodes, seed=0)
     assert rows == [2, 2, 2]
 
 
@@ -252,18 +251,18 @@ def test_rollouts_prompts_are_drawn_and_each_comes_before_any_comes_again():
 
 def test_each_network_has_its_rate_and_the_optimizer_its_settings():
     optim = OptimConfig(lr=0.003, min_lr_ratio=0.5, warmup_steps=2, weight_decay=0.25, beta1=0.5, beta2=0.75, eps=1e-3)
-    player = player_of(config=replace(SMALL, optim=optim, value_lr=0.05, iterations=6))
-    optimizer = ppo.make_player_optimizer(player)
+    setup = setup_of(config=replace(SMALL, optim=optim, value_lr=0.05, iterations=6))
+    optimizer = setup.actors.make_optimizer(setup.config)
     for role, rate in (("policy", 0.003), ("value", 0.05)):
-        mine = {id(p) for p in player.models.trainable(role).values()}
+        mine = {id(p) for p in setup.actors.trainable(role).values()}
         groups = [group for group in optimizer.param_groups if {id(p) for p in group["params"]} <= mine]
         assert {id(p) for group in groups for p in group["params"]} == mine
         assert {group["peak"] for group in groups} == {rate}
         assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.75), 1e-3)}
         assert {group["weight_decay"] for group in groups} == {0.25, 0.0}
-    episodes = judged(player)
+    episodes = judged(setup)
     for iteration in range(6):
-        ppo.update(player, episodes, optimizer, 0, iteration)
+        ppo.update(*setup, episodes, optimizer, 0, iteration)
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(trainer.learning_rate(iteration, 6, optim, group["peak"]))
 
@@ -271,10 +270,10 @@ def test_each_network_has_its_rate_and_the_optimizer_its_settings():
 @pytest.mark.parametrize("still", ["policy", "value"])
 def test_a_rate_of_0_leaves_a_network_as_it_was(still):
     rates = {"optim": OptimConfig(lr=0.0 if still == "policy" else 0.01, warmup_steps=0, weight_decay=0.0)}
-    player = player_of(config=replace(SMALL, value_lr=0.0 if still == "value" else 0.01, **rates))
-    networks = {role: list(player.models.trainable(role).values()) for role in ("policy", "value")}
+    setup = setup_of(config=replace(SMALL, value_lr=0.0 if still == "value" else 0.01, **rates))
+    networks = {role: list(setup.actors.trainable(role).values()) for role in ("policy", "value")}
     before = {role: [p.detach().clone() for p in found] for role, found in networks.items()}
-    ppo.iterate(player, PROMPTS, ppo.make_player_optimizer(player), 0.1, 0, 0)
+    ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), 0.1, 0, 0)
     for role, old in before.items():
         same = [torch.equal(p, q) for p, q in zip(networks[role], old, strict=True)]
         assert all(same) if role == still else not any(same)
@@ -287,9 +286,9 @@ def test_a_huge_gradient_of_the_value_does_not_shorten_the_policys_step(layout):
     for factor in (1.0, 1e6):
         # with so large an eps, AdamW's step depends on the gradient's length
         optim = OptimConfig(lr=0.01, warmup_steps=0, weight_decay=0.0, eps=1.0, grad_clip=1e-3)
-        player = player_of(layout(), replace(SMALL, value_coef=factor, epochs=1, minibatch=6, optim=optim))
-        norms[factor] = ppo.update(player, judged(player), ppo.make_player_optimizer(player), 0, 0)
-        left[factor] = {name: p.detach().clone() for name, p in player.models.trainable("policy").items()}
+        setup = setup_of(layout(), replace(SMALL, value_coef=factor, epochs=1, minibatch=6, optim=optim))
+        norms[factor] = ppo.update(*setup, judged(setup), setup.actors.make_optimizer(setup.config), 0, 0)
+        left[factor] = {name: p.detach().clone() for name, p in setup.actors.trainable("policy").items()}
     for name, weight in left[1.0].items():
         assert torch.equal(weight, left[1e6][name]), name
     assert norms[1e6]["grad_norm"] == norms[1.0]["grad_norm"] > 1e-3
@@ -297,16 +296,16 @@ def test_a_huge_gradient_of_the_value_does_not_shorten_the_policys_step(layout):
 
 
 def test_grad_clip_bounds_each_networks_gradient(monkeypatch):
-    player = player_of(config=replace(SMALL, epochs=1, minibatch=6, optim=OptimConfig(grad_clip=0.01)))
-    optimizer, seen = ppo.make_player_optimizer(player), {}
+    setup = setup_of(config=replace(SMALL, epochs=1, minibatch=6, optim=OptimConfig(grad_clip=0.01)))
+    optimizer, seen = setup.actors.make_optimizer(setup.config), {}
 
     def step():
         for role in ("policy", "value"):
-            grads = [p.grad for p in player.models.trainable(role).values()]
+            grads = [p.grad for p in setup.actors.trainable(role).values()]
             seen[role] = float(torch.nn.utils.get_total_norm(grads))
 
     monkeypatch.setattr(optimizer, "step", step)
-    stats = ppo.update(player, judged(player), optimizer, 0, 0)
+    stats = ppo.update(*setup, judged(setup), optimizer, 0, 0)
     assert min(stats["grad_norm"], stats["value_grad_norm"]) > 0.02
     assert seen == pytest.approx({"policy": 0.01, "value": 0.01}, rel=1e-3)
 
@@ -332,14 +331,14 @@ def test_a_sampled_token_stays_possible_when_rounding_moves_it_over_the_filters_
 
 def test_p23_training_keeps_a_sampled_token_that_the_filter_would_now_remove():
     """An update after rounding: finite log-probabilities, ratio and gradient."""
-    player = player_of(config=replace(SMALL, top_k=2))
-    episodes = judged(player)
-    full = ppo._logprobs(player.models.models["policy"], episodes, player)[1]
+    setup = setup_of(config=replace(SMALL, top_k=2))
+    episodes = judged(setup)
+    full = logprobs_of(setup, episodes)[1]
     episodes.answers[0, 0] = episodes.tokens[0, int(episodes.starts[0])] = int(full[0, 0, 3:].argmin()) + 3
     assert full[0, 0, episodes.answers[0, 0]] == -torch.inf
-    figures = ppo.minibatch_gradients(player, episodes, seed=0)
+    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
     assert all(np.isfinite(value) for value in figures.values())
-    assert all(gradient.isfinite().all() for gradient in gradients(player).values())
+    assert all(gradient.isfinite().all() for gradient in gradients(setup).values())
 
 
 # ------------------------------------------------------------------------------------------------ the value's start
@@ -349,25 +348,25 @@ def test_p23_training_keeps_a_sampled_token_that_the_filter_would_now_remove():
 def test_the_value_starts_in_the_unit_of_the_rewards(layout, monkeypatch):
     """`build` turns the raw head into (raw - mean) / scale; the reward model's own stays raw."""
     models, tokens = layout(), torch.tensor([[BOS, 4, 5, 6, EOS]])
-    with torch.no_grad(), models.role("value") as model:
+    with torch.no_grad(), models.use("value") as model:
         raw = model(tokens).clone()
-    with torch.no_grad(), models.role("reward") as model:
+    with torch.no_grad(), models.use("reward") as model:
         raw_reward = model(tokens).clone()
     name = {four: "four_models", shared: "shared_base"}[layout]
     monkeypatch.setattr(layouts, name, lambda *_: models)
     for thing in ("shape_of", "require", "origin"):
         monkeypatch.setattr(checkpoint, thing, lambda *_: {})
-    monkeypatch.setattr(ppo.memory, "check_room", lambda *_: None)
-    monkeypatch.setattr(ppo.Tokenizer, "load", lambda *_: None)
-    monkeypatch.setattr(ppo.records, "check_vocabularies", lambda *_: None)
+    monkeypatch.setattr(ppo_stage.memory, "check_room", lambda *_: None)
+    monkeypatch.setattr(ppo_stage.Tokenizer, "load", lambda *_: None)
+    monkeypatch.setattr(ppo_stage.records, "check_vocabularies", lambda *_: None)
     monkeypatch.setattr(checkpoint, "read_info", lambda *_: {"reward": {"mean": 0.75, "scale": 0.25}})
-    player, _ = ppo.build(presets.get("tiny").replace(ppo__layout=name, init="x", device="cpu"))
-    assert (player.reward_mean, player.reward_scale) == (0.75, 0.25)
-    with torch.no_grad(), player.models.role("value") as model:
+    actors, *_ = ppo_stage.build(presets.get("tiny").replace(ppo__layout=name, init="x", device="cpu"))
+    assert (actors.reward_mean, actors.reward_scale) == (0.75, 0.25)
+    with torch.no_grad(), actors.use("value") as model:
         torch.testing.assert_close(model(tokens), (raw - 0.75) / 0.25)
-    with torch.no_grad(), player.models.role("reward") as model:
+    with torch.no_grad(), actors.use("reward") as model:
         assert torch.equal(model(tokens), raw_reward)
-    trained = player.models.trainable("value")
+    trained = actors.trainable("value")
     assert {"scalar_head.weight", "scalar_head.bias"} <= set(trained)  # so a resumed run has them too
     assert all(p.requires_grad for p in trained.values())
 
@@ -381,18 +380,18 @@ def test_over_a_shared_base_reward_and_value_are_two_heads_and_two_adapters(monk
     over = {Path("sft"): None, Path("reward"): (config, state, QuantConfig())}
     monkeypatch.setattr(checkpoint, "base_of", lambda folder: (Path("base"), over[folder]))
     monkeypatch.setattr(checkpoint, "load_plain", lambda *_, **__: (llama(0), None))
-    models = layouts.shared_base(Path("sft"), Path("reward"), CPU, replace(SMALL, lora=config), seed=1)
+    models = layouts.shared_base(*over, exact.Alphabet(), CPU, replace(SMALL, lora=config), seed=1)
     weights = [models.heads[role].scalar_head.weight for role in ("reward", "value")]
     assert torch.equal(*weights) and weights[0] is not weights[1] and weights[0].data_ptr() != weights[1].data_ptr()
     tokens = torch.tensor([[BOS, 4, 5, 6]])
 
     def found(role):
-        with torch.no_grad(), models.role(role) as model:
+        with torch.no_grad(), models.use(role) as model:
             return model(tokens).clone()
 
     before = found("reward"), found("value")
-    player = player_of(models)
-    ppo.iterate(player, PROMPTS, ppo.make_player_optimizer(player), 0.1, 0, 0)
+    setup = setup_of(models)
+    ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), 0.1, 0, 0)
     assert torch.equal(found("reward"), before[0]) and not torch.allclose(found("value"), before[1], atol=1e-4)
 
 
@@ -408,19 +407,25 @@ def looped(monkeypatch, tmp_path, candidates, coefficients=None, **changes):
     usual = {"iterations": len(candidates), "eval_every": 1, "sample_every": 99, "save_every": 99}
     config = replace(SMALL, **{**usual, **changes})
     settings = replace(settings, ppo=config)
-    player, saved, seen = player_of(config=config), [], {"kl_coef": [], "evaluated": [], "adapted": [], "drawn": []}
+    setup, saved, seen = setup_of(config=config), [], {"kl_coef": [], "evaluated": [], "adapted": [], "drawn": []}
     found = iter(candidates)
-    monkeypatch.setattr(ppo, "fit_prompts", lambda *_: (PROMPTS, PROMPTS, [], [[BOS, 3]] * 9))
-    monkeypatch.setattr(player.models, "save", lambda folder, tokenizer, info: (
-        saved.append(info["best"]["step"]), checkpoint.write_info(folder, {"kind": "lm", "model": {}})))
-    real_iterate, real_adapt = ppo.iterate, objectives.adaptive_kl
+    monkeypatch.setattr(ppo_stage, "fit_prompts", lambda *_: (PROMPTS, PROMPTS, [], [[BOS, 3]] * 9))
+    monkeypatch.setattr(
+        setup.actors,
+        "save",
+        lambda folder, tokenizer, info: (
+            saved.append(info["best"]["step"]),
+            checkpoint.write_info(folder, {"kind": "lm", "model": {}}),
+        ),
+    )
+    real_iterate, real_adapt = ppo.run_iteration, objectives.adaptive_kl
 
-    def iterate(player, prompts, optimizer, kl_coef, seed, iteration):
+    def iterate(actors, config, prompts, optimizer, kl_coef, seed, iteration, demonstrations):
         seen["kl_coef"].append(kl_coef)
         seen["drawn"].append(prompts)
-        return real_iterate(player, prompts, optimizer, kl_coef, seed, iteration)
+        return real_iterate(actors, config, prompts, optimizer, kl_coef, seed, iteration, demonstrations)
 
-    def evaluate(player, prompts, true_prompts, kl_coef):
+    def evaluate(actors, config, prompts, true_prompts, kl_coef):
         score, kl, error = next(found)
         seen["evaluated"].append((len(prompts), kl_coef))
         return {"score": score, "kl": kl, "objective": score - kl_coef * kl, "objective_stderr": error}
@@ -429,12 +434,12 @@ def looped(monkeypatch, tmp_path, candidates, coefficients=None, **changes):
         seen["adapted"].append(given)
         return coefficients[len(seen["adapted"]) - 1] if coefficients else real_adapt(*given)
 
-    monkeypatch.setattr(ppo, "iterate", iterate)
-    monkeypatch.setattr(ppo, "evaluate_policy", evaluate)
+    monkeypatch.setattr(ppo, "run_iteration", iterate)
+    monkeypatch.setattr(ppo_stage, "evaluate_policy", evaluate)
     monkeypatch.setattr(objectives, "adaptive_kl", adapt)
     folder = tmp_path / "ppo"
     folder.mkdir()
-    ppo._loop(settings, player, {}, RunLog(folder, settings, "ppo"))
+    ppo_stage._loop(settings, setup.actors, [], {}, RunLog(folder, settings, "ppo"))
     return saved, seen
 
 
@@ -696,5 +701,3 @@ def test_the_saved_normaliser_is_that_of_the_saved_weights(pipeline, tmp_path, m
     again = real_fit(model, responses)
     assert saved == pytest.approx(again, rel=1e-4)
     assert abs(fits[0]["mean"] - saved["mean"]) > 0.1 * saved["scale"]  # so the first one would have been wrong
-
-

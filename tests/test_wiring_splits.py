@@ -20,6 +20,7 @@ from instruct_llama import baselines, checkpoint, evaluate
 from instruct_llama.data import batches, tinychat
 from instruct_llama.data.tokenizer import Tokenizer
 from instruct_llama.model.llama import Llama
+from instruct_llama.rlhf import ppo as algorithm
 from instruct_llama.stages import ppo, records, reward
 
 
@@ -161,8 +162,10 @@ def test_p06_the_reward_model_trains_and_validates_on_prompts_of_their_own(pipel
 def test_p06_ppo_plays_training_prompts_and_chooses_by_validation_prompts(pipeline, tmp_path, seen, monkeypatch):
     settings = copied(pipeline, tmp_path, "pretrain", "sft", "reward", ppo__ptx_coef=0.5, ppo__iterations=3)
     seen.tokenizer = Tokenizer.load(Path(pipeline.out) / "sft")
-    monkeypatch.setattr(ppo, "iterate", seen.phased("iterate", ppo.iterate))
-    monkeypatch.setattr(ppo, "_ptx_gradients", seen.phased("ptx", ppo._ptx_gradients))
+    monkeypatch.setattr(algorithm, "run_iteration", seen.phased("iterate", algorithm.run_iteration))
+    monkeypatch.setattr(
+        algorithm, "_demonstration_gradients", seen.phased("ptx", algorithm._demonstration_gradients)
+    )
     monkeypatch.setattr(ppo, "evaluate_policy", seen.phased("validate", ppo.evaluate_policy))
     ppo.run(settings)
     assert seen.splits("iterate") == {"train"} == seen.splits("ptx") and seen.splits("validate") == {"valid"}

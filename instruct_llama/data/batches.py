@@ -24,6 +24,8 @@ from ..config import UserError, check
 if TYPE_CHECKING:
     from .tokenizer import Message, Tokenizer
 
+Dialog = tuple[list[int], list[bool]]  # token ids, and which of them the loss counts
+
 # ---------------------------------------------------------------- token files
 
 _MAGIC = b"ILTOKENS"

@@ -7,18 +7,38 @@ at the last prompt token for t = 0; `answer_outputs` is the only place that know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PPOConfig
 from ..data.batches import RankedBatch
-from ..data.tokenizer import Tokenizer
 from ..model.generate import filter_logits, sample
 from ..model.llama import Llama
-from .objectives import answer_sum, gae, kl_k1, normalise_score, penalised_rewards, score_at_end, token_logprobs, whiten
+from .objectives import (
+    answer_sum,
+    explained_variance,
+    gae,
+    kl_k1,
+    kl_k3,
+    masked_mean,
+    normalise_score,
+    penalised_rewards,
+    score_at_end,
+    token_logprobs,
+    whiten,
+)
+
+
+class SpecialTokens(Protocol):
+    """What generation must know of a vocabulary: a `Tokenizer`, or the few ids of an enumerable language."""
+
+    pad_id: int
+    eos_id: int
+    banned_ids: Sequence[int]  # never generated
 
 
 @dataclass
@@ -80,7 +100,7 @@ def prompt_room(context: int, config: PPOConfig) -> int:
 
 
 def play(
-    policy: Llama, prompts: list[list[int]], tokenizer: Tokenizer, config: PPOConfig, generator: torch.Generator
+    policy: Llama, prompts: list[list[int]], tokenizer: SpecialTokens, config: PPOConfig, generator: torch.Generator
 ) -> Episodes:
     """Sample one answer to each prompt."""
     parts = [
@@ -124,7 +144,7 @@ def join(parts: Sequence[Episodes], pad_id: int) -> Episodes:
 
 def answer_outputs(x: Tensor, starts: Tensor, n: int) -> Tensor:
     """From outputs at every position, those that decide the n answer tokens: (B, T, …) -> (B, n, …)."""
-    index = starts[:, None] - 1 + torch.arange(n, device=x.device)  # (B, n)
+    index = starts.to(x.device)[:, None] - 1 + torch.arange(n, device=x.device)  # (B, n)
     index = index.clamp(max=x.shape[1] - 1)  # past the end of a row: padding, masked by everyone
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
@@ -142,6 +162,24 @@ def answer_logprobs(logprobs_full: Tensor, episodes: Episodes) -> Tensor:
         episodes.mask, episodes.answers, logprobs_full.argmax(-1)
     )  # a pad is banned: -inf would give NaN
     return torch.where(episodes.mask, token_logprobs(logprobs_full, safe), 0.0)
+
+
+def response_logprobs(
+    model: nn.Module, rollouts: Episodes, config: PPOConfig, tokenizer: SpecialTokens
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probabilities of the sampled tokens (B, N), and of the whole vocabulary at each of them (B, N, V)."""
+    full = distribution(model, rollouts, config, tokenizer.banned_ids)  # (B, N, V)
+    return answer_logprobs(full, rollouts), full
+
+
+def by_micro_batch(rollouts: Episodes, config: PPOConfig, compute: Callable[[Episodes], Tensor]) -> Tensor:
+    """What `compute` gives for all rollouts, (B,) or (B, N), from micro-batches of similar lengths."""
+    width, made, order = rollouts.mask.shape[1], [], []
+    for rows in rollouts.parts(config.micro_batch):
+        part = compute(rollouts.select(rows))  # (b,) or (b, n)
+        made.append(nn.functional.pad(part, (0, width - part.shape[1])) if part.dim() == 2 else part)
+        order += rows
+    return torch.cat(made)[torch.tensor(order, device=rollouts.tokens.device).argsort()]
 
 
 def answer_values(model: nn.Module, episodes: Episodes) -> Tensor:
@@ -170,8 +208,8 @@ def answer_scores(model: nn.Module, batch: RankedBatch) -> Tensor:
     return score_at_end(per_token[batch.prompt], batch.ends)  # (N,)
 
 
-def credit(episodes: Episodes, config: PPOConfig, kl_coef: float) -> None:
-    """From scores to advantages: KL-penalised rewards, then GAE, then whitening over the batch's real tokens."""
+def compute_advantages(episodes: Episodes, config: PPOConfig, kl_coef: float) -> None:
+    """Fill in KL-penalised rewards, then advantages and returns by GAE, then whiten over the batch's real tokens."""
     episodes.rewards = penalised_rewards(
         episodes.scores, episodes.logprobs, episodes.ref_logprobs, episodes.mask, kl_coef
     )
@@ -180,3 +218,23 @@ def credit(episodes: Episodes, config: PPOConfig, kl_coef: float) -> None:
     )
     if config.whiten:
         episodes.advantages = whiten(episodes.advantages, episodes.mask)
+
+
+def rollout_metrics(rollouts: Episodes, config: PPOConfig, kl_coef: float) -> dict[str, float]:
+    """The curves of an iteration's rollouts. The reward model's score and the penalised reward are two of them."""
+    mask, kl = rollouts.mask, rollouts.kl()  # (B, N), (B,)
+    k3 = answer_sum(kl_k3(rollouts.logprobs, rollouts.ref_logprobs), mask)  # (B,)
+    limit = config.score_clip
+    figures = {
+        "ppo/score": rollouts.scores.mean(),
+        "ppo/penalised": answer_sum(rollouts.rewards, mask).mean(),
+        "ppo/kl": kl.mean(),
+        "ppo/kl_k3": k3.mean(),
+        "ppo/kl_coef": kl_coef,
+        "ppo/length": mask.sum(1).float().mean(),
+        "ppo/ended": rollouts.ended.float().mean(),
+        "ppo/score_clipped": (rollouts.scores.abs() >= limit).float().mean() if limit > 0 else 0.0,
+        "ppo/explained_variance": explained_variance(rollouts.values, rollouts.returns, mask),
+        "ppo/sampling_gap": masked_mean((rollouts.logprobs - rollouts.sampled_logprobs).abs(), mask),
+    }
+    return {key: float(value) for key, value in figures.items()}

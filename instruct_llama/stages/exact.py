@@ -1,4 +1,4 @@
-"""PPO on the enumerable language, where the best policy is known: the same phases as `stages.ppo`, over tables.
+"""PPO on the enumerable language, where the best policy is known: the same functions as the stage's, over tables.
 
 This is the master test of the whole PPO code (pitfall P00) and the first picture of notebook 07.
 """
@@ -12,8 +12,8 @@ import torch
 
 from ..config import OptimConfig, PPOConfig
 from ..data import enumerable
-from ..rlhf.layouts import FourModels
-from . import ppo
+from ..rlhf import ppo
+from ..training.actors import FourModels
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ def walk(
     """
     policy, reference = enumerable.reference(language), enumerable.reference(language)
     value = enumerable.PrefixTable(language, scalar=True)
-    models = FourModels(policy, reference, value, enumerable.reward_model(language))
-    player = ppo.Player(models, Alphabet(), config, 0.0, 1.0, torch.device("cpu"), [])
-    optimizer, points = ppo.make_player_optimizer(player), []
+    actors = FourModels(policy, reference, value, enumerable.reward_model(language), Alphabet())
+    optimizer, points = actors.make_optimizer(config), []
     for iteration in range(config.iterations + 1):
         with torch.no_grad():
             exact = enumerable.evaluate(language, policy)
@@ -58,5 +57,6 @@ def walk(
         if watch:
             watch(iteration, policy)
         if iteration < config.iterations:
-            ppo.iterate(player, [language.prompt] * config.rollouts, optimizer, config.kl_coef, seed, iteration)
+            prompts = [language.prompt] * config.rollouts
+            ppo.run_iteration(actors, config, prompts, optimizer, config.kl_coef, seed, iteration)
     return points

@@ -13,7 +13,7 @@ from typing import Any
 from .. import checkpoint, memory, parallel, seeds
 from ..config import Settings, UserError
 from ..data import tinychat
-from ..data.batches import Batch, dialog_batch, fit_dialog
+from ..data.batches import Batch, Dialog, dialog_batch, fit_dialog
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.generate import generate
@@ -22,8 +22,6 @@ from . import records
 from .pretrain import language_model_loss, language_model_metrics
 from .start import stage_run, training_folder
 from .trainer import RunLog, StageResult, Supervised, Watch, fit, freeze_first, frozen_as, pick_device, recomputing
-
-Dialog = tuple[list[int], list[bool]]  # token ids and loss mask
 
 
 def encode(tokenizer: Tokenizer, dialogs: Sequence[Any], seq_len: int) -> list[Dialog]:

@@ -1,30 +1,108 @@
-"""PPO's four networks, in two memory layouts behind one interface.
+"""The four networks of PPO on the machine: adapters, devices, offloading, shards, precision, in two memory layouts.
 
 `FourModels` holds policy, value, reward and reference as separate networks. `SharedBase` holds one frozen base, dense
 or 4-bit: policy, value and reward are LoRA adapters with their heads, and the reference is the base, adapters off.
-`with models.role("policy") as model:` lends the network that plays a role.
+Both are what `rlhf.actors.Actors` asks for: `with actors.use("policy") as model:` gives the network of a role.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, seeds
-from ..config import LoRAConfig, PPOConfig, UserError, check
+from .. import checkpoint, parallel, seeds
+from ..config import LoRAConfig, OptimConfig, PPOConfig, UserError, check
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
+from ..rlhf.actors import Role
+from ..rlhf.rollout import Episodes, SpecialTokens
+from ..stages.trainer import NonFinite, autocast, make_optimizer, make_scaler, scaled_step
 
-Role = Literal["policy", "reference", "value", "reward"]
+
+class _Actors:
+    """What both layouts share: precision, processes, the optimizer. `rlhf.actors.Actors` says what each method is for.
+
+    Rollouts are kept on `device`, where the policy is.
+    """
+
+    def __init__(self, tokenizer: SpecialTokens, device: torch.device | str = "cpu", precision: str = "fp32"):
+        self.tokenizer, self.device, self.precision = tokenizer, torch.device(device), precision
+        self.reward_mean, self.reward_scale = 0.0, 1.0
+        self.scaler = make_scaler(precision, self.device)
+
+    @property
+    def processes(self) -> int:
+        return parallel.world()
+
+    @contextlib.contextmanager
+    def use(self, role: Role, training: bool = False) -> Iterator[nn.Module]:
+        """The network of a role, in the precision of training; unless it trains, all its weights in this process."""
+        whole = contextlib.nullcontext() if training else parallel.whole(*self.parts(role))
+        with self.role(role) as model, whole, autocast(self.precision, self.device):
+            yield model
+
+    def optimizing(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int, loss: float, where: str
+    ) -> tuple[float, ...]:
+        if not math.isfinite(loss):
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFinite(f"The PPO loss is {loss} at {where}: lower the learning rate.")
+        return scaled_step(self.scaler, optimizer, optim, step, total, where)
+
+    def map(self, function: Callable[[int], Episodes], n: int) -> list[Episodes]:
+        made = {}
+        for number in parallel.turns(n):
+            part = function(number)
+            made[number] = part.to("cpu") if self.processes > 1 else part
+        return list(parallel.merged(made).values())
+
+    def shard_rows(self, rows: Sequence[int]) -> tuple[list[int], int]:
+        return parallel.deal(rows)
+
+    def reduce_sum(self, figures: dict[str, float]) -> dict[str, float]:
+        return parallel.summed(figures)
+
+    def make_optimizer(self, config: PPOConfig) -> torch.optim.Optimizer:
+        """One AdamW over policy and value, each with its own learning rate."""
+        rates = (("policy", config.optim.lr), ("value", config.value_lr))
+        return make_optimizer([(list(self.trainable(role).values()), rate) for role, rate in rates], config.optim)
+
+    def normalise_scores(self, mean: float, scale: float) -> None:
+        """Let scores be (raw - mean) / scale; the value, a copy of the reward model, starts with them too."""
+        self.reward_mean, self.reward_scale = mean, scale
+        normalise_head(self.value_head, mean, scale)
 
 
-class FourModels:
+class _Elsewhere:
+    """A network on a device of its own: tokens are sent there, what it computes comes back."""
+
+    def __init__(self, model: nn.Module, place: torch.device, home: torch.device):
+        self.model, self.place, self.home = model, place, home
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens.to(self.place)).to(self.home)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        return self.model.hidden(tokens.to(self.place))  # stays there for `head`
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden).to(self.home)
+
+
+class FourModels(_Actors):
     """Policy and reference (`Llama`), value and reward (`ScalarLlama`), each with its own weights.
 
     Each stays on the device it is on; or with `swap_to`, all wait where they are, and each comes to that device for
@@ -33,8 +111,10 @@ class FourModels:
 
     def __init__(
         self, policy: Llama, reference: Llama, value: ScalarLlama, reward: ScalarLlama,
+        tokenizer: SpecialTokens, device: torch.device | str = "cpu", precision: str = "fp32",
         swap_to: torch.device | None = None,
     ):  # fmt: skip
+        super().__init__(tokenizer, device, precision)
         self.models = {"policy": policy, "reference": reference, "value": value, "reward": reward}
         self.swap_to, self.here = swap_to, set()
         for role, model in self.models.items():
@@ -43,9 +123,32 @@ class FourModels:
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[nn.Module]:
-        """The network that plays `role`."""
+        """The network of `role`, brought to `swap_to` if it waits elsewhere."""
         with self.present(role):
-            yield self.models[role]
+            model = self.models[role]
+            place = next(model.parameters()).device
+            # Sharded weights may wait in main memory, and are gathered where rollouts are.
+            elsewhere = place != self.device and self.processes == 1
+            yield _Elsewhere(model, place, self.device) if elsewhere else model
+
+    @contextlib.contextmanager
+    def optimizing(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """With `swap_to`, AdamW's state (the count of steps too) comes and goes with its weights."""
+
+        def move(place: Callable[[nn.Parameter], torch.device]) -> None:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        state[key] = value.to(place(parameter))
+
+        with self.present("policy", "value"):
+            if self.swap_to is not None:
+                move(lambda parameter: parameter.device)
+            try:
+                yield
+            finally:
+                if self.swap_to is not None:
+                    move(lambda _: torch.device("cpu"))
 
     @contextlib.contextmanager
     def present(self, *roles: Role) -> Iterator[None]:
@@ -61,6 +164,15 @@ class FourModels:
             for role, place in waiting.items():
                 self.models[role].to(place)
                 self.here.discard(role)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt with its response may have."""
+        return self.models["policy"].config.max_seq_len
+
+    @property
+    def value_head(self) -> nn.Linear:
+        return self.models["value"].scalar_head
 
     def parts(self, *roles: Role) -> list[nn.Module]:
         """The modules that hold the weights of some roles, each once; of all roles when none is named."""
@@ -89,7 +201,7 @@ class _ScalarView(nn.Module):
             return self.scalar_head(hidden.float()).squeeze(-1)  # (B, T)
 
 
-class SharedBase:
+class SharedBase(_Actors):
     """One frozen base with the adapters `policy`, `value` and `reward`; needs a reward model trained as an adapter.
 
     The reference is the base alone, or with the adapter `reference` where SFT trained one. `folder` holds the base.
@@ -97,8 +209,9 @@ class SharedBase:
 
     def __init__(
         self, base: Llama, config: LoRAConfig, heads: dict[str, nn.Linear], generator: torch.Generator,
-        folder: Path = Path(),
+        tokenizer: SpecialTokens, device: torch.device | str = "cpu", precision: str = "fp32", folder: Path = Path(),
     ):  # fmt: skip
+        super().__init__(tokenizer, device, precision)
         self.base, self.folder = base.eval(), folder
         for name in ("policy", "value"):
             if name not in lora.adapter_names(base):
@@ -118,9 +231,14 @@ class SharedBase:
         with lora.adapter(self.base, role if role in lora.adapter_names(self.base) else None):
             yield self.heads.get(role, self.base)
 
-    def present(self, *_: Role) -> contextlib.AbstractContextManager:
-        """All four are always there: they are one."""
-        return contextlib.nullcontext()
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt with its response may have."""
+        return self.base.config.max_seq_len
+
+    @property
+    def value_head(self) -> nn.Linear:
+        return self.heads["value"].scalar_head
 
     def parts(self, *roles: Role) -> list[nn.Module]:
         """The modules that hold the weights of some roles, each once; of all roles when none is named."""
@@ -148,21 +266,25 @@ def normalise_head(head: nn.Linear, mean: float, scale: float) -> None:
     head.bias = nn.Parameter(torch.full((1,), -mean / scale, device=head.weight.device))
 
 
-def four_models(sft: Path, reward: Path, device: torch.device, config: PPOConfig) -> FourModels:
+def four_models(
+    sft: Path, reward: Path, tokenizer: SpecialTokens, device: torch.device, config: PPOConfig
+) -> FourModels:  # fmt: skip
     """Policy and reference start from the SFT model, the value from the reward model (InstructGPT, appendix C.4)."""
     check(len(config.devices) in (0, 4), "ppo.devices names four devices: of policy, reference, value and reward.")
     check(not (config.swap and config.devices), "ppo.swap and ppo.devices exclude each other: give one of them.")
     places = config.devices or 4 * (("cpu" if config.swap else device),)
     folders = ((sft, "lm"), (sft, "lm"), (reward, "scalar"), (reward, "scalar"))
     loaded = (checkpoint.load_plain(path, at, kind)[0] for (path, kind), at in zip(folders, places, strict=True))
-    models = FourModels(*loaded, swap_to=device if config.swap else None)
+    models = FourModels(*loaded, tokenizer, device, config.precision, swap_to=device if config.swap else None)
     policy = models.models["policy"]
     for module in (policy.tok_embeddings, *policy.layers[: config.freeze_layers]) if config.freeze_layers else ():
         module.requires_grad_(False)
     return models
 
 
-def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig, seed: int) -> SharedBase:
+def shared_base(
+    sft: Path, reward: Path, tokenizer: SpecialTokens, device: torch.device, config: PPOConfig, seed: int
+) -> SharedBase:  # fmt: skip
     """One base for all four: a full SFT model, or the base that an SFT adapter lies over.
 
     The reward run must be an adapter over the same base, kept as PPO keeps it; the value starts from the reward, and
@@ -197,4 +319,5 @@ def shared_base(sft: Path, reward: Path, device: torch.device, config: PPOConfig
         lora.add_adapter(base, name, started[0], seeds.generator("cpu", seed, "adapter", name))
         lora.load_adapter(base, name, started[1])
     generator = seeds.generator("cpu", seed, "adapter", "policy")
-    return SharedBase(base, started[0] if started else config.lora, heads, generator, folder)
+    lora_config = started[0] if started else config.lora
+    return SharedBase(base, lora_config, heads, generator, tokenizer, device, config.precision, folder)

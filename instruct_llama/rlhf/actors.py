@@ -1,0 +1,49 @@
+"""What an algorithm needs of its networks: the interface between `rlhf` and the machine it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OptimConfig
+from .rollout import Episodes, SpecialTokens
+
+Role = Literal["policy", "reference", "value", "reward"]
+
+
+class Actors(Protocol):
+    """The four networks, as PPO needs them. `training.actors` has two implementations."""
+
+    tokenizer: SpecialTokens
+    device: torch.device  # where rollouts are kept
+    reward_mean: float  # of the raw scores of the reference's responses: scores are normalised by these two
+    reward_scale: float
+    processes: int  # how many work together; 1 without torchrun
+
+    def use(self, role: Role, training: bool = False) -> AbstractContextManager[nn.Module]:
+        """The network of a role, ready to compute; with `training`, ready for a backward pass too."""
+
+    def optimizing(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Inside, policy, value and the optimizer's state are where they train."""
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, scaled where fp16 needs it."""
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int, loss: float, where: str
+    ) -> tuple[float, ...]:
+        """Clip each network's gradient, step, clear; the norms before clipping. Raises `UserError` if one, or the loss,
+        is not finite."""
+
+    def map(self, function: Callable[[int], Episodes], n: int) -> list[Episodes]:
+        """[function(0), …, function(n - 1)]; several processes share the calls, and each gets the whole list."""
+
+    def shard_rows(self, rows: Sequence[int]) -> tuple[list[int], int]:
+        """This process's rows of a micro-batch, and the weight of their loss: 1, or 0 for a process without rows."""
+
+    def reduce_sum(self, figures: dict[str, float]) -> dict[str, float]:
+        """Each figure summed over the processes."""

@@ -1,0 +1,1 @@
+"""What runs the algorithms on a machine: devices, processes, precision, files."""
