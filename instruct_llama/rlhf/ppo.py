@@ -4,15 +4,19 @@ One iteration is `run_iteration`, in this order:
 
 1. `sample_rollouts`     the policy responds to prompts (`generate_responses`); then the log-probabilities of policy and
                          reference, the values, and the reward model's score of each response (`score_rollouts`)
-2. `compute_advantages`  per-token rewards (score at the end minus the KL penalty), GAE, whitening
+2. `compute_advantages`  per-token rewards (score at the last token, minus the KL penalty at each), GAE, whitening; it is
+                         in `rollout`, with everything else that is about single responses
 3. `update`              a few epochs of mini-batches: clipped policy loss, clipped value loss, one optimizer step each
 
-Formulas are in `objectives`, what a response is made of in `rollout`. Everything about devices, adapters, precision and
-processes is behind `Actors`. The same functions train the language model, and the table policy whose optimum is known.
+The formulas are in `objectives`: losses are sums over real tokens, metrics are means. Devices, adapters, precision and
+processes are behind `Actors`. The tests run the same functions on a table policy whose optimum is known.
+
+B rows, N the longest response, V the vocabulary. B is a micro-batch's inside the loops.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -33,7 +37,7 @@ def run_iteration(
 ) -> tuple[Episodes, dict[str, float]]:  # fmt: skip
     """One iteration of PPO: its rollouts, and the update's metrics."""
     rollouts = sample_rollouts(actors, config, prompts, seed, iteration)
-    rollout.compute_advantages(rollouts, config, kl_coef)
+    rollout.compute_advantages(rollouts, config, kl_coef)  # fills in rewards, advantages and returns
     return rollouts, update(actors, config, rollouts, optimizer, seed, iteration, demonstrations)
 
 
@@ -45,7 +49,7 @@ def draw_prompts(prompts: Sequence[list[int]], config: PPOConfig, seed: int, ite
     start, drawn = iteration * config.rollouts, []
     for position in range(start, start + config.rollouts):
         epoch, index = divmod(position, len(prompts))
-        if not drawn or index == 0:
+        if not drawn or index == 0:  # the first prompt of this iteration, or of a new pass
             order = epoch_order(len(prompts), seed, epoch, "prompts")
         drawn.append(prompts[order[index]])
     return drawn
@@ -63,7 +67,7 @@ def sample_rollouts(
         score_rollouts(actors, config, rollouts)
         return rollouts
 
-    parts = actors.map(batch, -(-len(prompts) // size))
+    parts = actors.map(batch, math.ceil(len(prompts) / size))  # processes share them, and each gets all
     return rollout.join(parts, actors.tokenizer.pad_id).to(actors.device)
 
 
@@ -71,7 +75,7 @@ def sample_rollouts(
 def generate_responses(
     actors: Actors, config: PPOConfig, prompts: list[list[int]], generator: torch.Generator
 ) -> Episodes:  # fmt: skip
-    """The policy's responses, with log-probabilities computed as the update will compute them."""
+    """The policy's responses. Their log-probabilities are computed again as the update will: the first ratio is 1."""
     with actors.use("policy") as policy:
         rollouts = rollout.play(policy, prompts, actors.tokenizer, config, generator)
         rollouts.logprobs = rollout.by_micro_batch(
@@ -82,8 +86,8 @@ def generate_responses(
 
 @torch.no_grad()
 def score_rollouts(actors: Actors, config: PPOConfig, rollouts: Episodes) -> None:
-    """Fill in the reference's log-probabilities, the values and the normalised scores, each from its own network."""
-    unfiltered = replace(config, top_k=0, top_p=1.0)  # what the policy may not sample, the reference still may
+    """Fill in the reference's log-probabilities (B, N), the values (B, N) and the normalised scores (B,)."""
+    unfiltered = replace(config, top_k=0, top_p=1.0)  # the policy's temperature, but not its filters
     with actors.use("reference") as reference:
         rollouts.ref_logprobs = rollout.by_micro_batch(
             rollouts, config, lambda part: rollout.response_logprobs(reference, part, unfiltered, actors.tokenizer)[0]
@@ -106,13 +110,13 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """`epochs` passes over the rollouts in mini-batches, an optimizer step each; the mean of their metrics."""
     stats: list[dict[str, float]] = []
-    with actors.optimizing(optimizer):
+    with actors.optimizing(optimizer):  # brings policy, value and AdamW's state to where they train
         for rows in _mini_batches(len(rollouts), config, seed, iteration):
-            place = seed, iteration, len(stats)
-            metrics = minibatch_gradients(actors, config, rollouts.select(rows), *place, demonstrations)
-            schedule = config.optim, iteration, config.iterations
+            part, number = rollouts.select(rows), len(stats)
+            metrics = minibatch_gradients(actors, config, part, seed, iteration, number, demonstrations)
             where = f"iteration {iteration + 1}, episodes {rows}"
-            norms = actors.step(optimizer, *schedule, metrics["loss"], where)
+            # refuses a loss or gradient that is not finite; else clips each network's gradient, steps, and clears it
+            norms = actors.step(optimizer, config.optim, iteration, config.iterations, metrics["loss"], where)
             metrics["grad_norm"], metrics["value_grad_norm"] = norms
             stats.append(metrics)
     mean = {key: float(np.mean([metrics[key] for metrics in stats])) for key in stats[0]}
@@ -131,14 +135,14 @@ def minibatch_gradients(
     actors: Actors, config: PPOConfig, rollouts: Episodes, seed: int, iteration: int = 0, number: int = 0,
     demonstrations: Sequence[Dialog] = (),
 ) -> dict[str, float]:  # fmt: skip
-    """Add a mini-batch's gradients of policy and value; its losses and metrics, each a mean over its real tokens.
+    """Accumulate a mini-batch's gradients into `.grad`; its losses and metrics, each a mean over its real tokens.
 
-    However it is cut into micro-batches, the sum is the same. `number` counts the iteration's mini-batches.
+    The gradient does not depend on how it is cut into micro-batches. `number` counts the iteration's mini-batches.
     """
-    tokens = int(rollouts.mask.sum())
+    tokens = int(rollouts.mask.sum())  # of all processes
     sums = dict.fromkeys(("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "ratio"), 0.0)
-    for rows in rollouts.parts(max(config.micro_batch, actors.processes)):
-        mine, weight = actors.shard_rows(rows)
+    for rows in rollouts.parts(max(config.micro_batch, actors.processes)):  # at least a row for each process
+        mine, weight = actors.shard_rows(rows)  # weight 0 where a process has no row and computes along with another's
         part = rollouts.select(mine)
         with actors.use("policy", training=True) as policy:
             logprobs, full = rollout.response_logprobs(policy, part, config, actors.tokenizer)  # (B, N), (B, N, V)
@@ -149,7 +153,8 @@ def minibatch_gradients(
             values = rollout.answer_values(value, part)  # (B, N)
             value_loss = objectives.value_loss(values, part.values, part.returns, part.mask, config.value_clip)
             actors.backward(weight * config.value_coef * value_loss / tokens)
-        logprobs, share = logprobs.detach(), weight * int(part.mask.sum()) / tokens
+        logprobs = logprobs.detach()
+        share = weight * int(part.mask.sum()) / tokens  # of the mini-batch's tokens
         sums["policy_loss"] += weight * float(policy_loss.detach()) / tokens
         sums["value_loss"] += weight * float(value_loss.detach()) / tokens
         sums["entropy"] += weight * -float(entropy_loss.detach()) / tokens
@@ -167,13 +172,13 @@ def minibatch_gradients(
 def _demonstration_gradients(
     actors: Actors, config: PPOConfig, demonstrations: Sequence[Dialog], generator: np.random.Generator
 ) -> float:  # fmt: skip
-    """The pretraining mix (InstructGPT, equation 2): the gradient of a language-model loss beside PPO's; that loss."""
+    """Accumulate the gradient of the pretraining mix (InstructGPT, equation 2); returns its loss, without `ptx_coef`."""
     rows = generator.choice(len(demonstrations), min(config.minibatch, len(demonstrations)), replace=False)
     mine, weight = actors.shard_rows(rows.tolist())
     batch = dialog_batch([demonstrations[i] for i in mine], actors.tokenizer.pad_id).to(actors.device)
-    targets = actors.reduce_sum({"targets": weight * batch.weight})["targets"]
+    n_targets = actors.reduce_sum({"targets": weight * batch.weight})["targets"]
     with actors.use("policy", training=True) as policy:
         logits = policy(batch.tokens, segments=batch.segments)  # (B, T, V)
         loss, _ = objectives.cross_entropy_sum(logits, batch.targets, batch.loss_mask)
-        actors.backward(weight * config.ptx_coef * loss / targets)
-    return actors.reduce_sum({"loss": weight * float(loss.detach()) / targets})["loss"]
+        actors.backward(weight * config.ptx_coef * loss / n_targets)
+    return actors.reduce_sum({"loss": weight * float(loss.detach()) / n_targets})["loss"]
