@@ -4,8 +4,8 @@ One iteration is `run_iteration`, in this order:
 
 1. `sample_rollouts`     the policy responds to prompts (`generate_responses`); then the log-probabilities of policy and
                          reference, the values, and the reward model's score of each response (`score_rollouts`)
-2. `compute_advantages`  per-token rewards (score at the last token, minus the KL penalty at each), GAE, whitening; it is
-                         in `rollout`, with everything else that is about single responses
+2. `compute_advantages`  per-token rewards (score at the last token, minus the KL penalty at each), GAE, whitening; it
+                         is in `rollout`, with everything else that is about single responses
 3. `update`              a few epochs of mini-batches: clipped policy loss, clipped value loss, one optimizer step each
 
 The formulas are in `objectives`: losses are sums over real tokens, metrics are means. Devices, adapters, precision and
@@ -172,7 +172,7 @@ def minibatch_gradients(
 def _demonstration_gradients(
     actors: Actors, config: PPOConfig, demonstrations: Sequence[Dialog], generator: np.random.Generator
 ) -> float:  # fmt: skip
-    """Accumulate the gradient of the pretraining mix (InstructGPT, equation 2); returns its loss, without `ptx_coef`."""
+    """Accumulate the gradient of the pretraining mix (InstructGPT, equation 2); its loss, without `ptx_coef`."""
     rows = generator.choice(len(demonstrations), min(config.minibatch, len(demonstrations)), replace=False)
     mine, weight = actors.shard_rows(rows.tolist())
     batch = dialog_batch([demonstrations[i] for i in mine], actors.tokenizer.pad_id).to(actors.device)
