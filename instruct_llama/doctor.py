@@ -248,8 +248,6 @@ def _check_memory(settings: Settings) -> Verdict:
     largest = max(needs, key=needs.__getitem__)
     needed = needs[largest] + base
     available = memory_available(device)
-    if available is None:
-        return True, "unknown", f"see to it that {needed / GB:.1f} GB are free"
     value = f"{available / GB:.1f} GB available, about {needed / GB:.1f} GB wanted by {largest} at {settings.preset}"
     return _verdict(available >= needed, value, "close other programs, or choose a smaller preset: --preset tiny")
 
