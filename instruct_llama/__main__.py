@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from . import checkpoint, parallel, presets
+from . import checkpoint, parallel, presets, versions
 from .config import Settings, UserError, check, project_folder
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
@@ -86,6 +86,13 @@ class Tour(Settings):
 
     record: bool = False  # write the outputs back into the notebooks of the project
     real: bool = False  # train the real model in notebook 11, which else takes a stand-in
+
+
+@dataclass(frozen=True)
+class Doctor(Settings):
+    """What the doctor does instead of its checks."""
+
+    write_constraints: bool = False  # write the installed versions into constraints.txt, after the tests passed
 
 
 @dataclass(frozen=True)
@@ -237,17 +244,17 @@ def tour(settings: Tour) -> int:
     return notebooks.run(settings)
 
 
-def doctor(settings: Settings) -> int:
-    """Check the machine."""
+def doctor(settings: Doctor) -> int:
+    """Check the machine, or write down what is installed on it."""
     from . import doctor as checks
 
-    return checks.run(settings)
+    return versions.write_constraints() if settings.write_constraints else checks.run(settings)
 
 
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
     **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
     "data": (data, Data), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
-    "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Settings),
+    "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Doctor),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ HEALTHY = {  # every probe, as a machine without faults answers it
     "python_version": (3, 11, 7),
     "module_version": "2.13.0+cpu",
     "missing_packages": [],
+    "compared_versions": ("as tested", ""),
     "threads_and_cores": (2, 2),
     "device_facts": ("cpu", "Linux x86_64", True),
     "four_bit_error": 0.092,
@@ -144,6 +145,7 @@ def test_a_fault_is_named_with_its_cure(probes, check, probe, answer, value, cur
 
 
 WARNINGS = [
+    ("versions", "compared_versions", ("numpy 3.0 (tested 2.4.6)", "pip install -c"), "numpy 3.0", "pip install -c"),
     ("threads", "threads_and_cores", (1, 8), "1 on 8 cores", "unset OMP_NUM_THREADS"),
     ("threads", "threads_and_cores", (4, 2), "4 on 2 cores", "OMP_NUM_THREADS=2"),
     ("bitsandbytes 8-bit Adam", "adam_8bit_step", 0.0, "moved the weights by 0.0000", "keep optim.kind at adamw"),
