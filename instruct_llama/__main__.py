@@ -31,7 +31,7 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
   evaluate                   the report card of every stage under --out; with --study seeds, the whole pipeline for
                              each of --seeds, a line of figures for each in notebooks/results/
 
-Settings of every stage: python -m instruct_llama COMMAND --help"""
+Settings of every stage: python -m instruct_llama COMMAND --help. `instruct-llama COMMAND` does the same."""
 
 Words = tyro.conf.Positional[tuple[str, ...]]
 
@@ -258,8 +258,12 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
 }  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    """Run a command; returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly, 130 on Ctrl-C."""
+def main(argv: list[str] | None = None) -> int:
+    """Run a command, of `argv` or else of the process's own arguments.
+
+    Returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly, 130 on Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -286,4 +290,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
