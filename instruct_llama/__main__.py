@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from . import checkpoint, parallel, presets
+from . import checkpoint, parallel, presets, versions
 from .config import Settings, UserError, check, project_folder
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
@@ -31,7 +31,7 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
   evaluate                   the report card of every stage under --out; with --study seeds, the whole pipeline for
                              each of --seeds, a line of figures for each in notebooks/results/
 
-Settings of every stage: python -m instruct_llama COMMAND --help"""
+Settings of every stage: python -m instruct_llama COMMAND --help. `instruct-llama COMMAND` does the same."""
 
 Words = tyro.conf.Positional[tuple[str, ...]]
 
@@ -86,6 +86,13 @@ class Tour(Settings):
 
     record: bool = False  # write the outputs back into the notebooks of the project
     real: bool = False  # train the real model in notebook 11, which else takes a stand-in
+
+
+@dataclass(frozen=True)
+class Doctor(Settings):
+    """What the doctor does instead of its checks."""
+
+    write_constraints: bool = False  # write the installed versions into constraints.txt, after the tests passed
 
 
 @dataclass(frozen=True)
@@ -237,22 +244,26 @@ def tour(settings: Tour) -> int:
     return notebooks.run(settings)
 
 
-def doctor(settings: Settings) -> int:
-    """Check the machine."""
+def doctor(settings: Doctor) -> int:
+    """Check the machine, or write down what is installed on it."""
     from . import doctor as checks
 
-    return checks.run(settings)
+    return versions.write_constraints() if settings.write_constraints else checks.run(settings)
 
 
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
     **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
     "data": (data, Data), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
-    "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Settings),
+    "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Doctor),
 }  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    """Run a command; returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly, 130 on Ctrl-C."""
+def main(argv: list[str] | None = None) -> int:
+    """Run a command, of `argv` or else of the process's own arguments.
+
+    Returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly, 130 on Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -279,4 +290,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from . import memory
 from .config import Settings, UserError, project_folder
 from .memory import GB, memory_available
+from .versions import compared_versions, missing_packages
 
 PYTHON = ((3, 10), (3, 14))  # first release that works, first that does not; pyproject.toml says the same
 TORCH = ((2, 6), (2, 14))
@@ -83,13 +83,6 @@ def python_version() -> tuple[int, int, int]:
 def module_version(name: str) -> str:
     """The version of a module, as "2.13.0+cpu". Raises ImportError when it cannot be imported."""
     return str(importlib.import_module(name).__version__)
-
-
-def missing_packages() -> list[str]:
-    """Runtime dependencies that are not installed. Raises PackageNotFoundError when the project itself is not."""
-    needed = [line for line in importlib.metadata.requires("instruct_llama") or [] if "extra ==" not in line]
-    names = [re.match(r"[\w.-]+", line).group() for line in needed]
-    return [name for name in names if not any(importlib.metadata.distributions(name=name))]
 
 
 def threads_and_cores() -> tuple[int, int]:
@@ -248,8 +241,6 @@ def _check_memory(settings: Settings) -> Verdict:
     largest = max(needs, key=needs.__getitem__)
     needed = needs[largest] + base
     available = memory_available(device)
-    if available is None:
-        return True, "unknown", f"see to it that {needed / GB:.1f} GB are free"
     value = f"{available / GB:.1f} GB available, about {needed / GB:.1f} GB wanted by {largest} at {settings.preset}"
     return _verdict(available >= needed, value, "close other programs, or choose a smaller preset: --preset tiny")
 
@@ -286,6 +277,7 @@ def _check_jupyter(settings: Settings) -> Verdict:
 CHECKS: dict[str, Callable[[Settings], Verdict]] = {
     "python": _check_python,
     "packages": _check_packages,
+    "versions": lambda settings: (True, *compared_versions()),
     "torch": _check_torch,
     "threads": _check_threads,
     "device": _check_device,

@@ -7,14 +7,9 @@ vocabulary. What they leave out is what an allocator loses to fragments.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import os
-import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from . import presets
@@ -233,24 +228,17 @@ def _ppo(settings: Settings, processes: int) -> Estimate:
 # ---------------------------------------------------------------- against what is there
 
 
-def memory_available(device: str = "cpu") -> int | None:
-    """Bytes free on a CUDA device, else bytes of main memory that a new process can have; None where nobody says.
+def memory_available(device: str = "cpu") -> int:
+    """Bytes free on a CUDA device, else bytes of main memory that a new process can have without swapping.
 
     On a GPU, what torch holds of tensors that are gone is free: an earlier stage of this process leaves gigabytes so.
-    Linux and Windows tell what is free, macOS how much is built in.
     """
     if device.startswith("cuda"):
         cuda = importlib.import_module("torch").cuda
         return cuda.mem_get_info(device)[0] + cuda.memory_reserved(device) - cuda.memory_allocated(device)
-    if Path("/proc/meminfo").is_file():
-        return int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) * 1024
-    if sys.platform == "win32":
-        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its length in bytes first, ullAvailPhys third
-        return int(status[2]) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
+    import psutil  # here, so that the doctor starts without it and says that it is missing
+
+    return psutil.virtual_memory().available
 
 
 def options_for(stage: Stage) -> str:
@@ -313,9 +301,8 @@ def check_room(
     needed, free = estimate(settings, stage, processes), memory_available(device)
     context = CUDA_CONTEXT if device.startswith("cuda") else 0.0
     if needed.total > GB:  # smaller ones fit everywhere, and need no line
-        there = f"; {free / GB:.1f} GB are free on {device}" if free else ""
-        print(f"{stage} needs about {needed}{there}.")
-    if free is None or needed.total + context <= free:
+        print(f"{stage} needs about {needed}; {free / GB:.1f} GB are free on {device}.")
+    if needed.total + context <= free:
         return
     milder = ((estimate(other, stage, processes).total, options) for other, options in smaller(settings, stage))
     cure = next((options for total, options in milder if total + context <= free), "")

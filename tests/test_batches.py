@@ -43,13 +43,22 @@ VOCAB = 50
     ("vocab", "dtype"), [(512, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (128_256, "uint32")]
 )
 def test_p02_the_file_says_its_dtype_and_keeps_every_id(tmp_path: Path, vocab: int, dtype: str) -> None:
-    path = tmp_path / "train.tokens"
+    path = tmp_path / "train.npy"
     ids = [0, 1, 255, 256, vocab - 1]
     assert write_tokens(path, [ids, [], ids[:2]], vocab) == 7
     tokens = open_tokens(path, vocab)
     assert tokens.dtype == dtype
     assert tokens.tolist() == [*ids, 0, 1]
-    assert not tokens.flags.writeable
+    assert isinstance(tokens, np.memmap) and not tokens.flags.writeable
+    assert np.array_equal(np.load(path), tokens)  # for any program that reads numpy's format
+
+
+def test_p02_the_header_has_room_for_any_count(tmp_path: Path) -> None:
+    """It is written before the count is known, and again in its place: the ids that follow stay as they are."""
+    for count in (1, 9, 10, 99_999, 100_000):
+        ids = np.arange(count) % 500
+        write_tokens(tmp_path / "x.npy", iter(ids), 500)
+        assert np.array_equal(open_tokens(tmp_path / "x.npy"), ids)
 
 
 def test_p02_ids_may_come_as_an_array_or_one_by_one(tmp_path: Path) -> None:
@@ -59,33 +68,54 @@ def test_p02_ids_may_come_as_an_array_or_one_by_one(tmp_path: Path) -> None:
 
 
 def test_p02_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "train.tokens"
+    path = tmp_path / "train.npy"
     write_tokens(path, [[1, 2, 3]], 10)
     whole = path.read_bytes()
     cases = [
         (whole[:-1], "truncated or damaged"),
-        (whole + b"\0", "truncated or damaged"),
+        (whole + b"\0", "damaged"),
         (whole[:20], "truncated"),
         (b"", "not a token file"),
         (np.arange(100, dtype=np.uint16).tobytes(), "not a token file"),
         (pickle.dumps([1, 2]), "not a token file"),
-        (whole[:8] + b"\x09" + whole[9:], "another version"),
+        (b"PK\3\4" + whole, "not a token file"),
+        (whole.replace(b"{", b"("), "not a token file"),
+        (whole[:6] + b"\x09" + whole[7:], "not a token file"),
     ]
     for content, sentence in cases:
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"train\.tokens.*{sentence}"):
+        with pytest.raises(UserError, match=rf"train\.npy.*{sentence}.*delete the folder .* run the stage again"):
             open_tokens(path)
-    with pytest.raises(UserError, match=r"no token file .*none\.tokens"):
-        open_tokens(tmp_path / "none.tokens")
+    for array in (np.ones(3), np.ones((3, 1), np.uint16), np.ones(3, ">u2"), np.uint16(1)):
+        np.save(path, array)
+        with pytest.raises(UserError, match=r"train\.npy .* holds something else than token ids"):
+            open_tokens(path)
+    with pytest.raises(UserError, match=r"no token file .*none\.npy"):
+        open_tokens(tmp_path / "none.npy")
     write_tokens(path, [], 10)
-    with pytest.raises(UserError, match=r"train\.tokens holds no tokens"):
+    with pytest.raises(UserError, match=r"train\.npy holds no tokens"):
         open_tokens(path)
 
 
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 127), st.integers(0, 255)), min_size=1, max_size=5))
+def test_p02_a_damaged_header_is_a_user_error(tmp_path_factory, changes) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.npy"
+    write_tokens(path, [range(300)], 300)
+    content = bytearray(path.read_bytes())
+    for place, byte in changes:
+        content[place] = byte
+    path.write_bytes(content)
+    try:
+        assert len(open_tokens(path)) == 300  # the change did not matter
+    except UserError as error:
+        assert "damaged.npy" in str(error) and "run the stage again" in str(error)
+
+
 def test_p02_a_file_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
-    write_tokens(tmp_path / "x", [[1]], 600)
-    assert open_tokens(tmp_path / "x", 600).tolist() == [1]
-    with pytest.raises(UserError, match="vocabulary of 600, the model has 512"):
+    write_tokens(tmp_path / "x", [[1, 512, 3]], 600)
+    assert open_tokens(tmp_path / "x", 513).tolist() == [1, 512, 3]
+    with pytest.raises(UserError, match="token id 512, the model's vocabulary has 512"):
         open_tokens(tmp_path / "x", 512)
 
 
@@ -97,7 +127,7 @@ def test_p02_ids_outside_the_vocabulary_are_not_written(tmp_path: Path, bad: int
 
 
 def test_writing_is_atomic(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "x.tokens"
+    path = tmp_path / "new" / "x.npy"
     write_tokens(path, [[1]], 10)
 
     def broken():
@@ -107,7 +137,7 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_tokens(path, broken(), 10)
     assert open_tokens(path).tolist() == [1]
-    assert [file.name for file in path.parent.iterdir()] == ["x.tokens"]
+    assert [file.name for file in path.parent.iterdir()] == ["x.npy"]
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:

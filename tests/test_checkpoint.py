@@ -138,7 +138,7 @@ def test_the_pipelines_tree_can_be_moved(pipeline, tmp_path):
 def test_p05_no_file_of_a_run_is_a_pickle(pipeline):
     for path in Path(pipeline.out).rglob("*"):
         if path.is_file() and not path.name.startswith("events.out"):
-            assert path.suffix in (".json", ".jsonl", ".safetensors", ".model", ".bin", ".txt", ".lock"), path
+            assert path.suffix in (".json", ".jsonl", ".safetensors", ".model", ".npy", ".txt", ".lock"), path
             if path.suffix == ".safetensors":
                 checkpoint.read_tensors(path)
             else:

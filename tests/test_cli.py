@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import io
 import json
@@ -19,6 +20,11 @@ from instruct_llama import convert, presets
 from instruct_llama.__main__ import COMMANDS, main, parse
 from instruct_llama.data import sources
 from instruct_llama.seeds import derive
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10; pytest brings the same parser under its old name
+    import tomli as tomllib
 
 
 def options(settings, default=None, prefix: str = "--") -> list[str]:
@@ -82,6 +88,18 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as done:
         main(["sft", "--help"])
     assert done.value.code == 0 and "--ppo.kl-coef" in capsys.readouterr().out
+
+
+def test_the_console_script_is_the_same_command(monkeypatch, capsys):
+    """As pip's script calls it: without arguments, so that it takes the process's own."""
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    script = importlib.metadata.EntryPoint("instruct-llama", scripts["instruct-llama"], "console_scripts").load()
+    for words, status, said in ((["--help"], 0, "instruct-llama COMMAND"), ([], 2, "instruct-llama COMMAND")):
+        monkeypatch.setattr("sys.argv", ["instruct-llama", *words])
+        assert script() == status and said in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["instruct-llama", "nothing"])
+    assert script() == 2 and "There is no command 'nothing'" in capsys.readouterr().err
+    assert list(scripts) == ["instruct-llama"]
 
 
 # ---------------------------------------------------------------- every command runs

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from instruct_llama import doctor
 
@@ -32,8 +34,8 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 TOP_LEVEL = {
-    "README.md", "environment.yml", "pyproject.toml", "LICENSE", "notebooks", "instruct_llama", "data", "checkpoints",
-    "tests", ".ci", ".gitignore",
+    "README.md", "environment.yml", "pyproject.toml", "constraints.txt", "LICENSE", "notebooks", "instruct_llama",
+    "data", "checkpoints", "tests", ".ci", ".gitignore",
 }  # fmt: skip
 SECOND_LINE = 'python -m pip install -e ".[test]" && python -m pytest'
 
@@ -97,6 +99,17 @@ def test_the_doctor_wants_what_pyproject_wants():
 
     assert PROJECT["requires-python"] == bounds(doctor.PYTHON)
     assert f"torch{bounds(doctor.TORCH)}" in PROJECT["dependencies"]
+
+
+def test_the_constraints_hold_every_requirement_in_a_version_that_it_allows():
+    first, python, *lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert "doctor --write-constraints" in first and re.fullmatch(r"# python==3\.1\d", python)
+    pins = dict(line.split("==") for line in lines)
+    assert list(pins) == sorted(pins) and all(re.fullmatch(r"[a-z0-9-]+", name) for name in pins)
+    assert all(re.fullmatch(r"[\w.!]+", version) for version in pins.values())  # no +cpu, no address
+    assert "instruct-llama" not in pins and "pip" not in pins
+    for need in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]):
+        assert need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True), need
 
 
 def test_ci_runs_exactly_the_readmes_second_line_in_a_fresh_environment():
@@ -248,7 +261,7 @@ def code_lines(path: Path) -> int:
 
 
 # What a reader of the story can leave closed: other people's formats, their data, their machines, many processes.
-DOORS = {"convert", "parallel", "public", "shapes", "files", "conversation", "memory"}
+DOORS = {"convert", "parallel", "public", "shapes", "files", "conversation", "memory", "versions"}
 
 
 def test_the_package_is_thin():
@@ -382,7 +395,8 @@ MACHINE_PATH = re.compile(r"""(?:^|[\s"'(=`])/(?:[w]ork|[o]pt|[r]oot|[h]ome|[U]s
 
 
 def test_no_file_names_a_path_of_one_machine():
-    pages = ["README.md", "pyproject.toml", "environment.yml", ".ci/run", "data/README.md", "checkpoints/README.md"]
+    pages = ["README.md", "pyproject.toml", "environment.yml", "constraints.txt", ".ci/run"]
+    pages += ["data/README.md", "checkpoints/README.md"]
     found = []
     for path in [*(ROOT / page for page in pages), *MODULES, *TESTS, *ROOT.glob("notebooks/*.ipynb")]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):

@@ -590,3 +590,15 @@ def test_eight_paragraphs_make_a_document_and_new_text_new_tokens(micro, tmp_pat
     assert np.array_equal(before, again)
     _, other, _ = pretrain.build_tokens(micro.replace(seed=micro.seed + 1), tmp_path)
     assert not np.array_equal(before[:1000], np.array(other)[:1000])
+
+
+def test_token_files_that_are_gone_are_made_again_and_damaged_ones_are_named(micro, tmp_path):
+    micro, folder = micro(tmp_path), tmp_path / "tokens"
+    before = np.array(pretrain.build_tokens(micro, folder)[1])
+    (folder / "train.npy").unlink()
+    assert np.array_equal(before, pretrain.build_tokens(micro, folder)[1])
+    (folder / "valid.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="valid.npy .* delete the folder .*tokens and run the stage again"):
+        pretrain.build_tokens(micro, folder)
+    shutil.rmtree(folder)
+    assert np.array_equal(before, pretrain.build_tokens(micro, folder)[1])

@@ -113,11 +113,11 @@ def test_p06_pretraining_validates_on_text_that_it_does_not_train_on(micro, tmp_
     watched(module, seen, monkeypatch)
     settings = micro(tmp_path / "runs", pretrain__loop__steps=12)
     folder = module.run(settings).folder
-    files = {name: batches.open_tokens(folder / "state" / "tokens" / f"{name}.bin") for name in ("train", "valid")}
+    files = {name: batches.open_tokens(folder / "state" / "tokens" / f"{name}.npy") for name in ("train", "valid")}
     for phase, mine, other in (("train", "train", "valid"), ("validate", "valid", "train")):
         rows = seen.rows[phase, "lm"]
-        assert rows and all(holds(row, files[mine]) for row in rows), f"{phase} reads other text than {mine}.bin"
-        assert sum(holds(row, files[other]) for row in rows) < len(rows), f"{phase} reads {other}.bin"
+        assert rows and all(holds(row, files[mine]) for row in rows), f"{phase} reads other text than {mine}.npy"
+        assert sum(holds(row, files[other]) for row in rows) < len(rows), f"{phase} reads {other}.npy"
     train, valid = (set(texts) for texts in records.texts(settings))
     assert train and valid and not train & valid
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -28,10 +27,7 @@ Dialog = tuple[list[int], list[bool]]  # token ids, and which of them the loss c
 
 # ---------------------------------------------------------------- token files
 
-_MAGIC = b"ILTOKENS"
-_HEADER = struct.Struct("<8sIIQQ")  # magic, version, bytes a token (2 or 4), count of tokens, vocabulary size
-_VERSION = 1
-_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))  # of a vocabulary of at most 65,536, and of a larger one
 
 
 @contextmanager
@@ -60,15 +56,15 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_tokens(path: str | Path, ids: Iterable[Sequence[int] | int], vocab_size: int) -> int:
-    """Write token ids (an array, or an iterable of documents or of single ids) to a file; returns their count.
+    """Write token ids (an array, or an iterable of documents or of single ids) as a .npy file; returns their count.
 
-    Ids take two bytes where the vocabulary allows it, else four; the file says which. It is written under a
-    temporary name and renamed, so a file that has its name is whole. Raises UserError for an id outside [0, V).
+    Ids take two bytes where the vocabulary allows it, else four. The file is written under a temporary name and
+    renamed, so a file that has its name is whole. Raises UserError for an id outside [0, V).
     """
-    dtype = _DTYPES[2 if vocab_size <= 1 << 16 else 4]
+    dtype = _DTYPES[vocab_size > 1 << 16]
     count = 0
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write(bytes(_HEADER.size))
+        _write_header(file, dtype, count)
         for document in [ids] if isinstance(ids, np.ndarray) else ids:
             tokens = np.atleast_1d(np.asarray(document, dtype=np.int64))
             bad = tokens[(tokens < 0) | (tokens >= vocab_size)].tolist()
@@ -80,34 +76,36 @@ def write_tokens(path: str | Path, ids: Iterable[Sequence[int] | int], vocab_siz
             file.write(tokens.astype(dtype).tobytes())
             count += tokens.size
         file.seek(0)
-        file.write(_HEADER.pack(_MAGIC, _VERSION, dtype.itemsize, count, vocab_size))
+        _write_header(file, dtype, count)  # as long as the first: numpy leaves room for a shape that grows
     return count
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
 
 
 def open_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
     """Map a token file, read-only: an array of uint16 or uint32, shape (count,).
 
     Raises UserError for a missing, foreign, truncated or empty file, and, where `vocab_size` (the model's) is
-    given, for a file made with a larger vocabulary.
+    given, for a file with ids outside that vocabulary.
     """
     path = Path(path)
-    rebuild = "build it again with `python -m instruct_llama data`"
+    rebuild = f"delete the folder {path.parent} and run the stage again, which builds it anew"
     check(path.is_file(), f"There is no token file {path}: {rebuild}.")
-    with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
-    check(head[: len(_MAGIC)] == _MAGIC, f"{path} is not a token file of this project: {rebuild}.")
-    check(len(head) == _HEADER.size, f"{path} is truncated: {rebuild}.")
-    _, version, width, count, its_vocab = _HEADER.unpack(head)
-    check(version == _VERSION and width in _DTYPES, f"{path} is a token file of another version: {rebuild}.")
-    expected = _HEADER.size + count * width
-    actual = path.stat().st_size
-    check(actual == expected, f"{path} is truncated or damaged ({actual} bytes, not {expected}): {rebuild}.")
-    check(count > 0, f"{path} holds no tokens: {rebuild} from a text that is not empty.")
-    check(
-        vocab_size is None or its_vocab <= vocab_size,
-        f"{path} was made with a vocabulary of {its_vocab}, the model has {vocab_size}: {rebuild}.",
-    )
-    return np.memmap(path, dtype=_DTYPES[width], mode="r", offset=_HEADER.size, shape=(count,))
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except OSError:  # no permission, a failing disk
+        raise
+    except Exception as error:  # a damaged header raises whatever the parser that numpy gives it to does
+        raise UserError(f"{path} is not a token file, or is truncated or damaged: {rebuild}.") from error
+    ours = isinstance(tokens, np.memmap) and tokens.ndim == 1 and tokens.dtype in _DTYPES
+    whole = ours and tokens.offset + tokens.nbytes == path.stat().st_size
+    check(whole, f"{path} is damaged, or holds something else than token ids: {rebuild}.")
+    check(tokens.size > 0, f"{path} holds no tokens: {rebuild}, from a text that is not empty.")
+    if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+        raise UserError(f"{path} holds the token id {largest}, the model's vocabulary has {vocab_size}: {rebuild}.")
+    return tokens
 
 
 # ---------------------------------------------------------------- orders

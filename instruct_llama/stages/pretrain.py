@@ -56,20 +56,21 @@ def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap
     train, valid = records.texts(settings)
     with parallel.main_first():
         stamp = f"{_digest(chain(train, [''], valid))} {settings.init}\n{to_json(settings.tokenizer)}"
-        stamp_file = folder / "made_from.txt"
-        if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp):
+        stamp_file, files = folder / "made_from.txt", [folder / "train.npy", folder / "valid.npy"]
+        there = all(file.is_file() for file in (stamp_file, *files))
+        if not (there and stamp_file.read_text(encoding="utf-8") == stamp):
             tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
             tokenizer.save(folder)
             # A file's texts are documents, each with its end token; tinychat's are paragraphs, eight to a document.
             newline, size = tokenizer.encode("\n")[-1], 1 if settings.data else 8
-            for name, texts in (("train", train), ("valid", valid)):
-                bar = tqdm(texts, desc=f"{name} tokens", unit=" texts", disable=None, leave=False)
+            for file, texts in zip(files, (train, valid), strict=True):
+                bar = tqdm(texts, desc=f"{file.stem} tokens", unit=" texts", disable=None, leave=False)
                 ends = {True: tokenizer.eos_id, False: newline}
                 ids = ([*tokenizer.encode(text), ends[number % size == 0]] for number, text in enumerate(bar, 1))
-                write_tokens(folder / f"{name}.bin", ids, tokenizer.vocab_size)
+                write_tokens(file, ids, tokenizer.vocab_size)
             checkpoint.write_text(stamp_file, stamp)
     tokenizer = Tokenizer.load(folder)
-    return tokenizer, *(open_tokens(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "valid"))
+    return tokenizer, *(open_tokens(file, tokenizer.vocab_size) for file in files)
 
 
 def _digest(texts: Iterable[str]) -> str:
