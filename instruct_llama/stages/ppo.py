@@ -197,7 +197,7 @@ def _loop(
                 true_prompts = valid[: config.eval_prompts] if world else None
                 figures = evaluate_policy(actors, config, valid_ids[: config.eval_prompts], true_prompts, kl_coef)
                 metrics |= {f"val/{key}": value for key, value in figures.items()}
-                # The last policy, its learning rate spent, is kept where these prompts cannot tell it from the best.
+                # The last policy, its learning rate spent, is kept unless it is worse by more than a standard error.
                 doubt = figures["objective_stderr"] if iteration == config.iterations else 0.0
                 if is_better(figures, best, kl_coef, doubt):
                     best = {"step": iteration, **figures}
