@@ -534,6 +534,34 @@ def test_16_bit_weights_stand_in_a_gguf_file_as_they_are(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece", "tokenizer.json"])
+def test_rows_of_the_embedding_without_a_token_get_a_name_in_gguf(kind, pipeline, tmp_path):
+    """llama.cpp refuses a file whose embedding has another number of rows than its vocabulary has tokens."""
+    import gguf
+
+    source = tmp_path / "run"
+    if kind == "tokenizer.json":
+        convert.import_checkpoint(str(hf_folder(tmp_path / "hf")[0]), source)
+        model, tokenizer = il.load(source)
+    else:
+        tokenizer = il.load(Path(pipeline.out) / "sft")[1]
+        model = Llama(ModelConfig(vocab_size=tokenizer.vocab_size + 7, dim=32, n_layers=1, n_heads=2, n_kv_heads=1))
+        checkpoint.save_full(source, model, tokenizer, {"stage": "sft", "complete": True})
+    assert tokenizer.vocab_size < model.config.vocab_size
+    convert.export("gguf", source, tmp_path / "model.gguf")
+    field = {key: value.contents() for key, value in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    tokens, kinds = field["tokenizer.ggml.tokens"], field["tokenizer.ggml.token_type"]
+    assert len(set(tokens)) == len(kinds) == model.config.vocab_size
+    assert set(kinds[tokenizer.vocab_size :]) == {vocabulary.UNUSED}
+    assert kind == "tokenizer.json" or len(field["tokenizer.ggml.scores"]) == model.config.vocab_size
+    convert.import_checkpoint(str(tmp_path / "model.gguf"), tmp_path / "back")
+    back, read = il.load(tmp_path / "back")
+    assert read.vocab_size == tokenizer.vocab_size and back.config.vocab_size == model.config.vocab_size
+    assert read.encode_prompt(DIALOG) == tokenizer.encode_prompt(DIALOG)
+    field["tokenizer.ggml.padding_token_id"] = len(tokens) - 3  # as other people's converters do
+    assert vocabulary.from_gguf(field, tmp_path / "model.gguf").vocab_size == len(tokens) - 2
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "tokenizer.json"])
 def test_p25_a_gguf_file_brings_its_vocabulary_and_names_its_ends(kind, pipeline, tmp_path):
     """llama.cpp reads from these fields where an answer stops, and must not put a second <s> before the frame's."""
     import gguf
@@ -558,6 +586,8 @@ def test_p25_a_gguf_file_brings_its_vocabulary_and_names_its_ends(kind, pipeline
     if kind == "SentencePiece":  # scores are the order of merges: without them most texts encode alike, not all
         before, after = ([piece.score for piece in vocabulary._pieces(t).pieces] for t in (tokenizer, read))
         assert before == after and len(set(before)) > 100
+        # llama.cpp puts a space after what it takes for user-defined: here that would be every line break
+        assert vocabulary.USER_DEFINED not in field["tokenizer.ggml.token_type"]
     assert (read.end_ids, read.pad_id, read.banned_ids) == (tokenizer.end_ids, tokenizer.pad_id, tokenizer.banned_ids)
 
 

@@ -124,7 +124,7 @@ def write(model: Llama, tokenizer: Tokenizer, path: Path) -> None:
         writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_file_type(gguf.LlamaFileType[kinds[model.tok_embeddings.weight.dtype]])
         _settings(writer, config)
-        vocabulary.to_gguf(tokenizer, writer)
+        vocabulary.to_gguf(tokenizer, writer, config.vocab_size)
         # A tied output is written too: llama.cpp of 2023 has no tying.
         for key, tensor in {**checkpoint.model_state(model), "output.weight": model.output.weight}.items():
             tensor = tensor.detach().cpu()
