@@ -26,7 +26,7 @@ USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed 
   merge CHECKPOINT [TARGET]  adapters into their base, to a plain checkpoint
   import SOURCE              other people's weights: a Hugging Face folder or name, Meta's folder, a .gguf, or smollm2
   export --to hf|peft|gguf CHECKPOINT TARGET
-                             a checkpoint in other people's formats
+                             a checkpoint in other people's formats; a GGUF file in 16 bits, or --quant q8_0 or f32
   chat [CHECKPOINT]          talk to a checkpoint; --prompts FILE answers a file
   evaluate                   the report card of every stage under --out; with --study seeds, the whole pipeline for
                              each of --seeds, a line of figures for each in notebooks/results/
@@ -55,6 +55,8 @@ class Export(Merge):
     """What a checkpoint becomes."""
 
     to: Literal["hf", "peft", "gguf"] = "hf"  # a Hugging Face folder, a PEFT adapter with its base, or a GGUF file
+    # how a GGUF file keeps the weights; auto: in 16 bits, bf16 as they are and fp32 rounded to f16
+    quant: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,8 @@ def data(settings: Data) -> int:
     """Build records into data/, or --out."""
     from .data import public, sources, tinychat
 
-    words = settings.words
-    check(len(words) == 1, "data needs one name or file: `data tinychat`, `data dolly`, or `data my.jsonl.gz`.")
-    name = words[0]
+    check(len(settings.words) == 1, "data needs one name or file: `data tinychat`, `data dolly` or `data my.jsonl.gz`.")
+    name = settings.words[0]
     folder = Path(settings.out) if settings.out else project_folder() / "data"
     if name in public.SETS:
         built = public.build(name, folder, limit=settings.limit, files=settings.files, seed=settings.seed)
@@ -192,8 +193,8 @@ def export(settings: Export) -> int:
     from . import convert
 
     check(len(settings.words) == 2, "export needs a checkpoint and a target: `export --to hf FOLDER ppo-hf`.")
-    source, target = map(Path, settings.words)
-    print(*convert.export(settings.to, source, target, settings.into, settings.overwrite), sep="\n")
+    how = (settings.into, settings.overwrite, settings.quant)
+    print(*convert.export(settings.to, *map(Path, settings.words), *how), sep="\n")
     return 0
 
 

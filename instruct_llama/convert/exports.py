@@ -1,7 +1,7 @@
 """Our checkpoints out: a Hugging Face folder, a PEFT adapter with its base, a GGUF file.
 
-The numbers are not changed: another library that loads them computes the same logits. Adapters are merged first where
-the format has none.
+The numbers are not changed, but for a GGUF file's, which are rounded to what is asked: another library that loads them
+computes the same logits. Adapters are merged first where the format has none.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ Into = Literal["dequantised", "original"]
 
 
 def export(
-    to: Target, source: Path, target: Path, into: Into = "dequantised", overwrite: bool = False
+    to: Target, source: Path, target: Path, into: Into = "dequantised", overwrite: bool = False,
+    quant: gguf_files.Quant = "auto",
 ) -> list[str]:  # fmt: skip
     """Write a checkpoint in another project's format; returns lines that say what was written, and what to do with it.
 
-    `into` chooses the base that an adapter is merged into (P16). Raises `UserError` for a reward model, where the
-    format does not fit the checkpoint, and where something is at `target`, unless it is a checkpoint to `overwrite`.
+    `into` chooses the base that an adapter is merged into (P16), `quant` how the weights of a GGUF file are kept.
+    Raises `UserError` for a reward model, where the format does not fit the checkpoint or `quant` the format, and where
+    something is at `target`, unless it is a checkpoint to `overwrite`.
     """
+    check(to == "gguf" or quant == "auto", "--quant is for GGUF files: leave it out, or export with --to gguf.")
     info = checkpoint.read_info(source)
     check(info["kind"] == "lm", f"{source} is a reward model, and other projects keep those in other ways: give an LM.")
     if to == "gguf":
@@ -46,8 +49,8 @@ def export(
     else:
         model, tokenizer = checkpoint.load(source, dtype=checkpoint.stored_dtype(source))
     if to == "gguf":
-        gguf_files.write(model, tokenizer, target)
-        return [*lines, f"saved in {shown(target)}: run it with llama.cpp, `llama-cli -m {shown(target)}`"]
+        kind = gguf_files.write(model, tokenizer, target, quant)
+        return [*lines, f"saved in {shown(target)} ({kind}): run it with llama.cpp, `llama-cli -m {shown(target)}`"]
     with folders.replacing(target) as new:
         write_folder(model, tokenizer, new)
     loads = f'`AutoModelForCausalLM.from_pretrained("{shown(target)}")`'

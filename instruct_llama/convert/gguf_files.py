@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp: one file with settings, vocabulary and weights, often quantised; in and out.
 
-Read and written with the `gguf` package, an optional extra. Weights come in dequantised, to fp32, and go out in 16 or
-32 bit. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Read and written with the `gguf` package, an optional extra. Weights come in dequantised, to fp32, and go out in 16
+bits, or as asked in 32 or 8. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from ..model.llama import Llama, rotary_frequencies
 from . import vocabulary
 from .imports import Foreign
 from .names import foreign_key, halves_to_neighbours, neighbours_to_halves, our_shapes, turns
+
+Quant = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
 
 def gguf_package() -> Any:
@@ -116,28 +118,36 @@ def _scaling(field: dict[str, Any], given: dict[str, Any], width: int, theta: fl
     return RopeScaling("linear", field["rope.scaling.factor"]) if kind == "linear" else RopeScaling()
 
 
-def write(model: Llama, tokenizer: Tokenizer, path: Path) -> None:
-    """Write a language model as GGUF: matrices in the model's dtype, vectors in fp32, as llama.cpp wants them."""
+def write(model: Llama, tokenizer: Tokenizer, path: Path, quant: Quant = "auto") -> str:
+    """Write a language model as GGUF; returns the kind of its matrices. Vectors are fp32, as llama.cpp wants them.
+
+    "auto" takes 16 bits: bf16 weights stay bf16, others become f16. "q8_0" is 8 bits and a scale for each 32 weights.
+    Raises `UserError` for a weight that f16 cannot hold.
+    """
     gguf, config = gguf_package(), model.config
-    kinds = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+    # bf16 is kept exactly, as llama.cpp's own converter does; f16 would lose what is below 6e-8 or above 65504. Of
+    # fp32's 24 significant bits f16 keeps 11 where bf16 keeps 8, and weights hardly ever leave its range.
+    sixteen = "bf16" if model.tok_embeddings.weight.dtype == torch.bfloat16 else "f16"
+    kind = sixteen if quant == "auto" else quant
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
-        writer.add_file_type(gguf.LlamaFileType[kinds[model.tok_embeddings.weight.dtype]])
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _settings(writer, config)
-        vocabulary.to_gguf(tokenizer, writer)
-        # A tied output is written too: llama.cpp of 2023 has no tying.
-        for key, tensor in {**checkpoint.model_state(model), "output.weight": model.output.weight}.items():
+        vocabulary.to_gguf(tokenizer, writer, config.vocab_size)
+        for key, tensor in checkpoint.model_state(model).items():  # without a tied output: token_embd serves as both
             tensor = tensor.detach().cpu()
             tensor = halves_to_neighbours(tensor, config) if turns(key) else tensor
-            _add(gguf, writer, foreign_key(key, "gguf"), tensor)
+            _add(writer, foreign_key(key, "gguf"), tensor, kind, sixteen)
         if config.rope_scaling.kind == "llama3":
             stretched = rotary_frequencies(config)
             plain = rotary_frequencies(replace(config, rope_scaling=RopeScaling()))
-            _add(gguf, writer, "rope_freqs.weight", plain / stretched)  # (E/2,)
+            _add(writer, "rope_freqs.weight", plain / stretched)  # (E/2,)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    return kind
 
 
 def _settings(writer: Any, config: ModelConfig) -> None:
@@ -156,11 +166,13 @@ def _settings(writer: Any, config: ModelConfig) -> None:
         writer.add_float32("llama.rope.scaling.factor", config.rope_scaling.factor)
 
 
-def _add(gguf: Any, writer: Any, name: str, tensor: torch.Tensor) -> None:
-    if tensor.dim() == 1 or tensor.dtype == torch.float32:
-        writer.add_tensor(name, tensor.float().contiguous().numpy())
-    elif tensor.dtype == torch.float16:
-        writer.add_tensor(name, tensor.contiguous().numpy())
-    else:  # numpy has no bf16: the same bytes
-        kind = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(name, tensor.contiguous().view(torch.uint8).numpy(), raw_dtype=kind)
+def _add(writer: Any, name: str, tensor: torch.Tensor, *kinds: str) -> None:
+    """Write a matrix as the first of `kinds` whose blocks divide its rows, a vector as fp32."""
+    gguf = gguf_package()
+    choices = [gguf.GGMLQuantizationType[kind.upper()] for kind in (kinds if tensor.dim() > 1 else ("f32",))]
+    kind = next(kind for kind in choices if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0)
+    check(
+        kind.name != "F16" or float(tensor.abs().max()) <= torch.finfo(torch.float16).max,
+        f"{name} holds numbers over 65504, too large for f16: export with --quant bf16 or --quant f32.",
+    )
+    writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)

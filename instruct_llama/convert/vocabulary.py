@@ -43,6 +43,11 @@ def from_gguf(fields: dict[str, Any], path: Path) -> Tokenizer:
     if beside.is_file():
         return JsonTokenizer.from_file(beside)
     field = {key.removeprefix("tokenizer."): value for key, value in fields.items() if key.startswith("tokenizer.")}
+    # Names of embedding rows after the last token are left out, but for one that stands for an end or for padding.
+    named = {value for key, value in field.items() if key.endswith("_token_id")}
+    kinds = enumerate(field.get("ggml.token_type", []))
+    size = max((i + 1 for i, kind in kinds if kind != UNUSED or i in named), default=None)
+    field |= {key: field[key][:size] for key in ("ggml.tokens", "ggml.scores", "ggml.token_type") if key in field}
     kind = field.get("ggml.model")
     if kind == "llama":
         return Tokenizer(_sentencepiece(field))
@@ -104,8 +109,13 @@ def _pieces(tokenizer: Tokenizer) -> Any:
     return sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model_bytes)
 
 
-def to_gguf(tokenizer: Tokenizer, writer: Any) -> None:
-    """Give a GGUF writer the vocabulary. Raises `UserError` for a `tokenizer.json` that llama.cpp has no name for."""
+def to_gguf(tokenizer: Tokenizer, writer: Any, rows: int) -> None:
+    """Give a GGUF writer the vocabulary, filled up to the `rows` of the embedding, as llama.cpp wants it.
+
+    Raises `UserError` for a `tokenizer.json` that llama.cpp has no name for.
+    """
+    spare = [f"[PAD{i}]" for i in range(tokenizer.vocab_size, rows)]
+    unused = [UNUSED] * len(spare)
     if isinstance(tokenizer, JsonTokenizer):
         parsed = json.loads(tokenizer.text)
         split = json.dumps(parsed["pre_tokenizer"], sort_keys=True)
@@ -117,15 +127,18 @@ def to_gguf(tokenizer: Tokenizer, writer: Any) -> None:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"]]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(known[split])
-        writer.add_token_list(tokens)
-        writer.add_token_types([added.get(i, NORMAL) for i in range(len(tokens))])
+        writer.add_token_list(tokens + spare)
+        writer.add_token_types([added.get(i, NORMAL) for i in range(len(tokens))] + unused)
         writer.add_token_merges(merges)
     else:
         pieces = _pieces(tokenizer).pieces
         writer.add_tokenizer_model("llama")
-        writer.add_token_list([piece.piece for piece in pieces])
-        writer.add_token_scores([piece.score for piece in pieces])
-        writer.add_token_types([piece.type for piece in pieces])
+        writer.add_token_list([piece.piece for piece in pieces] + spare)
+        writer.add_token_scores([piece.score for piece in pieces] + [0.0] * len(spare))
+        # After a user-defined piece llama.cpp begins a new text, with a space in front; SentencePiece does not. One of
+        # one character, such as our line break, is found all the same when it is a normal piece.
+        single = {piece.piece: NORMAL for piece in pieces if piece.type == USER_DEFINED and len(piece.piece) == 1}
+        writer.add_token_types([single.get(piece.piece, piece.type) for piece in pieces] + unused)
         writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
