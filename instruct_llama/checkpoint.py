@@ -360,15 +360,18 @@ def require(stage: str, settings: Settings) -> Path:
             print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
             # Imported here because stages import this module: the one arrow against the current.
             run = importlib.import_module(f"instruct_llama.stages.{module}").run
-            run(change(settings).replace(init=None, resume=True, overwrite=False))
+            run(change(settings).replace(init=None, resume=True, overwrite=False, **{f"{module}__name": stage}))
     return folder
 
 
 def _imported(weights: str, folder: Path) -> Path:
     """Other people's weights where pretraining would have written its own."""
     if parallel.is_main():
+        begun = any((folder / name).exists() for name in ("state", "config.json"))
+        check(not begun, f"{shown(folder)} holds an interrupted pretraining: finish it with `pretrain --resume`, or "
+              f"remove it to start from {weights}.")  # fmt: skip
         print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
-        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder, True), sep="\n")
+        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
     parallel.barrier()
     return folder
 
