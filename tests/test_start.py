@@ -256,6 +256,18 @@ def test_p48_an_interrupted_overwriting_run_goes_on(pipeline, runs, more):
     assert not folders.beside(out / "sft").exists()
 
 
+def test_p48_resume_goes_on_with_an_overwriting_run_only_from_a_saved_state(pipeline, runs):
+    """A run that died before its first save leaves a folder beside, from which nothing can go on."""
+    out, _ = runs
+    settings, before = pipeline.replace(out=str(out)), everything(out / "sft")
+    with pytest.raises(Crash):
+        sft.run(settings.replace(overwrite=True, seed=2), crash)
+    assert folders.beside(out / "sft").is_dir()
+    with pytest.raises(UserError, match="--resume: .*holds a finished run of other settings"):
+        sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
+    assert everything(out / "sft") == before
+
+
 def test_overwriting_one_stage_trains_no_other(runs, capsys):
     out, args = runs
     before = runs_of(out)

@@ -82,6 +82,11 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
+def saved_states(folder: Path) -> list[Path]:
+    """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
+    return [note.parent for note in folder.glob(f"state/step-*/{NOTE}")] + [*folder.glob("state/resume.safetensors")]
+
+
 class RunLog:
     """The logs and the resumable state of one run folder; `stage` says which settings make it the same run."""
 
@@ -110,7 +115,7 @@ class RunLog:
 
     def _newest_state(self) -> tuple[Path, dict[str, Any]] | None:
         found = []
-        for path in self._states():
+        for path in saved_states(self.folder):
             if path.is_dir():
                 note = json.loads((path / NOTE).read_text(encoding="utf-8"))
             else:
@@ -127,13 +132,8 @@ class RunLog:
         )
         return path, state
 
-    def _states(self) -> list[Path]:
-        """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
-        folders = [note.parent for note in self.state_path.parent.glob(f"step-*/{NOTE}")]
-        return folders + [self.state_path] * self.state_path.is_file()
-
     def _forget_states(self, but: Path | None = None) -> None:
-        for stale in {*self._states(), *self.state_path.parent.glob(".step-*")} - {but}:
+        for stale in {*saved_states(self.folder), *self.state_path.parent.glob(".step-*")} - {but}:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import checkpoint, folders, parallel
 from ..config import Settings, UserError, check, shown
-from .runlog import StageResult, Watch, identity
+from .runlog import StageResult, Watch, identity, saved_states
 
 Run = Callable[[Settings, Watch | None], StageResult]
 
@@ -72,7 +72,7 @@ def is_done(stage: str, folder: Path, settings: Settings) -> bool:
     other = what_differs(stage, folder, settings)
     if not other:
         return True
-    if settings.resume and folders.beside(folder).exists():  # an interrupted --overwrite goes on
+    if settings.resume and saved_states(folders.beside(folder)):  # an interrupted --overwrite goes on
         return False
     raise UserError(
         f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other settings ({other}): give "
