@@ -113,13 +113,13 @@ def reward_accuracy(
 def stage_folders(out: Path) -> list[Path]:
     """The finished run folders under `out`, in the order of the pipeline, others after them by name.
 
-    Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`.
+    Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`. Exports are none either.
     """
     order = list(checkpoint.STAGES)
     for new in out.glob(".*.new"):  # a kill may have left no other
         checkpoint.folders.find(checkpoint.folders.final(new))
     shown = (f.parent for f in sorted(out.glob("*/config.json")) if not f.parent.name.startswith("."))
-    found = [folder for folder in shown if checkpoint.is_complete(folder)]
+    found = [f for f in shown if not checkpoint.folders.is_foreign(f) and checkpoint.is_complete(f)]
     return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))
 
 

@@ -116,6 +116,15 @@ def test_a_run_written_beside_another_is_no_stage(runs):
     assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
 
 
+def test_an_export_among_the_runs_is_no_stage_and_a_damaged_run_is_named(runs):
+    out, _ = runs
+    il.convert.export("hf", out / "ppo", out / "ppo-hf")
+    assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+    (out / "sft" / "config.json").write_text('{"kind": "lm",', encoding="utf-8")
+    with pytest.raises(UserError, match="sft.config.json is damaged or not ours"):
+        il.evaluate.stage_folders(out)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--device", "cpu"], ["--parallel.cpu-offload"]])
 def test_p48_a_second_run_of_the_same_settings_does_nothing(runs, capsys, stage, more):
@@ -404,6 +413,9 @@ ONTO = {  # what is asked for -> the sentence without --overwrite, and with it; 
     "merge onto its base": ("merge sft-qlora pretrain", "would overwrite", "would overwrite"),
     "merge onto itself": ("merge sft-qlora sft-qlora", "would overwrite", "would overwrite"),
     "onto other things": ("merge sft-qlora things", "is no checkpoint", "is no checkpoint"),
+    "onto a project": ("export --to hf sft project", "is no checkpoint", "is no checkpoint"),
+    "onto a project with a checkpoint": ("export --to hf sft lab", "is no checkpoint", "is no checkpoint"),
+    "onto a run that stopped": ("export --to hf sft stopped", "holds a checkpoint already", ""),
     "import onto a run": ("import theirs --out sft", "holds a checkpoint already", ""),
     "import onto its source": ("import theirs --out theirs", "would overwrite", "would overwrite"),
     "import onto its file's folder": ("import theirs/model.gguf --out theirs", "would overwrite", "would overwrite"),
@@ -416,9 +428,11 @@ def test_p48_what_is_there_is_not_overwritten_unasked(runs, capsys, monkeypatch,
     out, _ = runs
     il.convert.export("hf", out / "pretrain", out / "theirs")
     (out / "theirs" / "model.gguf").write_bytes(b"theirs")
-    (out / "things").mkdir()
-    for name in ("notes.txt", "mine.gguf", "things/mine.txt"):
-        (out / name).write_text("mine", encoding="utf-8")
+    for name in ("notes.txt", "mine.gguf", "things/mine.txt", "project/config.json", "project/state/x", "lab/src/x"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"mine": 1}', encoding="utf-8")
+    shutil.copy(out / "sft" / "model.safetensors", out / "lab")
+    shutil.copytree(out / "sft" / "state", out / "stopped" / "state")
     monkeypatch.chdir(out)
     command, refused, refused_anew = ONTO[case]
     before, words = everything(out), command.split()
