@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from . import checkpoint, parallel, presets
-from .config import Settings, UserError, check, project_folder
+from .config import Settings, UserError, check, project_folder, shown
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
 
-  tour                       all notebooks in order, from nothing; then the report card. --record writes the outputs
-                             back into notebooks/, --real trains the real model in notebook 11
+  tour                       all notebooks in order, at a preset's settings; then the report card. Finished stages
+                             under --out are used again. --record writes the outputs of a run from nothing back into
+                             notebooks/, --real trains the real model in notebook 11
   doctor                     what this machine has, and what to do about what is missing
   data NAME-or-FILE          records for the stages: tinychat, a public set (data/README.md), or a file recognised by
                              its content; of a public set --limit N records, or from --files fetched by hand
@@ -231,9 +232,16 @@ def evaluate(settings: Evaluate) -> int:
 
 
 def tour(settings: Tour) -> int:
-    """Execute every notebook."""
+    """Execute every notebook, where they know of everything that is asked for."""
     from . import tour as notebooks
+    from .stages.start import flat
 
+    out, usual = shown(settings.out_dir), flat(asdict(presets.get(settings.preset)))
+    anew = f"to train them anew, give another --out, or remove them from {out}."
+    check(not settings.overwrite, f"A tour uses finished stages again: {anew}")
+    asked = flat({key: value for key, value in asdict(settings).items() if key not in ("out", "seed", "record", "real")})
+    other = ", ".join(f"--{key.replace('_', '-')}" for key, value in asked.items() if value != usual[key])
+    check(not other, f"The notebooks have their preset's settings, and know nothing of {other}: leave them out.")
     return notebooks.run(settings)
 
 
