@@ -12,7 +12,7 @@ import errno
 import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +117,9 @@ def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: T
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a full checkpoint's weights from others: SHA-256 of the whole file, so no changed weight is missed."""
-    return digest(folder / "model.safetensors")
+    """What tells a checkpoint's own weights from others: SHA-256 of the whole file, so no changed weight is missed."""
+    full = folder / "model.safetensors"
+    return digest(full if full.is_file() else folder / "adapter.safetensors")
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
@@ -145,6 +146,11 @@ def read_info(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or not ours ({error}): train that stage again.") from error
     return info
+
+
+def began_with(info: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a run read the weights that a folder holds now, as far as its config.json notes what it read."""
+    return info.get("inputs", {}).get(folder.name) in (None, fingerprint(folder))
 
 
 def model_config(info: dict[str, Any]) -> ModelConfig:

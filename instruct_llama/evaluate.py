@@ -215,7 +215,8 @@ def _played_by(info: Mapping[str, Any], asked: PPOConfig) -> dict[str, Any]:
 def _began_with_sft(info: Mapping[str, Any], folders: Mapping[str, Path]) -> bool:
     """Whether a PPO run began with the SFT run of the same folder, which then is what its penalty measured from."""
     start = info.get("settings", {}).get("init")
-    return "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
+    same = "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
+    return same and checkpoint.began_with(info, folders["sft"])
 
 
 def _scores_and_kl(
@@ -225,10 +226,11 @@ def _scores_and_kl(
     """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
 
     The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO did it, by its
-    settings `played`; the KL is k1, in nats a response. A run that began with another model than SFT has no KL from it.
+    settings `played`; the KL is k1, in nats a response. A run that began with another model than SFT has no KL from it;
+    nor is there a figure of an SFT or a reward model that was trained again since.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
-    if reward in folders:
+    if reward in folders and checkpoint.began_with(info, folders[reward]):
         model, tokenizer = checkpoint.load(folders[reward], device)
         norm = checkpoint.read_info(folders[reward])["reward"]
         items = [[[*tokenizer.encode_prompt(p), *r]] for p, r in zip(prompts, sampled, strict=True)]

@@ -601,6 +601,20 @@ def test_a_run_that_began_elsewhere_has_no_kl_from_sft(scripted):
     assert found == [True, True, False]
 
 
+@pytest.mark.parametrize("replaced", ["sft", "reward"])
+def test_a_run_whose_inputs_were_replaced_has_no_figure_that_rests_on_them(scripted, replaced):
+    settings, _, _ = scripted
+    folder = settings.out_dir / "ppo"
+    shutil.rmtree(settings.out_dir / "ppo-kl0")
+    info = checkpoint.read_info(folder)
+    assert info["inputs"] == {name: checkpoint.fingerprint(settings.out_dir / name) for name in ("sft", "reward")}
+    checkpoint.write_info(folder, {**info, "inputs": {**info["inputs"], replaced: "of others"}})
+    entry = evaluate.report_card(settings)["stages"]["ppo"]
+    assert ("kl" in entry, "score" in entry, "score_greedy" in entry) == (
+        replaced != "sft", replaced != "reward", replaced != "reward")  # fmt: skip
+    assert "minus_sft" in entry
+
+
 def test_the_shown_answers_have_random_numbers_of_their_own(report):
     made, settings = report
     model, tokenizer = checkpoint.load(settings.out_dir / "sft")

@@ -19,7 +19,7 @@ import instruct_llama as il
 from instruct_llama import checkpoint, folders
 from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
-from instruct_llama.stages import reward, runlog, sft, trainer
+from instruct_llama.stages import ppo, reward, runlog, sft, trainer
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 
@@ -275,6 +275,46 @@ def test_p48_resume_goes_on_with_an_overwriting_run_only_from_a_saved_state(pipe
     with pytest.raises(UserError, match="--resume: .*holds a finished run of other settings"):
         sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
     assert everything(out / "sft") == before
+
+
+def test_ppo_does_not_go_on_with_another_reward_model(pipeline, runs):
+    out, _ = runs
+    settings = pipeline.replace(out=str(out), ppo__name="mine")
+
+    def stop(record: dict[str, float]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(trainer.Interrupted):
+        ppo.run(settings, stop)
+    shutil.copytree(out / "reward", out / "before")
+    reward.run(settings.replace(overwrite=True, reward__optim__lr=0.01))
+    state = everything(out / "mine")
+    with pytest.raises(UserError, match="--resume: .*mine was begun before reward was trained again"):
+        ppo.run(settings.replace(resume=True))
+    assert everything(out / "mine") == state
+    shutil.rmtree(out / "reward")
+    (out / "before").rename(out / "reward")
+    assert ppo.run(settings.replace(resume=True)).steps == 2
+
+
+def test_a_finished_run_of_replaced_inputs_is_refused_and_they_are_named(runs, capsys):
+    out, args = runs
+    assert main(["sft", *args, "--overwrite", "--sft.optim.lr", "0.01"]) == 0
+    before = runs_of(out)
+    for stage in ("reward", "ppo"):
+        assert main([stage, *args]) == 2
+        said = capsys.readouterr().err
+        assert f"{stage} holds a finished run of other inputs (sft: trained again since)" in said
+        assert "--overwrite" in said and "\n" not in said.strip()
+    assert runs_of(out) == before
+    assert main(["reward", *args, "--overwrite"]) == 0 and main(["ppo", *args]) == 2
+    assert "other inputs (sft, reward: trained again since)" in capsys.readouterr().err
+    assert main(["ppo", *args, "--overwrite"]) == 0 and main(["ppo", *args]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    info = checkpoint.read_info(out / "ppo")
+    checkpoint.write_info(out / "ppo", {key: value for key, value in info.items() if key != "inputs"})
+    shutil.rmtree(out / "sft")  # nor does a run refuse that noted none, or whose inputs are gone
+    assert main(["ppo", *args]) == 0
 
 
 def test_overwriting_one_stage_trains_no_other(runs, capsys):

@@ -82,6 +82,28 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
+def inputs(stage: str, settings: Settings) -> list[Path]:
+    """The run folders that a stage reads, its start first."""
+    reward = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
+    named = {"sft": ["pretrain"], "reward": [settings.reward.init_from, "sft"], "ppo": ["sft", reward]}.get(stage, [])
+    read = [settings.out_dir / name for name in named]
+    return [Path(settings.init), *read[1:]] if settings.init else read
+
+
+def fingerprints(stage: str, settings: Settings) -> dict[str, str]:
+    """What tells the weights that a stage reads from others, by their folders' names; of those that are there."""
+    found = {}
+    for folder in inputs(stage, settings):
+        with contextlib.suppress(FileNotFoundError):
+            found[folder.name] = checkpoint.fingerprint(folder)
+    return found
+
+
+def replaced(noted: dict[str, str], now: dict[str, str]) -> str:
+    """Which inputs are no longer those that a run noted; empty where none is known to have changed."""
+    return ", ".join(name for name, weights in now.items() if noted.get(name, weights) != weights)
+
+
 def saved_states(folder: Path) -> list[Path]:
     """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
     return [note.parent for note in folder.glob(f"state/step-*/{NOTE}")] + [*folder.glob("state/resume.safetensors")]
@@ -94,6 +116,7 @@ class RunLog:
         self.folder, self.watch, self.started = folder, watch, time.perf_counter()
         self.state_path = folder / "state" / "resume.safetensors"
         self.identity = json.dumps(identity(settings, stage), sort_keys=True)
+        self.inputs = parallel.from_main(fingerprints(stage, settings) if parallel.is_main() else {})
         self.saved = self._newest_state() if settings.resume else None  # where it is, and what is no tensor
         self.start = self.saved[1]["step"] if self.saved else 0
         self.stops = 0  # how often Ctrl-C was pressed
@@ -121,15 +144,17 @@ class RunLog:
             else:
                 with checkpoint.open_tensors(path) as file:
                     note = file.metadata()
-            found.append((path, note["identity"], json.loads(note["state"])))
+            found.append((path, note, json.loads(note["state"])))
         if not found:
             return None
-        path, identity, state = max(found, key=lambda item: item[2]["step"])
+        path, note, state = max(found, key=lambda item: item[2]["step"])
+        place = shown(folders.final(self.folder))
         check(
-            identity == self.identity,
-            f"--resume: {shown(folders.final(self.folder))} was started with other settings; use the same ones, or "
-            "start anew without it.",
+            note["identity"] == self.identity,
+            f"--resume: {place} was started with other settings; use the same ones, or start anew without it.",
         )
+        other = replaced(json.loads(note.get("inputs", "{}")), self.inputs)
+        check(not other, f"--resume: {place} was begun before {other} was trained again; start anew without it.")
         return path, state
 
     def _forget_states(self, but: Path | None = None) -> None:
@@ -160,7 +185,8 @@ class RunLog:
 
     def save_state(self, step: int, tensors: checkpoint.State, state: dict[str, Any]) -> None:
         """Everything resume needs, in one file or folder, in one rename (P32, P33)."""
-        note = {"identity": self.identity, "state": json.dumps({"step": step, **state})}
+        note = {"identity": self.identity, "inputs": json.dumps(self.inputs)}
+        note["state"] = json.dumps({"step": step, **state})
         path = self.state_path
         if parallel.world() == 1:
             checkpoint.write_tensors(path, tensors, note)
@@ -189,7 +215,7 @@ class RunLog:
         if parallel.is_main():
             self.board.close()
             done = {"complete": True, "best": best, "steps": steps, "settings": json.loads(self.identity)}
-            checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done})
+            checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done, "inputs": self.inputs})
             if place != self.folder:
                 folders.swap(place)
         parallel.barrier()  # whoever reads the folder next finds it complete
