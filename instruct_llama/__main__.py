@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import tyro
 
@@ -176,7 +177,7 @@ def import_(settings: Worded) -> int:
     check(len(settings.words) == 1, "import needs one source: a folder, a hub name, a .gguf file, or smollm2.")
     source = settings.words[0]
     given = settings.out != presets.get(settings.preset).out
-    target = settings.out_dir if given else settings.out_dir / Path(source).resolve().name.removesuffix(".gguf")
+    target = settings.out_dir if given else settings.out_dir / Path(os.path.abspath(source)).name.removesuffix(".gguf")
     print(*convert.import_checkpoint(source, target, settings.overwrite), sep="\n")
     return 0
 
@@ -286,5 +287,16 @@ def main(argv: list[str]) -> int:
         return 2
 
 
+def leave(status: int) -> NoReturn:
+    """End the process."""
+    if status == 0 and parallel.under_torchrun():
+        # PyTorch's caches of divided tensors keep gloo's threads alive, which may abort while Python shuts down
+        # (pytorch/pytorch#179291): torchrun would report a failure after everything was saved.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
