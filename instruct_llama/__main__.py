@@ -237,12 +237,11 @@ def tour(settings: Tour) -> int:
     from . import tour as notebooks
     from .stages.start import flat
 
-    out, usual = shown(settings.out_dir), flat(asdict(presets.get(settings.preset)))
-    anew = f"to train them anew, give another --out, or remove them from {out}."
-    check(not settings.overwrite, f"A tour uses finished stages again: {anew}")
-    asked = flat({key: value for key, value in asdict(settings).items() if key not in ("out", "seed", "record", "real")})
-    other = ", ".join(f"--{key.replace('_', '-')}" for key, value in asked.items() if value != usual[key])
-    check(not other, f"The notebooks have their preset's settings, and know nothing of {other}: leave them out.")
+    usual, asked = flat(asdict(presets.get(settings.preset))), flat(asdict(settings))
+    other = [f"--{key.replace('_', '-')}" for key in usual if key not in ("out", "seed") and asked[key] != usual[key]]
+    check(not other, f"The notebooks have their preset's settings, and know nothing of {', '.join(other)}: leave that "
+          "out. Finished stages are used again: to train them anew, give another --out, or remove them from "
+          f"{shown(settings.out_dir)}.")  # fmt: skip
     return notebooks.run(settings)
 
 

@@ -12,7 +12,7 @@ import errno
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,9 +117,8 @@ def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: T
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a checkpoint's own weights from others: SHA-256 of the whole file, so no changed weight is missed."""
-    full = folder / "model.safetensors"
-    return digest(full if full.is_file() else folder / "adapter.safetensors")
+    """What tells a full checkpoint's weights from others: SHA-256 of the whole file, so no changed weight is missed."""
+    return digest(folder / "model.safetensors")
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
@@ -148,9 +147,16 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def began_with(info: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a run read the weights that a folder holds now, as far as its config.json notes what it read."""
-    return info.get("inputs", {}).get(folder.name) in (None, fingerprint(folder))
+def fingerprints(folders: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each run folder's own weights, by its name; a folder that is gone has none."""
+    files = (folder / name for folder in folders for name in ("model.safetensors", "adapter.safetensors"))
+    return {path.parent.name: digest(path) for path in files if path.is_file()}
+
+
+def replaced(info: Mapping[str, Any], now: Mapping[str, str]) -> str:
+    """Which inputs of a run are not those that it noted, in words; empty where none is known to be another."""
+    other = ", ".join(name for name, weights in now.items() if info.get("inputs", {}).get(name, weights) != weights)
+    return f"inputs ({other}: trained again since)" if other else ""
 
 
 def model_config(info: dict[str, Any]) -> ModelConfig:

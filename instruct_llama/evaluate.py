@@ -219,7 +219,7 @@ def _began_with_sft(info: Mapping[str, Any], folders: Mapping[str, Path]) -> boo
     """Whether a PPO run began with the SFT run of the same folder, which then is what its penalty measured from."""
     start = info.get("settings", {}).get("init")
     same = "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
-    return same and checkpoint.began_with(info, folders["sft"])
+    return same and not checkpoint.replaced(info, checkpoint.fingerprints([folders["sft"]]))
 
 
 def _scores_and_kl(
@@ -233,7 +233,7 @@ def _scores_and_kl(
     nor is there a figure of an SFT or a reward model that was trained again since.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
-    if reward in folders and checkpoint.began_with(info, folders[reward]):
+    if reward in folders and not checkpoint.replaced(info, checkpoint.fingerprints([folders[reward]])):
         model, tokenizer = checkpoint.load(folders[reward], device)
         norm = checkpoint.read_info(folders[reward])["reward"]
         items = [[[*tokenizer.encode_prompt(p), *r]] for p, r in zip(prompts, sampled, strict=True)]

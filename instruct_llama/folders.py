@@ -114,10 +114,8 @@ def check_target(target: Path, overwrite: bool, sources: Iterable[Path]) -> None
     weights = ("model*.safetensors", "adapter*.safetensors", "state/**/*.safetensors")  # the last: of a stopped run
     known = {"kind", "model_type"} & _info(target).keys() or any(any(target.glob(name)) for name in weights)
     more = [path for path in target.glob("*") if path.is_dir() and path.name not in ("state", "base")]
-    check(
-        bool(known) and not more,
-        f"{target} exists and is no checkpoint, or holds other things too, so it is not replaced: give another target.",
-    )
+    check(bool(known) and not more, f"{target} exists and is no checkpoint, or holds other things too, so it is not "
+          "replaced: give another target.")  # fmt: skip
     check(overwrite, f"{target} holds a checkpoint already: give another target, or --overwrite to replace it.")
 
 

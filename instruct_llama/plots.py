@@ -98,8 +98,8 @@ class LivePlot:
 
     Keys that end alike share a panel ("train/loss", "val/loss"). The one picture is redrawn in place at most every
     `every` seconds, and for about 3% of the time at most; `close()`, or leaving a `with`, draws the last records.
-    Where nobody watches, as in a tour, only the last picture is drawn (see `is_live`). Without a notebook kernel it only
-    collects the records, in `.history`.
+    Where nobody watches, as in a tour, only the last picture is drawn (see `is_live`). Without a notebook kernel it
+    only collects the records, in `.history`.
     """
 
     def __init__(self, *keys: str, every: float = 2.0, show: Callable[..., Any] | None = None, **options: Any) -> None:

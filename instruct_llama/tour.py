@@ -108,9 +108,9 @@ def run(settings: Settings) -> int:
     """
     out, paths, pages, started = settings.out_dir, notebooks(), [], time.perf_counter()
     executed, record = {}, getattr(settings, "record", False)
-    there = ", ".join(folder.name for folder in evaluate.stage_folders(out)) if record else ""
-    check(not there, f"{shown(out)} holds finished stages already ({there}), and what is recorded comes from one run from "
-          "nothing: take another --out, or remove them.")  # fmt: skip
+    there = [folder.name for folder in evaluate.stage_folders(out)] if record else []
+    check(not there, f"{shown(out)} holds finished stages ({', '.join(there)}), and what is recorded comes from "
+          "one run from nothing: take another --out, or remove them.")  # fmt: skip
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes it anew

@@ -161,7 +161,7 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
 
 
 def test_the_interval_of_reward_accuracy_is_over_prompts(pipeline):
-    """Comparisons of one prompt succeed and fail together: as many as there are, they are no surer than their prompts."""
+    """Comparisons of one prompt succeed and fail together: however many, they are as sure as their prompts."""
     _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
     right, wrong = ["it is a ball", "a"], ["a", "it is a ball"]
     asked = {"one": [right] * 6, "two": [wrong] * 3, "three": [right, wrong, [*right[:1], "it is", "a"]]}

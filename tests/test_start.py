@@ -289,7 +289,7 @@ def test_ppo_does_not_go_on_with_another_reward_model(pipeline, runs):
     shutil.copytree(out / "reward", out / "before")
     reward.run(settings.replace(overwrite=True, reward__optim__lr=0.01))
     state = everything(out / "mine")
-    with pytest.raises(UserError, match="--resume: .*mine was begun before reward was trained again"):
+    with pytest.raises(UserError, match="--resume: .*mine was started with other inputs .reward: trained again since"):
         ppo.run(settings.replace(resume=True))
     assert everything(out / "mine") == state
     shutil.rmtree(out / "reward")

@@ -92,7 +92,7 @@ def test_a_tour_that_fails_records_nothing(told, tmp_path, monkeypatch, capsys):
 
 def test_a_tour_refuses_settings_of_which_the_notebooks_know_nothing(told, tmp_path, capsys):
     for more, said in (
-        (["--sft.optim.lr", "1e-5", "--device", "cpu", "--seed", "2"], "know nothing of --device, --sft.optim.lr: leave"),
+        (["--sft.optim.lr", "1", "--device", "cpu", "--seed", "2"], "know nothing of --device, --sft.optim.lr: leave"),
         (["--resume"], "know nothing of --resume"),
         (["--overwrite"], f"to train them anew, give another --out, or remove them from {tmp_path / 'out'}"),
     ):
@@ -105,7 +105,7 @@ def test_what_is_recorded_comes_from_one_run_from_nothing(told, tmp_path, pipeli
     shutil.copytree(Path(pipeline.out) / "sft", tmp_path / "out" / "sft")
     before = told.read_bytes()
     assert run(tmp_path, "--record") == 2
-    assert f"{tmp_path / 'out'} holds finished stages already (sft)" in (said := capsys.readouterr().err)
+    assert f"{tmp_path / 'out'} holds finished stages (sft)" in (said := capsys.readouterr().err)
     assert "take another --out, or remove them" in said and told.read_bytes() == before
     assert run(tmp_path) == 0  # they are used again
 

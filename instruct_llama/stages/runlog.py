@@ -90,20 +90,6 @@ def inputs(stage: str, settings: Settings) -> list[Path]:
     return [Path(settings.init), *read[1:]] if settings.init else read
 
 
-def fingerprints(stage: str, settings: Settings) -> dict[str, str]:
-    """What tells the weights that a stage reads from others, by their folders' names; of those that are there."""
-    found = {}
-    for folder in inputs(stage, settings):
-        with contextlib.suppress(FileNotFoundError):
-            found[folder.name] = checkpoint.fingerprint(folder)
-    return found
-
-
-def replaced(noted: dict[str, str], now: dict[str, str]) -> str:
-    """Which inputs are no longer those that a run noted; empty where none is known to have changed."""
-    return ", ".join(name for name, weights in now.items() if noted.get(name, weights) != weights)
-
-
 def saved_states(folder: Path) -> list[Path]:
     """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
     return [note.parent for note in folder.glob(f"state/step-*/{NOTE}")] + [*folder.glob("state/resume.safetensors")]
@@ -116,7 +102,7 @@ class RunLog:
         self.folder, self.watch, self.started = folder, watch, time.perf_counter()
         self.state_path = folder / "state" / "resume.safetensors"
         self.identity = json.dumps(identity(settings, stage), sort_keys=True)
-        self.inputs = parallel.from_main(fingerprints(stage, settings) if parallel.is_main() else {})
+        self.inputs = checkpoint.fingerprints(inputs(stage, settings))
         self.saved = self._newest_state() if settings.resume else None  # where it is, and what is no tensor
         self.start = self.saved[1]["step"] if self.saved else 0
         self.stops = 0  # how often Ctrl-C was pressed
@@ -144,17 +130,13 @@ class RunLog:
             else:
                 with checkpoint.open_tensors(path) as file:
                     note = file.metadata()
-            found.append((path, note, json.loads(note["state"])))
+            found.append((path, note["identity"], json.loads(note["state"])))
         if not found:
             return None
-        path, note, state = max(found, key=lambda item: item[2]["step"])
-        place = shown(folders.final(self.folder))
-        check(
-            note["identity"] == self.identity,
-            f"--resume: {place} was started with other settings; use the same ones, or start anew without it.",
-        )
-        other = replaced(json.loads(note.get("inputs", "{}")), self.inputs)
-        check(not other, f"--resume: {place} was begun before {other} was trained again; start anew without it.")
+        path, identity, state = max(found, key=lambda item: item[2]["step"])
+        other = checkpoint.replaced(state, self.inputs) if identity == self.identity else "settings"
+        check(not other, f"--resume: {shown(folders.final(self.folder))} was started with other {other}; use the same "
+              "ones, or start anew without it.")  # fmt: skip
         return path, state
 
     def _forget_states(self, but: Path | None = None) -> None:
@@ -185,8 +167,8 @@ class RunLog:
 
     def save_state(self, step: int, tensors: checkpoint.State, state: dict[str, Any]) -> None:
         """Everything resume needs, in one file or folder, in one rename (P32, P33)."""
-        note = {"identity": self.identity, "inputs": json.dumps(self.inputs)}
-        note["state"] = json.dumps({"step": step, **state})
+        state = {"step": step, "inputs": self.inputs, **state}
+        note = {"identity": self.identity, "state": json.dumps(state)}
         path = self.state_path
         if parallel.world() == 1:
             checkpoint.write_tensors(path, tensors, note)

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import checkpoint, folders, parallel
 from ..config import Settings, UserError, check, shown
-from .runlog import StageResult, Watch, fingerprints, identity, inputs, replaced, saved_states
+from .runlog import StageResult, Watch, identity, inputs, saved_states
 
 Run = Callable[[Settings, Watch | None], StageResult]
 
@@ -69,17 +69,16 @@ def is_done(stage: str, folder: Path, settings: Settings) -> bool:
     """
     if settings.overwrite or not holds_other(folder):
         return False
-    other, what = what_differs(stage, folder, settings), "settings"
+    if other := what_differs(stage, folder, settings):
+        other = f"settings ({other})"
+    else:
+        other = checkpoint.replaced(checkpoint.read_info(folder), checkpoint.fingerprints(inputs(stage, settings)))
     if not other:
-        now, what = fingerprints(stage, settings), "inputs"
-        other = replaced(checkpoint.read_info(folder).get("inputs", {}), now)
-        if not other:
-            return True
-        other += ": trained again since"
+        return True
     if settings.resume and saved_states(folders.beside(folder)):  # an interrupted --overwrite goes on
         return False
     raise UserError(
-        f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other {what} ({other}): give "
+        f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other {other}: give "
         f"those, choose another --out or --{stage}.name, or start anew with --overwrite."
     )
 
