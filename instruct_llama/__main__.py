@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import tyro
 
 from . import checkpoint, parallel, presets, versions
-from .config import Settings, UserError, check, project_folder
+from .config import Settings, UserError, check, project_folder, shown
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
 
-  tour                       all notebooks in order, from nothing; then the report card. --record writes the outputs
-                             back into notebooks/, --real trains the real model in notebook 11
+  tour                       all notebooks in order, at a preset's settings; then the report card. Finished stages
+                             under --out are used again. --record writes the outputs of a run from nothing back into
+                             notebooks/, --real trains the real model in notebook 11
   doctor                     what this machine has, and what to do about what is missing
   data NAME-or-FILE          records for the stages: tinychat, a public set (data/README.md), or a file recognised by
                              its content; of a public set --limit N records, or from --files fetched by hand
@@ -183,7 +185,7 @@ def import_(settings: Worded) -> int:
     check(len(settings.words) == 1, "import needs one source: a folder, a hub name, a .gguf file, or smollm2.")
     source = settings.words[0]
     given = settings.out != presets.get(settings.preset).out
-    target = settings.out_dir if given else settings.out_dir / Path(source).resolve().name.removesuffix(".gguf")
+    target = settings.out_dir if given else settings.out_dir / Path(os.path.abspath(source)).name.removesuffix(".gguf")
     print(*convert.import_checkpoint(source, target, settings.overwrite), sep="\n")
     return 0
 
@@ -239,9 +241,15 @@ def evaluate(settings: Evaluate) -> int:
 
 
 def tour(settings: Tour) -> int:
-    """Execute every notebook."""
+    """Execute every notebook, where they know of everything that is asked for."""
     from . import tour as notebooks
+    from .stages.start import flat
 
+    usual, asked = flat(asdict(presets.get(settings.preset))), flat(asdict(settings))
+    other = [f"--{key.replace('_', '-')}" for key in usual if key not in ("out", "seed") and asked[key] != usual[key]]
+    check(not other, f"The notebooks have their preset's settings, and know nothing of {', '.join(other)}: leave that "
+          "out. Finished stages are used again: to train them anew, give another --out, or remove them from "
+          f"{shown(settings.out_dir)}.")  # fmt: skip
     return notebooks.run(settings)
 
 
@@ -290,5 +298,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def leave(status: int) -> NoReturn:
+    """End the process."""
+    if status == 0 and parallel.under_torchrun():
+        # PyTorch's caches of divided tensors keep gloo's threads alive, which may abort while Python shuts down
+        # (pytorch/pytorch#179291): torchrun would report a failure after everything was saved.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

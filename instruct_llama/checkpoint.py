@@ -12,7 +12,7 @@ import errno
 import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +145,18 @@ def read_info(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or not ours ({error}): train that stage again.") from error
     return info
+
+
+def fingerprints(folders: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each run folder's own weights, by its name; a folder that is gone has none."""
+    files = (folder / name for folder in folders for name in ("model.safetensors", "adapter.safetensors"))
+    return {path.parent.name: digest(path) for path in files if path.is_file()}
+
+
+def replaced(info: Mapping[str, Any], now: Mapping[str, str]) -> str:
+    """Which inputs of a run are not those that it noted, in words; empty where none is known to be another."""
+    other = ", ".join(name for name, weights in now.items() if info.get("inputs", {}).get(name, weights) != weights)
+    return f"inputs ({other}: trained again since)" if other else ""
 
 
 def model_config(info: dict[str, Any]) -> ModelConfig:
@@ -360,15 +372,18 @@ def require(stage: str, settings: Settings) -> Path:
             print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
             # Imported here because stages import this module: the one arrow against the current.
             run = importlib.import_module(f"instruct_llama.stages.{module}").run
-            run(change(settings).replace(init=None, resume=True, overwrite=False))
+            run(change(settings).replace(init=None, resume=True, overwrite=False, **{f"{module}__name": stage}))
     return folder
 
 
 def _imported(weights: str, folder: Path) -> Path:
     """Other people's weights where pretraining would have written its own."""
     if parallel.is_main():
+        begun = any((folder / name).exists() for name in ("state", "config.json"))
+        check(not begun, f"{shown(folder)} holds an interrupted pretraining: finish it with `pretrain --resume`, or "
+              f"remove it to start from {weights}.")  # fmt: skip
         print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
-        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder, True), sep="\n")
+        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
     parallel.barrier()
     return folder
 

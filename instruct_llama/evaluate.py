@@ -89,37 +89,39 @@ def reward_accuracy(
     """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
 
     Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where the labeller's utilities
-    are unknown. The pairs of one comparison share responses, so the n of the interval is that of the comparisons.
-    Raises `UserError` when none is left.
+    are unknown. Pairs share responses and comparisons share prompts, so the interval is over prompts, and n their
+    number. Raises `UserError` when none is left.
     """
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
     check(bool(fitted), f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
     fitted.sort(key=lambda pair: row_length(pair[0]))  # to save padding
-    right, pairs, device = [], [], next(model.parameters()).device  # of each comparison
+    sums: dict[str, list[float]] = {}  # prompt -> its pairs that are ranked right, its pairs
+    device = next(model.parameters()).device
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
         scores, batch = answer_scores(model, batch).cpu(), batch.to("cpu")  # (N,)
         for number in range(batch.weight):
             mine = batch.prompt == number  # (N,)
             differences, _ = pair_differences(scores[mine], batch.prompt[mine], batch.rank[mine])
-            right.append(float((differences > 0).sum() + 0.5 * (differences == 0).sum()))
-            pairs.append(len(differences))
+            found = sums.setdefault(str(fitted[start + number][1]["prompt"]), [0.0, 0.0])
+            found[0] += float((differences > 0).sum() + 0.5 * (differences == 0).sum())
+            found[1] += len(differences)
     known = [c["utilities"] for _, c in fitted if c.get("utilities")]
     ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")
-    return ratio_estimate(right, pairs), ceiling
+    return ratio_estimate(*zip(*sums.values(), strict=True)), ceiling
 
 
 def stage_folders(out: Path) -> list[Path]:
     """The finished run folders under `out`, in the order of the pipeline, others after them by name.
 
-    Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`.
+    Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`. Exports are none either.
     """
     order = list(checkpoint.STAGES)
     for new in out.glob(".*.new"):  # a kill may have left no other
         checkpoint.folders.find(checkpoint.folders.final(new))
     shown = (f.parent for f in sorted(out.glob("*/config.json")) if not f.parent.name.startswith("."))
-    found = [folder for folder in shown if checkpoint.is_complete(folder)]
+    found = [f for f in shown if not checkpoint.folders.is_foreign(f) and checkpoint.is_complete(f)]
     return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))
 
 
@@ -145,7 +147,8 @@ def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[
         judge = _judge_reward_model if scalar else _judge_policy
         judged_here[number] = judge(name, folders, prompts, settings, device)
     found = dict(zip(folders, parallel.merged(judged_here).values(), strict=True))
-    compared = _differences({name: values for name, (_, values) in found.items()})
+    ppo = [name for name, folder in folders.items() if checkpoint.read_info(folder).get("stage") == "ppo"]
+    compared = _differences({name: values for name, (_, values) in found.items()}, ppo)
     stages = {name: entry | compared[name] for name, (entry, _) in found.items()}
     report = {"stages": stages, "preset": settings.preset, "seed": settings.seed}
     checkpoint.write_text(settings.out_dir / "report.json", json.dumps(report, indent=2) + "\n")
@@ -215,7 +218,8 @@ def _played_by(info: Mapping[str, Any], asked: PPOConfig) -> dict[str, Any]:
 def _began_with_sft(info: Mapping[str, Any], folders: Mapping[str, Path]) -> bool:
     """Whether a PPO run began with the SFT run of the same folder, which then is what its penalty measured from."""
     start = info.get("settings", {}).get("init")
-    return "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
+    same = "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
+    return same and not checkpoint.replaced(info, checkpoint.fingerprints([folders["sft"]]))
 
 
 def _scores_and_kl(
@@ -225,10 +229,11 @@ def _scores_and_kl(
     """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
 
     The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO did it, by its
-    settings `played`; the KL is k1, in nats a response. A run that began with another model than SFT has no KL from it.
+    settings `played`; the KL is k1, in nats a response. A run that began with another model than SFT has no KL from it;
+    nor is there a figure of an SFT or a reward model that was trained again since.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
-    if reward in folders:
+    if reward in folders and not checkpoint.replaced(info, checkpoint.fingerprints([folders[reward]])):
         model, tokenizer = checkpoint.load(folders[reward], device)
         norm = checkpoint.read_info(folders[reward])["reward"]
         items = [[[*tokenizer.encode_prompt(p), *r]] for p, r in zip(prompts, sampled, strict=True)]
@@ -243,11 +248,11 @@ def _scores_and_kl(
     return values
 
 
-def _differences(values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
+def _differences(values: Mapping[str, Values], ppo: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Of every stage, its paired differences to SFT, and of other PPO runs those to `ppo`, over the same prompts."""
     found: dict[str, dict[str, Any]] = {name: {} for name in values}
     for name, mine in values.items():
-        rivals = [] if name in ("pretrain", "sft") else ["sft", *(["ppo"] if name.startswith("ppo-") else [])]
+        rivals = [] if name in ("pretrain", "sft") else ["sft", *(["ppo"] if name in ppo and name != "ppo" else [])]
         for rival in (rival for rival in rivals if mine and rival in values):
             figures = {"true_reward": "minus", "score": "score_minus"} if rival == "ppo" else {"true_reward": "minus"}
             for figure, what in figures.items():

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -39,12 +40,23 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether everything of a run folder is written: its config.json, the last file, says so."""
+def _info(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json holds; nothing where there is none, or none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return isinstance(info, dict) and bool(info.get("complete"))
-    return False
+        return info if isinstance(info, dict) else {}
+    return {}
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder's config.json is another program's; a damaged one may be ours."""
+    info = _info(folder)
+    return bool(info) and "kind" not in info
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether everything of a run folder is written: its config.json, the last file, says so."""
+    return bool(_info(folder).get("complete"))
 
 
 def remove(folder: Path) -> None:
@@ -91,7 +103,7 @@ def find(folder: Path) -> None:
 def check_target(target: Path, overwrite: bool, sources: Iterable[Path]) -> None:
     """Raise `UserError` unless a folder may be written at `target`: nothing is there, or a checkpoint to overwrite.
 
-    What is read (`sources`) is never overwritten.
+    What is read (`sources`) is never overwritten, nor is a folder that holds more than a checkpoint does.
     """
     place = target.resolve()
     for source in (path.resolve() for path in sources):
@@ -99,9 +111,11 @@ def check_target(target: Path, overwrite: bool, sources: Iterable[Path]) -> None
               "it: give another target.")  # fmt: skip
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    parts = ("config.json", "adapter_config.json", "model.safetensors", "state")  # the last two: of a run that stopped
-    known = any((target / name).exists() for name in parts)
-    check(known, f"{target} exists and is no checkpoint, so it is not replaced: give another target.")
+    weights = ("model*.safetensors", "adapter*.safetensors", "state/**/*.safetensors")  # the last: of a stopped run
+    known = {"kind", "model_type"} & _info(target).keys() or any(any(target.glob(name)) for name in weights)
+    more = [path for path in target.glob("*") if path.is_dir() and path.name not in ("state", "base")]
+    check(bool(known) and not more, f"{target} exists and is no checkpoint, or holds other things too, so it is not "
+          "replaced: give another target.")  # fmt: skip
     check(overwrite, f"{target} holds a checkpoint already: give another target, or --overwrite to replace it.")
 
 

@@ -118,6 +118,14 @@ def cache_bytes(model: ModelConfig, precision: str, tokens: int) -> float:
     return 2.0 * (4 if precision == "fp32" else 2) * model.n_layers * kv_dim * tokens
 
 
+def answering_bytes(settings: Settings, precision: str) -> float:
+    """A batch of PPO's prompts while it is answered: the cache, and the logits of one step."""
+    model, config = settings.model, settings.ppo
+    length = min(config.seq_len or model.max_seq_len, model.max_seq_len)
+    cache = cache_bytes(model, precision, length * config.rollout_batch)
+    return cache + logit_bytes(model, config.rollout_batch, 4)
+
+
 # ---------------------------------------------------------------- stages
 
 
@@ -180,9 +188,8 @@ def _supervised(settings: Settings, stage: Stage, processes: int) -> Estimate:
         "activations": activation_bytes(model, lora, loop.precision, tokens * rows),
         "logits": 0.0 if scalar and config.lm_coef == 0 else logit_bytes(model, tokens, 3),
     }
-    if scalar:  # before it learns, the SFT model answers the prompts that fit the score's scale
-        answers = 8 * loop.batch_size
-        answering = cache_bytes(model, loop.precision, answers * (config.seq_len + 64)) + logit_bytes(model, answers, 4)
+    if scalar:  # before it learns, the SFT model answers as PPO will
+        answering = answering_bytes(settings, loop.precision)
         learning = {"answering": answering} if answering > sum(learning.values()) else learning
     return Estimate({
         "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank), **learning,
@@ -212,8 +219,7 @@ def _ppo(settings: Settings, processes: int) -> Estimate:
     trained = _trained(settings, "ppo") - (0 if beside[2] else parameter_count(model))
     present = 2 if config.swap and not shared else sum(beside)  # the others wait in main memory, or live elsewhere
     base = base_bytes(model, lora, quant, config.precision)
-    playing = cache_bytes(model, config.precision, length * config.rollout_batch)
-    playing += logit_bytes(model, config.rollout_batch, 4)
+    playing = answering_bytes(settings, config.precision)
     rows = -(-config.micro_batch // processes)
     learning = activation_bytes(model, lora, config.precision, rows * length)
     learning += logit_bytes(model, rows * config.max_new_tokens, 6)
@@ -283,6 +289,8 @@ def smaller(settings: Settings, stage: Stage) -> Iterator[tuple[Settings, str]]:
         yield change(f"--{name}.lora.rank 8", **{f"{field}__lora__rank": 8})
     if stage != "pretrain" and config.quant.kind == "none":
         yield change(f"--{name}.quant.kind nf4", **{f"{field}__quant__kind": "nf4"})
+    if stage == "reward" and settings.ppo.rollout_batch > 8:
+        yield change("--ppo.rollout-batch 8", ppo__rollout_batch=8)
     for length in (512, 256, 128):
         if config.seq_len > length:
             yield change(f"--{name}.seq-len {length}", **{f"{field}__seq_len": length})

@@ -28,13 +28,18 @@ T = TypeVar("T")
 # ------------------------------------------------------------------------------------------------------- the processes
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
 @contextlib.contextmanager
 def session(settings: Settings) -> Iterator[None]:
     """Inside, the processes that torchrun started are one group; without torchrun, nothing happens (P35).
 
     An error leaves without taking leave of the others, who may be waiting: torchrun stops them.
     """
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if not under_torchrun():
         yield
         return
     _start(settings, int(os.environ["LOCAL_RANK"]))

@@ -80,13 +80,26 @@ def losses(history: History, *, smooth: float = 0.8, lines: Mapping[str, float] 
     return figure
 
 
+def is_live() -> bool:
+    """Whether someone's notebook front end runs this cell, so that pictures that grow, and controls, make sense.
+
+    INSTRUCT_LLAMA_STATIC=1 says no and =0 says yes. Otherwise: JupyterLab, Notebook and VS Code name the cell in
+    their request to the kernel; nbclient, which runs notebooks for nbconvert, nbmake and the tour, does not.
+    """
+    choice = os.environ.get("INSTRUCT_LLAMA_STATIC", "")
+    if choice:
+        return choice == "0"
+    kernel = getattr(get_ipython(), "kernel", None)
+    return kernel is not None and bool((kernel.get_parent("shell") or {}).get("metadata", {}).get("cellId"))
+
+
 class LivePlot:
     """A picture that grows while a stage trains: hand it to the stage's `run` as `watch`, close it afterwards.
 
     Keys that end alike share a panel ("train/loss", "val/loss"). The one picture is redrawn in place at most every
     `every` seconds, and for about 3% of the time at most; `close()`, or leaving a `with`, draws the last records.
-    Where INSTRUCT_LLAMA_STATIC is 1, as in a tour that nobody watches, only the last picture is drawn. Without a
-    notebook kernel it only collects the records, in `.history`.
+    Where nobody watches, as in a tour, only the last picture is drawn (see `is_live`). Without a notebook kernel it
+    only collects the records, in `.history`.
     """
 
     def __init__(self, *keys: str, every: float = 2.0, show: Callable[..., Any] | None = None, **options: Any) -> None:
@@ -97,7 +110,7 @@ class LivePlot:
         self.history: list[dict[str, Any]] = []
         self._show = show or (display if getattr(get_ipython(), "kernel", None) is not None else None)
         self._handle, self._drawn = None, 0
-        self._due = math.inf if os.environ.get("INSTRUCT_LLAMA_STATIC") == "1" else 0.0
+        self._due = 0.0 if is_live() else math.inf
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         self.history.append(dict(record))

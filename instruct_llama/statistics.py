@@ -15,7 +15,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n independent prompts, or a share over n independent comparisons, with its 95 % interval."""
+    """A mean or a share over n independent prompts, with its 95 % interval."""
 
     mean: float
     low: float
@@ -60,7 +60,7 @@ def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Esti
 def ratio_estimate(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Estimate:
     """sum(parts) / sum(wholes), and its 95 % interval by the bootstrap over the n groups that they are sums of.
 
-    For a share of things that are not independent within a group, as pairs of one comparison's responses.
+    For a share of things that are not independent within a group, as pairs of responses to one prompt.
     """
     check(sum(wholes) > 0, "There is nothing to estimate from: give at least one held-out record.")
     x, y = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)  # (n,)

@@ -20,7 +20,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from tqdm import tqdm
 
 from . import evaluate
-from .config import Settings, UserError, project_folder
+from .config import Settings, UserError, check, project_folder, shown
 from .data.batches import atomic
 
 
@@ -107,7 +107,10 @@ def run(settings: Settings) -> int:
     have run.
     """
     out, paths, pages, started = settings.out_dir, notebooks(), [], time.perf_counter()
-    executed = {}
+    executed, record = {}, getattr(settings, "record", False)
+    there = [folder.name for folder in evaluate.stage_folders(out)] if record else []
+    check(not there, f"{shown(out)} holds finished stages ({', '.join(there)}), and what is recorded comes from "
+          "one run from nothing: take another --out, or remove them.")  # fmt: skip
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes it anew
@@ -129,7 +132,7 @@ def run(settings: Settings) -> int:
             bar.write(f"{path.stem}: {time.perf_counter() - clock:.0f} s")
     for page in pages:
         page.result()  # raises what went wrong in writing it
-    if getattr(settings, "record", False):
+    if record:
         for path, notebook in executed.items():
             with atomic(path) as temporary:
                 nbformat.write(notebook, temporary, split_lines=False)  # a cell's text is one string in them

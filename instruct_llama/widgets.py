@@ -7,7 +7,6 @@ no one can move a slider (nbconvert, nbmake, the tour) not one ipywidget is made
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -16,7 +15,6 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import torch
-from IPython import get_ipython
 from IPython.display import display
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from .config import ModelConfig, UserError, check
 from .data import tinychat
 from .model.generate import evaluating, filter_logits, generate
 from .model.llama import attention_weights
-from .plots import HATCHES, attention_grid, bars, codebook, rope_picture
+from .plots import HATCHES, attention_grid, bars, codebook, is_live, rope_picture
 from .style import COLOURS, Picture, panels, shade, style, visible
 
 BOX = "color:#111;background:#fff;border:1px solid #999;padding:4px 8px;text-align:left;white-space:pre-wrap;"
@@ -42,19 +40,6 @@ class Page:
 
     def __repr__(self) -> str:
         return self.text
-
-
-def is_live() -> bool:
-    """Whether someone's notebook front end runs this cell, so that controls make sense.
-
-    INSTRUCT_LLAMA_STATIC=1 says no and =0 says yes. Otherwise: JupyterLab, Notebook and VS Code name the cell in
-    their request to the kernel; nbclient, which runs notebooks for nbconvert, nbmake and the tour, does not.
-    """
-    choice = os.environ.get("INSTRUCT_LLAMA_STATIC", "")
-    if choice:
-        return choice == "0"
-    kernel = getattr(get_ipython(), "kernel", None)
-    return kernel is not None and bool((kernel.get_parent("shell") or {}).get("metadata", {}).get("cellId"))
 
 
 def _slider(value: float, low: float, high: float, step: float = 1) -> partial:

@@ -320,6 +320,33 @@ def test_require_trains_once_and_only_what_is_not_complete(monkeypatch, micro, t
         checkpoint.require("stf", settings)
 
 
+@pytest.mark.parametrize("left", ["state", "config.json"])
+def test_weights_do_not_take_the_place_of_an_interrupted_pretraining(monkeypatch, micro, tmp_path, left):
+    """Its state and its best weights would be gone with the folder."""
+    monkeypatch.setattr(checkpoint.importlib, "import_module", lambda name: pytest.fail("nothing may be imported"))
+    folder = tmp_path / "pretrain"
+    if left == "state":
+        checkpoint.write_tensors(folder / "state" / "resume.safetensors", {"x": torch.zeros(1)})
+    else:  # its best weights so far
+        checkpoint.write_info(folder, {"kind": "lm", "model": {}})
+    with pytest.raises(UserError, match="interrupted pretraining: finish it with `pretrain --resume`, or remove it"):
+        checkpoint.require("pretrain", micro(tmp_path, weights="theirs"))
+    assert (folder / left).exists()
+
+
+@pytest.mark.parametrize("stage, change", [
+    ("sft", {"sft__lora__rank": 2}), ("sft-qlora", {"qlora__name": "mine"}), ("reward", {"reward__lora__rank": 2}),
+])  # fmt: skip
+def test_require_trains_into_the_folder_that_it_returns(pipeline, tmp_path, stage, change):
+    """Whatever name the stage's own settings give to its run."""
+    for there in ("pretrain", "sft"):
+        if there != stage:
+            shutil.copytree(Path(pipeline.out) / there, tmp_path / there)
+    settings = pipeline.replace(out=str(tmp_path), **change)
+    assert checkpoint.is_complete(checkpoint.require(stage, settings))
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"pretrain", "sft", stage}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_require_trains_once_from_several_processes(monkeypatch, micro, tmp_path):
     fake_stage(monkeypatch, tmp_path, 0.5)

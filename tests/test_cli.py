@@ -17,7 +17,7 @@ from test_tokenizer import json_tokenizer
 
 import instruct_llama as il
 from instruct_llama import convert, presets
-from instruct_llama.__main__ import COMMANDS, main, parse
+from instruct_llama.__main__ import COMMANDS, leave, main, parse
 from instruct_llama.data import sources
 from instruct_llama.seeds import derive
 
@@ -173,6 +173,33 @@ def test_merge_writes_a_plain_checkpoint(runs, capsys):
     assert (out / "sft-qlora-merged" / "model.safetensors").is_file()
     assert main(["merge", str(out / "sft-qlora"), str(out / "plain"), *args]) == 0
     il.load(out / "plain")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a link needs a privilege there")
+def test_an_import_is_named_as_it_is_given(tmp_path, monkeypatch):
+    """A download cache links its names to files that are called by their hashes."""
+    seen = []
+    monkeypatch.setattr(convert, "import_checkpoint", lambda source, target, overwrite: seen.append(target) or [])
+    (tmp_path / "blob").write_bytes(b"")
+    (tmp_path / "small.gguf").symlink_to(tmp_path / "blob")
+    monkeypatch.chdir(tmp_path)
+    for source in ("small.gguf", ".", "who/theirs-1b"):
+        assert main(["import", source, "--preset", "tiny"]) == 0
+    assert [target.name for target in seen] == ["small", tmp_path.name, "theirs-1b"]
+
+
+def test_a_command_that_succeeded_under_torchrun_leaves_at_once(monkeypatch, capfd):
+    """Python's shutdown may abort in gloo's threads, and torchrun would report a failure."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    for torchrun, status in ((False, 0), (True, 2), (True, 0)):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            monkeypatch.setenv(name, "0") if torchrun else monkeypatch.delenv(name, raising=False)
+        print("said", end="")
+        with pytest.raises(SystemExit) as stop:
+            leave(status)
+        assert stop.value.code == status and left == [0] * (torchrun and status == 0)
+    assert capfd.readouterr().out == 3 * "said"
 
 
 def test_chat_answers_until_an_empty_line(runs, capsys, monkeypatch):

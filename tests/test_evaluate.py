@@ -142,10 +142,11 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
     prompt = [{"role": "user", "content": "Tell me."}]
     texts = ["yes, it is a very long answer", "a ball", "a"]
     longer = {"prompt": prompt, "completions": texts, "utilities": [1.0, 0.5, 0.0]}
-    tie = {"prompt": prompt, "completions": ["a b", "b a"], "utilities": [1.0, 0.0]}
+    other = [{"role": "user", "content": "Tell me more."}]
+    tie = {"prompt": other, "completions": ["a b", "b a"], "utilities": [1.0, 0.0]}
     found, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [longer, tie], 0.15)
-    assert (found.mean, found.n) == (3.5 / 4, 2)  # 4 pairs of 2 comparisons
-    assert (found.low, found.high) == (0.5, 1.0)  # of comparisons drawn anew: both the tie, both the other
+    assert (found.mean, found.n) == (3.5 / 4, 2)  # 4 pairs of 2 prompts
+    assert (found.low, found.high) == (0.5, 1.0)  # of prompts drawn anew: both the tie, both the other
     expected = [1 / (1 + math.exp(-gap / 0.15)) for gap in (0.5, 1.0, 0.5, 1.0)]
     assert ceiling == pytest.approx(np.mean(expected), abs=1e-6)
     worst, _ = evaluate.reward_accuracy(Oracle(tokenizer, -1.0), tokenizer, [longer, tie], 0.15)
@@ -157,6 +158,17 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
     assert kept.n == 1
     with pytest.raises(UserError, match="None of the 1 comparisons fits"):
         evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [too_long], 0.15)
+
+
+def test_the_interval_of_reward_accuracy_is_over_prompts(pipeline):
+    """Comparisons of one prompt succeed and fail together: however many, they are as sure as their prompts."""
+    _, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
+    right, wrong = ["it is a ball", "a"], ["a", "it is a ball"]
+    asked = {"one": [right] * 6, "two": [wrong] * 3, "three": [right, wrong, [*right[:1], "it is", "a"]]}
+    comparisons = [{"prompt": prompt, "completions": texts} for prompt, mine in asked.items() for texts in mine]
+    found, _ = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, comparisons, 0.15, batch_size=4)
+    assert (found.mean, found.n) == ((6 + 0 + 4) / (6 + 3 + 5), 3)
+    assert (found.low, found.high) == (0.0, 1.0)  # of prompts drawn anew: each of them three times
 
 
 def test_the_models_own_comparisons_have_a_ceiling_too(pipeline, monkeypatch):
@@ -418,7 +430,10 @@ def test_the_report_has_the_contracts_shape(report):
     assert_contract(made, ppo_runs=["ppo"])
     accuracy = made["stages"]["reward"]["accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
-    assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1 and accuracy["n"] >= settings.evaluate.comparisons
+    assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1
+    temperature = settings.world.temperature
+    comparisons = tinychat.comparisons(settings.seed, settings.evaluate.comparisons, temperature, split="heldout")
+    assert accuracy["n"] == len({str(c["prompt"]) for c in comparisons}) < len(comparisons)
 
 
 def test_the_report_reads_as_one_table_and_sample_answers(report):
@@ -527,6 +542,17 @@ def test_the_report_compares_each_stage_with_what_it_came_from(scripted):
     assert stages["ppo"]["skills"] == {skill: one.mean for skill, one in by_skill.items()}
 
 
+def test_a_run_is_compared_with_ppo_by_its_stage_whatever_its_name(scripted):
+    settings, said, _ = scripted
+    (settings.out_dir / "ppo-kl0").rename(settings.out_dir / "mine")
+    shutil.copytree(settings.out_dir / "sft", settings.out_dir / "ppo-like")
+    for name, like in (("mine", "ppo-kl0"), ("ppo-like", "sft")):
+        said[name, 1.0], said[name, 0.0] = said[like, 1.0], said[like, 0.0]
+    stages = evaluate.report_card(settings)["stages"]
+    assert stages["mine"]["minus_ppo"]["mean"] == -0.5 and "score_minus_ppo" in stages["mine"]
+    assert {name for name, entry in stages.items() if "minus_ppo" in entry} == {"mine"}
+
+
 def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
     """A11: by hand, one response at a time; the second has no end token, and gets the score for that."""
     settings, _, _ = scripted
@@ -538,6 +564,7 @@ def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
     tokenizer = checkpoint.load(folders["sft"])[1]
     for name in ("ppo", "reward"):
         info = checkpoint.read_info(folders[name])
+        info.pop("inputs")  # the weights that they note are about to change
         norm = {"reward": {"mean": 0.25, "scale": 2.0}} if name == "reward" else {}
         checkpoint.save_full(folders[name], models[name], tokenizer, {**info, **norm})
     raws, kls = [], []
@@ -599,6 +626,20 @@ def test_a_run_that_began_elsewhere_has_no_kl_from_sft(scripted):
         found.append("kl" in made["stages"]["ppo"])
         assert "score" in made["stages"]["ppo"] and ("ppo: KL from SFT" in describe(made)) is found[-1]
     assert found == [True, True, False]
+
+
+@pytest.mark.parametrize("replaced", ["sft", "reward"])
+def test_a_run_whose_inputs_were_replaced_has_no_figure_that_rests_on_them(scripted, replaced):
+    settings, _, _ = scripted
+    folder = settings.out_dir / "ppo"
+    shutil.rmtree(settings.out_dir / "ppo-kl0")
+    info = checkpoint.read_info(folder)
+    assert info["inputs"] == {name: checkpoint.fingerprint(settings.out_dir / name) for name in ("sft", "reward")}
+    checkpoint.write_info(folder, {**info, "inputs": {**info["inputs"], replaced: "of others"}})
+    entry = evaluate.report_card(settings)["stages"]["ppo"]
+    assert ("kl" in entry, "score" in entry, "score_greedy" in entry) == (
+        replaced != "sft", replaced != "reward", replaced != "reward")  # fmt: skip
+    assert "minus_sft" in entry
 
 
 def test_the_shown_answers_have_random_numbers_of_their_own(report):

@@ -208,7 +208,8 @@ def test_what_is_trained_beside_adapters_is_counted():
 def test_logits_and_working_space_by_hand():
     """fp32: logits, log-probabilities and their gradient; a comparison's row holds two answers and no logits."""
     settings = Settings().replace(model=UNTIED, sft__seq_len=32, sft__loop__batch_size=2, reward__seq_len=32,
-                                  reward__loop__batch_size=2, sft__quant__kind="nf4", sft__lora__rank=4)  # fmt: skip
+                                  reward__loop__batch_size=2, sft__quant__kind="nf4", sft__lora__rank=4,
+                                  ppo__rollout_batch=1)  # fmt: skip
     parts, reward = (memory.estimate(settings, stage).parts for stage in ("sft", "reward"))
     assert parts["logits"] == 3 * 4 * 2 * 32 * 90 and reward["logits"] == 0
     assert parts["working space"] == 2 * 4 * 32 * 48 and reward["working space"] == 0
@@ -257,11 +258,16 @@ def test_a_process_never_has_less_than_a_row_or_a_batch_of_prompts(stage):
 
 
 def test_the_answers_that_fit_the_scores_scale_are_counted():
-    """Before a reward model learns, 8 batches of prompts are answered at once: keys and values of all their tokens."""
-    settings = presets.get("llama2_7b")
-    tokens = 8 * settings.reward.loop.batch_size * (settings.reward.seq_len + 64)
-    cache = 2 * 2 * 32 * 4096 * tokens  # keys and values, two bytes, 32 layers of width 4096
-    assert memory.estimate(settings, "reward").parts["answering"] == pytest.approx(cache, rel=0.01)
+    """Before a reward model learns, a batch of PPO's prompts is answered at once, as PPO will answer it."""
+    settings = presets.get("llama2_7b").replace(ppo__seq_len=600, ppo__rollout_batch=20)
+    cache = 2 * 2 * 32 * 4096 * 20 * 600  # keys and values, two bytes, 32 layers of width 4096, 20 rows of 600 tokens
+    logits = 4 * 4 * 32_000 * 20  # of one step, in fp32, four copies
+    for changed in (settings, settings.replace(reward__seq_len=300, ppo__precision="fp32")):
+        assert memory.estimate(changed, "reward").parts["answering"] == cache + logits
+    whole = settings.replace(ppo__seq_len=0, ppo__rollout_batch=3)  # all of the context
+    assert memory.estimate(whole, "reward").parts["answering"] == 2 * 2 * 32 * 4096 * 3 * 4096 + 4 * 4 * 32_000 * 3
+    few = memory.estimate(settings.replace(ppo__rollout_batch=1), "reward").parts
+    assert "answering" not in few and few["activations"] > 0
 
 
 @pytest.mark.parametrize(("preset", "card"), [("gpu", 8), ("llama2_7b", 24)])

@@ -226,7 +226,7 @@ class Display:
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.delenv("INSTRUCT_LLAMA_STATIC", raising=False)  # as where somebody watches
+    monkeypatch.setenv("INSTRUCT_LLAMA_STATIC", "0")  # as where somebody watches
     now = [100.0]
     monkeypatch.setattr(plots.time, "monotonic", lambda: now[0])
     return now
@@ -257,8 +257,9 @@ def test_live_plot_spends_little_of_the_time_drawing(clock, monkeypatch):
     assert len(display.shown) + len(display.updates) <= 6
 
 
-def test_live_plot_that_nobody_watches_is_drawn_once_at_the_end(clock, monkeypatch):
-    monkeypatch.setenv("INSTRUCT_LLAMA_STATIC", "1")
+@pytest.mark.parametrize("static", ["1", "yes", ""])  # "": no front end either
+def test_live_plot_that_nobody_watches_is_drawn_once_at_the_end(clock, monkeypatch, static):
+    monkeypatch.setenv("INSTRUCT_LLAMA_STATIC", static)
     display = Display()
     with plots.LivePlot("train/loss", show=display) as watch:
         for step in range(1, 101):

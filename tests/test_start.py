@@ -19,7 +19,7 @@ import instruct_llama as il
 from instruct_llama import checkpoint, folders
 from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
-from instruct_llama.stages import reward, runlog, sft, trainer
+from instruct_llama.stages import ppo, reward, runlog, sft, trainer
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 
@@ -114,6 +114,15 @@ def test_a_run_written_beside_another_is_no_stage(runs):
     for name in (".sft.new", ".sft.old"):
         shutil.copytree(out / "sft", out / name)
     assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+
+
+def test_an_export_among_the_runs_is_no_stage_and_a_damaged_run_is_named(runs):
+    out, _ = runs
+    il.convert.export("hf", out / "ppo", out / "ppo-hf")
+    assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+    (out / "sft" / "config.json").write_text('{"kind": "lm",', encoding="utf-8")
+    with pytest.raises(UserError, match="sft.config.json is damaged or not ours"):
+        il.evaluate.stage_folders(out)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
@@ -256,6 +265,58 @@ def test_p48_an_interrupted_overwriting_run_goes_on(pipeline, runs, more):
     assert not folders.beside(out / "sft").exists()
 
 
+def test_p48_resume_goes_on_with_an_overwriting_run_only_from_a_saved_state(pipeline, runs):
+    """A run that died before its first save leaves a folder beside, from which nothing can go on."""
+    out, _ = runs
+    settings, before = pipeline.replace(out=str(out)), everything(out / "sft")
+    with pytest.raises(Crash):
+        sft.run(settings.replace(overwrite=True, seed=2), crash)
+    assert folders.beside(out / "sft").is_dir()
+    with pytest.raises(UserError, match="--resume: .*holds a finished run of other settings"):
+        sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
+    assert everything(out / "sft") == before
+
+
+def test_ppo_does_not_go_on_with_another_reward_model(pipeline, runs):
+    out, _ = runs
+    settings = pipeline.replace(out=str(out), ppo__name="mine")
+
+    def stop(record: dict[str, float]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(trainer.Interrupted):
+        ppo.run(settings, stop)
+    shutil.copytree(out / "reward", out / "before")
+    reward.run(settings.replace(overwrite=True, reward__optim__lr=0.01))
+    state = everything(out / "mine")
+    with pytest.raises(UserError, match="--resume: .*mine was started with other inputs .reward: trained again since"):
+        ppo.run(settings.replace(resume=True))
+    assert everything(out / "mine") == state
+    shutil.rmtree(out / "reward")
+    (out / "before").rename(out / "reward")
+    assert ppo.run(settings.replace(resume=True)).steps == 2
+
+
+def test_a_finished_run_of_replaced_inputs_is_refused_and_they_are_named(runs, capsys):
+    out, args = runs
+    assert main(["sft", *args, "--overwrite", "--sft.optim.lr", "0.01"]) == 0
+    before = runs_of(out)
+    for stage in ("reward", "ppo"):
+        assert main([stage, *args]) == 2
+        said = capsys.readouterr().err
+        assert f"{stage} holds a finished run of other inputs (sft: trained again since)" in said
+        assert "--overwrite" in said and "\n" not in said.strip()
+    assert runs_of(out) == before
+    assert main(["reward", *args, "--overwrite"]) == 0 and main(["ppo", *args]) == 2
+    assert "other inputs (sft, reward: trained again since)" in capsys.readouterr().err
+    assert main(["ppo", *args, "--overwrite"]) == 0 and main(["ppo", *args]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    info = checkpoint.read_info(out / "ppo")
+    checkpoint.write_info(out / "ppo", {key: value for key, value in info.items() if key != "inputs"})
+    shutil.rmtree(out / "sft")  # nor does a run refuse that noted none, or whose inputs are gone
+    assert main(["ppo", *args]) == 0
+
+
 def test_overwriting_one_stage_trains_no_other(runs, capsys):
     out, args = runs
     before = runs_of(out)
@@ -392,6 +453,9 @@ ONTO = {  # what is asked for -> the sentence without --overwrite, and with it; 
     "merge onto its base": ("merge sft-qlora pretrain", "would overwrite", "would overwrite"),
     "merge onto itself": ("merge sft-qlora sft-qlora", "would overwrite", "would overwrite"),
     "onto other things": ("merge sft-qlora things", "is no checkpoint", "is no checkpoint"),
+    "onto a project": ("export --to hf sft project", "is no checkpoint", "is no checkpoint"),
+    "onto a project with a checkpoint": ("export --to hf sft lab", "is no checkpoint", "is no checkpoint"),
+    "onto a run that stopped": ("export --to hf sft stopped", "holds a checkpoint already", ""),
     "import onto a run": ("import theirs --out sft", "holds a checkpoint already", ""),
     "import onto its source": ("import theirs --out theirs", "would overwrite", "would overwrite"),
     "import onto its file's folder": ("import theirs/model.gguf --out theirs", "would overwrite", "would overwrite"),
@@ -404,9 +468,11 @@ def test_p48_what_is_there_is_not_overwritten_unasked(runs, capsys, monkeypatch,
     out, _ = runs
     il.convert.export("hf", out / "pretrain", out / "theirs")
     (out / "theirs" / "model.gguf").write_bytes(b"theirs")
-    (out / "things").mkdir()
-    for name in ("notes.txt", "mine.gguf", "things/mine.txt"):
-        (out / name).write_text("mine", encoding="utf-8")
+    for name in ("notes.txt", "mine.gguf", "things/mine.txt", "project/config.json", "project/state/x", "lab/src/x"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"mine": 1}', encoding="utf-8")
+    shutil.copy(out / "sft" / "model.safetensors", out / "lab")
+    shutil.copytree(out / "sft" / "state", out / "stopped" / "state")
     monkeypatch.chdir(out)
     command, refused, refused_anew = ONTO[case]
     before, words = everything(out), command.split()

@@ -6,7 +6,9 @@ import copy
 import json
 import multiprocessing
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import Timeout
@@ -172,21 +174,27 @@ def test_the_code_hash_sees_every_module(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the file
 
 
-def _append_many(path: Path, worker: int) -> None:
-    for i in range(25):
-        study.append(path, {"worker": worker, "i": i, "long": "x" * 20_000})
+def _append_once(path: Path, start: Any) -> None:
+    def there() -> bool:
+        found = bool(study.read(path))
+        time.sleep(0.3)  # in which the others look too, unless a lock keeps them
+        return found
+
+    start.wait()
+    study.append(path, {"seed": 1}, unless=there)
 
 
-def test_lines_of_several_processes_do_not_mix(tmp_path):
+def test_of_several_processes_with_one_seed_one_adds_its_line(tmp_path):
+    """Each looks whether the line is there and then writes it: both under one lock, or all three would find nothing."""
     path = tmp_path / "results.jsonl"
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
-    workers = [context.Process(target=_append_many, args=(path, worker)) for worker in range(3)]
+    start = context.Barrier(3)
+    workers = [context.Process(target=_append_once, args=(path, start)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    found = sorted((line["worker"], line["i"]) for line in study.read(path))
-    assert found == [(worker, i) for worker in range(3) for i in range(25)]
+    assert [worker.exitcode for worker in workers] == [0, 0, 0] and study.read(path) == [{"seed": 1}]
 
 
 def test_a_line_that_another_process_has_added_meanwhile_is_not_added_again(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -87,6 +88,26 @@ def test_a_tour_that_fails_records_nothing(told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tour, "execute", execute)
     assert run(tmp_path, "--record") == 1 and "01_second.ipynb failed" in capsys.readouterr().out
     assert told.read_bytes() == before
+
+
+def test_a_tour_refuses_settings_of_which_the_notebooks_know_nothing(told, tmp_path, capsys):
+    for more, said in (
+        (["--sft.optim.lr", "1", "--device", "cpu", "--seed", "2"], "know nothing of --device, --sft.optim.lr: leave"),
+        (["--resume"], "know nothing of --resume"),
+        (["--overwrite"], f"to train them anew, give another --out, or remove them from {tmp_path / 'out'}"),
+    ):
+        assert run(tmp_path, *more) == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path, "--seed", "2", "--real") == 0
+
+
+def test_what_is_recorded_comes_from_one_run_from_nothing(told, tmp_path, pipeline, capsys):
+    shutil.copytree(Path(pipeline.out) / "sft", tmp_path / "out" / "sft")
+    before = told.read_bytes()
+    assert run(tmp_path, "--record") == 2
+    assert f"{tmp_path / 'out'} holds finished stages (sft)" in (said := capsys.readouterr().err)
+    assert "take another --out, or remove them" in said and told.read_bytes() == before
+    assert run(tmp_path) == 0  # they are used again
 
 
 def test_the_tours_own_options_are_no_settings_of_a_run():

@@ -254,7 +254,7 @@ def test_live_is_what_the_request_says(asked, answer, monkeypatch):
 
     monkeypatch.delenv("INSTRUCT_LLAMA_STATIC", raising=False)
     assert not widgets.is_live()  # no kernel at all
-    monkeypatch.setattr(widgets, "get_ipython", Shell)
+    monkeypatch.setattr(plots, "get_ipython", Shell)
     assert widgets.is_live() is answer
     monkeypatch.setenv("INSTRUCT_LLAMA_STATIC", "1")
     assert not widgets.is_live()

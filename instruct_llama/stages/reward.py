@@ -209,7 +209,7 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
     train, valid = records.comparisons(settings)
     if not settings.data and config.sample_share > 0:
         n_sampled = round(len(train) * config.sample_share)
-        # not the prompts of PPO, which are those of settings.seed
+        # a draw of its own, which shares training prompts with PPO's
         prompts = tinychat.prompts(seeds.derive(settings.seed, "sft_sample_prompts"), n_sampled, split="train")
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed, settings.ppo)
         own = parallel.from_main(own)  # the same records for all, whatever their GPUs round

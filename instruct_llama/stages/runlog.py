@@ -82,6 +82,19 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
+def inputs(stage: str, settings: Settings) -> list[Path]:
+    """The run folders that a stage reads, its start first."""
+    reward = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
+    named = {"sft": ["pretrain"], "reward": [settings.reward.init_from, "sft"], "ppo": ["sft", reward]}.get(stage, [])
+    read = [settings.out_dir / name for name in named]
+    return [Path(settings.init), *read[1:]] if settings.init else read
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
+    return [note.parent for note in folder.glob(f"state/step-*/{NOTE}")] + [*folder.glob("state/resume.safetensors")]
+
+
 class RunLog:
     """The logs and the resumable state of one run folder; `stage` says which settings make it the same run."""
 
@@ -89,6 +102,7 @@ class RunLog:
         self.folder, self.watch, self.started = folder, watch, time.perf_counter()
         self.state_path = folder / "state" / "resume.safetensors"
         self.identity = json.dumps(identity(settings, stage), sort_keys=True)
+        self.inputs = checkpoint.fingerprints(inputs(stage, settings))
         self.saved = self._newest_state() if settings.resume else None  # where it is, and what is no tensor
         self.start = self.saved[1]["step"] if self.saved else 0
         self.stops = 0  # how often Ctrl-C was pressed
@@ -110,7 +124,7 @@ class RunLog:
 
     def _newest_state(self) -> tuple[Path, dict[str, Any]] | None:
         found = []
-        for path in self._states():
+        for path in saved_states(self.folder):
             if path.is_dir():
                 note = json.loads((path / NOTE).read_text(encoding="utf-8"))
             else:
@@ -120,20 +134,13 @@ class RunLog:
         if not found:
             return None
         path, identity, state = max(found, key=lambda item: item[2]["step"])
-        check(
-            identity == self.identity,
-            f"--resume: {shown(folders.final(self.folder))} was started with other settings; use the same ones, or "
-            "start anew without it.",
-        )
+        other = checkpoint.replaced(state, self.inputs) if identity == self.identity else "settings"
+        check(not other, f"--resume: {shown(folders.final(self.folder))} was started with other {other}; use the same "
+              "ones, or start anew without it.")  # fmt: skip
         return path, state
 
-    def _states(self) -> list[Path]:
-        """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
-        folders = [note.parent for note in self.state_path.parent.glob(f"step-*/{NOTE}")]
-        return folders + [self.state_path] * self.state_path.is_file()
-
     def _forget_states(self, but: Path | None = None) -> None:
-        for stale in {*self._states(), *self.state_path.parent.glob(".step-*")} - {but}:
+        for stale in {*saved_states(self.folder), *self.state_path.parent.glob(".step-*")} - {but}:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -160,7 +167,8 @@ class RunLog:
 
     def save_state(self, step: int, tensors: checkpoint.State, state: dict[str, Any]) -> None:
         """Everything resume needs, in one file or folder, in one rename (P32, P33)."""
-        note = {"identity": self.identity, "state": json.dumps({"step": step, **state})}
+        state = {"step": step, "inputs": self.inputs, **state}
+        note = {"identity": self.identity, "state": json.dumps(state)}
         path = self.state_path
         if parallel.world() == 1:
             checkpoint.write_tensors(path, tensors, note)
@@ -189,7 +197,7 @@ class RunLog:
         if parallel.is_main():
             self.board.close()
             done = {"complete": True, "best": best, "steps": steps, "settings": json.loads(self.identity)}
-            checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done})
+            checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done, "inputs": self.inputs})
             if place != self.folder:
                 folders.swap(place)
         parallel.barrier()  # whoever reads the folder next finds it complete

@@ -7,13 +7,13 @@ beside it: the old run stays as it is until the new one has finished.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint, folders, parallel
 from ..config import Settings, UserError, check, shown
-from .runlog import StageResult, Watch, identity
+from .runlog import StageResult, Watch, identity, inputs, saved_states
 
 Run = Callable[[Settings, Watch | None], StageResult]
 
@@ -65,17 +65,20 @@ def holds_other(folder: Path) -> bool:
 def is_done(stage: str, folder: Path, settings: Settings) -> bool:
     """Whether a finished run of these settings lies in the folder.
 
-    Raises `UserError` for one of other settings, unless it is to be overwritten or was begun to be.
+    Raises `UserError` for one of other settings or inputs, unless it is to be overwritten or was begun to be.
     """
     if settings.overwrite or not holds_other(folder):
         return False
-    other = what_differs(stage, folder, settings)
+    if other := what_differs(stage, folder, settings):
+        other = f"settings ({other})"
+    else:
+        other = checkpoint.replaced(checkpoint.read_info(folder), checkpoint.fingerprints(inputs(stage, settings)))
     if not other:
         return True
-    if settings.resume and folders.beside(folder).exists():  # an interrupted --overwrite goes on
+    if settings.resume and saved_states(folders.beside(folder)):  # an interrupted --overwrite goes on
         return False
     raise UserError(
-        f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other settings ({other}): give "
+        f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other {other}: give "
         f"those, choose another --out or --{stage}.name, or start anew with --overwrite."
     )
 
@@ -115,17 +118,10 @@ def check_name(stage: str, folder: Path) -> None:
 
 def check_inputs(stage: str, folder: Path, settings: Settings) -> None:
     """Raise `UserError` where a stage would write over what it reads: its start, or the base under an adapter there."""
-    for path in inputs(stage, settings):
+    given = inputs(stage, settings)
+    bases = (base for path in given if (path / "config.json").is_file() for base in checkpoint.read_from(path))
+    for path in (*given, *bases):
         check(
             path.resolve() != folder.resolve(),
             f"{stage} would overwrite {shown(path)}, from which it starts: choose another --{stage}.name or --init.",
         )
-
-
-def inputs(stage: str, settings: Settings) -> Iterator[Path]:
-    """The run folders that a stage reads, and the bases of the adapters among them."""
-    reward = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
-    named = {"sft": ["pretrain"], "reward": [settings.reward.init_from, "sft"], "ppo": ["sft", reward]}.get(stage, [])
-    read = [settings.out_dir / name for name in (named[1:] if settings.init else named)]
-    for path in ([Path(settings.init)] if settings.init else []) + read:
-        yield from checkpoint.read_from(path) if (path / "config.json").is_file() else [path]

@@ -176,7 +176,7 @@ class Supervised:
     optim: OptimConfig
     loop: LoopConfig
     n_items: int  # training records
-    lengths: Sequence[int] | None  # tokens of each record, so that like goes with like in a step; None: keep the order
+    lengths: Sequence[int] | None  # tokens of each record, to sort each bucket of steps by; None: keep the order
     batch: Callable[[int, Sequence[int]], Any]  # (epoch, indices) -> a batch with .weight and .to(device)
     # -> sum over targets, sums to log: "loss" among them where auxiliary losses are to be left out of the logged one
     loss: Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, float]]]
