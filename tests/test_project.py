@@ -261,7 +261,7 @@ def code_lines(path: Path) -> int:
 
 
 # What a reader of the story can leave closed: other people's formats, their data, their machines, many processes.
-DOORS = {"convert", "parallel", "public", "shapes", "files", "conversation", "memory", "versions"}
+DOORS = {"convert", "parallel", "public", "shapes", "files", "conversation", "memory", "versions", "actors"}
 
 
 def test_the_package_is_thin():
