@@ -203,7 +203,7 @@ def export(settings: Export) -> int:
 def chat(settings: Chat) -> int:
     """Talk in the terminal, or answer a file of prompts."""
     from . import conversation
-    from .stages.trainer import pick_device
+    from .training.device import pick_device
 
     check(len(settings.words) <= 1, "chat takes one checkpoint folder.")
     folder = Path(settings.words[0]) if settings.words else checkpoint.require("ppo", settings)
@@ -224,7 +224,7 @@ def evaluate(settings: Evaluate) -> int:
     from . import evaluate as card
     from . import study
     from .stages import records
-    from .stages.trainer import pick_device
+    from .training.device import pick_device
 
     if settings.study:
         plain = Settings(**{field.name: getattr(settings, field.name) for field in fields(Settings)})

@@ -27,7 +27,7 @@ from . import checkpoint, evaluate, parallel
 from .config import Settings, check, project_folder, shown, to_json
 from .stages import ppo, pretrain, reward, sft  # noqa: F401  all now: a stage imported later could be other code
 from .stages.runlog import read_jsonl
-from .stages.trainer import pick_device
+from .training.device import pick_device
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 WITHOUT_PENALTY = "ppo-kl0"  # PPO with kl_coef 0

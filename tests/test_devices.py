@@ -24,7 +24,8 @@ from instruct_llama import Settings, UserError, checkpoint, doctor, evaluate, me
 from instruct_llama.__main__ import main
 from instruct_llama.model import lora
 from instruct_llama.model.generate import generate
-from instruct_llama.stages import ppo, pretrain, reward, sft, trainer
+from instruct_llama.stages import ppo, pretrain, reward, runlog, sft
+from instruct_llama.training import optim
 
 NF4 = {"quant__kind": "nf4", "lora__rank": 4}
 
@@ -75,7 +76,7 @@ def run(trained, tmp_path) -> Run:
         with pretend_gpu() if device != "cpu" else contextlib.nullcontext() as ops:
             try:
                 history = stage.run(settings, watch).history
-            except trainer.Interrupted:
+            except runlog.Interrupted:
                 history = []
         return [{k: v for k, v in record.items() if "per_s" not in k} for record in history], ops
 
@@ -251,7 +252,7 @@ def test_fp16_finds_its_scale(run, monkeypatch, stage):
 def test_fp16_does_not_hide_a_gradient_that_is_not_finite(run, monkeypatch):
     scaled(monkeypatch, 1.0)
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: grads[0].new_tensor(math.nan))
-    with pytest.raises(trainer.NonFinite, match="gradient is not finite at step 1"):
+    with pytest.raises(optim.NonFinite, match="gradient is not finite at step 1"):
         run(sft, "cuda", **FP16[sft])
 
 

@@ -13,7 +13,7 @@ from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScal
 from instruct_llama.memory import GB
 from instruct_llama.model import lora
 from instruct_llama.model.llama import KVCache, Llama, ScalarLlama
-from instruct_llama.stages import trainer
+from instruct_llama.training import optim
 
 PUBLISHED = {  # the number of parameters that each model's own page gives (the hub counts them from its safetensors)
     "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
@@ -121,7 +121,7 @@ def test_weights_gradients_and_moments_are_those_of_the_tensors(kind, optimizer)
     lora.quantise(model, config.quant)
     lora.add_adapter(model, "a", config.lora, torch.Generator())
     lora.use_adapter(model, "a")
-    optimiser = trainer.make_optimizer([(list(model.parameters()), 1e-3)], config.optim)
+    optimiser = optim.make_optimizer([(list(model.parameters()), 1e-3)], config.optim)
     model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
     optimiser.step()
     weights = sum(p.nbytes for p in set(model.parameters()))
@@ -152,7 +152,7 @@ def test_frozen_layers_are_not_counted_as_trained(layers, tied):
     """The embeddings are frozen with them; an output of its own is not."""
     shape = dataclasses.replace(UNTIED, tie_embeddings=tied)
     model = Llama(shape)
-    trainer.freeze_first(model, layers)
+    optim.freeze_first(model, layers)
     count = sum(p.numel() for p in set(model.parameters()) if p.requires_grad)
     parts = memory.estimate(Settings().replace(model=shape, sft__freeze_layers=layers), "sft").parts
     assert parts["gradients and optimizer"] == 12 * count  # a gradient and two moments, each in fp32

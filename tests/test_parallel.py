@@ -19,7 +19,8 @@ import torch.multiprocessing as mp
 
 from instruct_llama import checkpoint, evaluate, parallel
 from instruct_llama.config import UserError
-from instruct_llama.stages import trainer
+from instruct_llama.stages import runlog
+from instruct_llama.training import optim
 
 LIMIT = 1e-4  # what two processes may differ from one, in any logged figure
 
@@ -200,7 +201,7 @@ def interrupted(stage: str, settings, at: int) -> str:
         if record["step"] == at:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(trainer.Interrupted) as stopped:
+    with pytest.raises(runlog.Interrupted) as stopped:
         importlib.import_module(f"instruct_llama.stages.{stage}").run(settings, watch)
     return str(stopped.value)
 
@@ -239,7 +240,7 @@ def test_p32_a_run_goes_on_with_another_number_of_processes(two, pipeline, tmp_p
 
 def killed(settings, folder: Path) -> None:
     """The main process dies while a state is written; the others' parts are there."""
-    log = trainer.RunLog(folder, settings, "sft")
+    log = runlog.RunLog(folder, settings, "sft")
     if not parallel.is_main():
         log.save_state(9, {"model/x": torch.ones(1000)}, {})
         return
@@ -258,23 +259,23 @@ def test_p33_a_kill_in_the_middle_of_a_save_leaves_the_last_state(two, micro, tm
     two(save_something, settings, folder, 3)
     two(killed, settings, folder)
     assert (folder / "state" / ".step-9").is_dir()
-    for steps in (trainer.RunLog(folder, settings, "sft").start, *two(start_of, settings, folder)):
+    for steps in (runlog.RunLog(folder, settings, "sft").start, *two(start_of, settings, folder)):
         assert steps == 3
     shutil.copytree(folder / "state" / "step-3", tmp_path / "step-3")
     two(save_something, settings, folder, 12)
     assert {path.name for path in (folder / "state").iterdir()} == {"step-12"}
     shutil.copytree(tmp_path / "step-3", folder / "state" / "step-3")  # a kill before the old one was removed
-    assert trainer.RunLog(folder, settings, "sft").start == 12
+    assert runlog.RunLog(folder, settings, "sft").start == 12
     files = list((folder / "state" / "step-12").iterdir())
     assert {path.suffix for path in files} == {".safetensors", ".json"}  # nothing pickled (P05)
 
 
 def save_something(settings, folder: Path, step: int) -> None:
-    trainer.RunLog(folder, settings, "sft").save_state(step, {"model/x": torch.ones(1000)}, {})
+    runlog.RunLog(folder, settings, "sft").save_state(step, {"model/x": torch.ones(1000)}, {})
 
 
 def start_of(settings, folder: Path) -> int:
-    return trainer.RunLog(folder, settings, "sft").start
+    return runlog.RunLog(folder, settings, "sft").start
 
 
 # ---------------------------------------------------------------- who does what
@@ -450,7 +451,7 @@ def poisoned(settings) -> str:
         total, parts = real(model, batch)
         return total * (float("nan") if parallel.rank() == 1 else 1.0), parts
 
-    with pytest.MonkeyPatch.context() as monkey, pytest.raises(trainer.NonFinite) as stopped:
+    with pytest.MonkeyPatch.context() as monkey, pytest.raises(optim.NonFinite) as stopped:
         monkey.setattr(sft, "language_model_loss", loss)
         sft.run(settings)
     return str(stopped.value)
@@ -468,7 +469,7 @@ def test_p34_all_processes_stop_at_a_loss_that_is_not_finite_in_one(two, pipelin
 def sharded(settings) -> tuple[float, float]:
     """The share of the model's weights that this process holds while it trains, and of the optimizer's state."""
     held = []
-    real = trainer.optimizer_step
+    real = optim.optimizer_step
 
     def step(optimizer, *rest):
         norm = real(optimizer, *rest)
@@ -479,7 +480,7 @@ def sharded(settings) -> tuple[float, float]:
         return norm
 
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(trainer, "optimizer_step", step)
+        monkey.setattr(optim, "optimizer_step", step)
         run("sft", settings)
     return held[-1]
 
@@ -562,7 +563,7 @@ def test_the_command_under_torchrun(micro, tmp_path):
     done = torchrun("pretrain", "--preset", "tiny", "--out", str(tmp_path / "two"), *options(settings))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pretrain finished in") == 1
-    together = trainer.StageResult(tmp_path / "two" / "pretrain", alone.best, alone.steps, 0.0)
+    together = runlog.StageResult(tmp_path / "two" / "pretrain", alone.best, alone.steps, 0.0)
     assert max(differences(alone, together).values()) <= LIMIT
     failed = torchrun("sft", "--preset", "tiny", "--out", str(tmp_path / "two"), "--init", str(tmp_path / "nowhere"))
     assert failed.returncode != 0 and "is not a run folder" in failed.stderr

@@ -166,7 +166,8 @@ def test_ruff_finds_nothing():
 
 # ---------------------------------------------------------------- import directions
 
-# stages -> rlhf -> model, data -> config. `checkpoint` is the files' side of the model. Whatever has no row stands
+# stages -> training -> rlhf -> model, data -> config: the algorithms in `rlhf` know no process, device or file.
+# `checkpoint` is the files' side of the model. Whatever has no row stands
 # above the pipeline (plots, widgets, evaluate, the command line …) and may import everything but the stages.
 BELOW = {
     "config": set(),
@@ -177,9 +178,12 @@ BELOW = {
     "parallel": {"config"},
     "folders": {"parallel", "config"},
     "checkpoint": {"folders", "parallel", "model", "data", "seeds", "config"},
-    "rlhf": {"checkpoint", "parallel", "model", "data", "seeds", "config"},
+    "rlhf": {"model", "data", "seeds", "config"},
+    "training": {"rlhf", "checkpoint", "parallel", "model", "data", "seeds", "config"},
     "memory": {"presets", "config"},  # the shapes of the weights that presets name
-    "stages": {"rlhf", "checkpoint", "folders", "parallel", "model", "data", "seeds", "config", "evaluate", "memory"},
+    "stages": {
+        "training", "rlhf", "checkpoint", "folders", "parallel", "model", "data", "seeds", "config", "evaluate", "memory",
+    },  # fmt: skip
 }
 MAY_IMPORT_STAGES = {
     "__main__": "the command line runs them",

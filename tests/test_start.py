@@ -19,7 +19,7 @@ import instruct_llama as il
 from instruct_llama import checkpoint, folders
 from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
-from instruct_llama.stages import ppo, reward, runlog, sft, trainer
+from instruct_llama.stages import ppo, reward, runlog, sft
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 
@@ -253,7 +253,7 @@ def test_p48_an_interrupted_overwriting_run_goes_on(pipeline, runs, more):
             signal.raise_signal(signal.SIGINT)
 
     before = everything(out / "sft")
-    with pytest.raises(trainer.Interrupted):
+    with pytest.raises(runlog.Interrupted):
         sft.run(settings.replace(overwrite=True), stop)
     with pytest.raises(UserError, match="--resume: .*started with other settings"):
         sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
@@ -284,7 +284,7 @@ def test_ppo_does_not_go_on_with_another_reward_model(pipeline, runs):
     def stop(record: dict[str, float]) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(trainer.Interrupted):
+    with pytest.raises(runlog.Interrupted):
         ppo.run(settings, stop)
     shutil.copytree(out / "reward", out / "before")
     reward.run(settings.replace(overwrite=True, reward__optim__lr=0.01))

@@ -23,22 +23,12 @@ from instruct_llama.data import enumerable
 from instruct_llama.data.batches import Batch, dialog_batch, epoch_order
 from instruct_llama.model.llama import Llama
 from instruct_llama.rlhf import ppo as algorithm
-from instruct_llama.stages import exact, ppo, pretrain, records, sft, trainer
+from instruct_llama.stages import exact, ppo, pretrain, records, runlog, sft, trainer
 from instruct_llama.stages.pretrain import language_model_loss
-from instruct_llama.stages.trainer import (
-    Interrupted,
-    NonFinite,
-    RunLog,
-    Supervised,
-    fit,
-    freeze_first,
-    learning_rate,
-    make_optimizer,
-    optimizer_step,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from instruct_llama.stages.runlog import Interrupted, RunLog, optimizer_tensors, restore_optimizer
+from instruct_llama.stages.trainer import Supervised, fit
 from instruct_llama.training import actors
+from instruct_llama.training.optim import NonFinite, freeze_first, learning_rate, make_optimizer, optimizer_step
 
 SHAPE = ModelConfig(vocab_size=32, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=24, max_seq_len=64)
 LENGTHS = (3, 9, 5, 6, 12)
@@ -506,7 +496,7 @@ def test_p34_what_is_not_finite_stops_with_step_and_records(tmp_path, value):
     options = {"optim": SGD_LIKE, "batch_size": 1}
     with pytest.raises(NonFinite, match=rf"{value} is .*at step {at + 1}, records \[{bad}\]"):
         train(tmp_path / "bad", items, loss=poisoned(value, bad), epochs=1, **options)
-    metrics = trainer.read_jsonl(tmp_path / "bad" / "metrics.jsonl")
+    metrics = runlog.read_jsonl(tmp_path / "bad" / "metrics.jsonl")
     assert [r["step"] for r in metrics] == list(range(1, at + 1))
 
 
@@ -547,19 +537,19 @@ def test_p34_ppo_stops_before_its_optimizer_steps(monkeypatch):
 def test_the_keys_of_the_metrics_are_the_tensorboard_tags(pipeline, stage):
     folder = Path(pipeline.out) / stage
     events = EventAccumulator(str(folder)).Reload()
-    records = trainer.read_jsonl(folder / "metrics.jsonl")
+    records = runlog.read_jsonl(folder / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     assert set(events.Tags()["scalars"]) == {key for record in records for key in record} - {"step"}
     for key in set(records[-1]) - {"step"}:
         logged = [(r["step"], r[key]) for r in records if key in r]
         assert [(e.step, pytest.approx(e.value, rel=1e-5, abs=1e-6)) for e in events.Scalars(key)] == logged
     assert "samples/text_summary" in events.Tags()["tensors"]
-    assert trainer.read_jsonl(folder / "samples.jsonl")
+    assert runlog.read_jsonl(folder / "samples.jsonl")
 
 
 def test_the_stages_log_what_the_contract_names(pipeline):
     def keys(stage: str) -> set[str]:
-        return set(trainer.read_jsonl(Path(pipeline.out) / stage / "metrics.jsonl")[-1])
+        return set(runlog.read_jsonl(Path(pipeline.out) / stage / "metrics.jsonl")[-1])
 
     common = {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "val/loss", "val/accuracy"}
     assert common | {"val/perplexity", "train/accuracy"} <= keys("sft")
@@ -573,7 +563,7 @@ def test_a_stage_that_starts_anew_forgets_the_run_that_did_not_finish(pipeline, 
     checkpoint.write_info(tmp_path / "sft", {**checkpoint.read_info(tmp_path / "sft"), "complete": False})
     with pytest.raises(Crash):
         sft.run(settings, crash(1))
-    assert [r["step"] for r in trainer.read_jsonl(tmp_path / "sft" / "metrics.jsonl")] == [1]
+    assert [r["step"] for r in runlog.read_jsonl(tmp_path / "sft" / "metrics.jsonl")] == [1]
     assert not checkpoint.is_complete(tmp_path / "sft")
     assert RunLog(tmp_path / "sft", settings.replace(resume=True), "sft").start == 0
 

@@ -22,12 +22,13 @@ from instruct_llama.data.batches import dialog_batch, ranked_batch
 from instruct_llama.model import lora
 from instruct_llama.model.generate import filter_logits
 from instruct_llama.rlhf import objectives, ppo, rollout
-from instruct_llama.stages import exact, pretrain, sft, trainer
+from instruct_llama.stages import exact, pretrain, sft
 from instruct_llama.stages import ppo as ppo_stage
 from instruct_llama.stages import reward as stage
 from instruct_llama.stages.pretrain import language_model_loss
 from instruct_llama.stages.runlog import RunLog, read_jsonl
 from instruct_llama.training import actors as layouts
+from instruct_llama.training import optim as optim_
 
 BOS, EOS, PAD, CPU, PROMPTS = test_ppo.BOS, test_ppo.EOS, test_ppo.PAD, test_ppo.CPU, test_ppo.PROMPTS
 SHAPE, SMALL = test_ppo.SHAPE, test_ppo.SMALL
@@ -264,7 +265,7 @@ def test_each_network_has_its_rate_and_the_optimizer_its_settings():
     for iteration in range(6):
         ppo.update(*setup, episodes, optimizer, 0, iteration)
         for group in optimizer.param_groups:
-            assert group["lr"] == pytest.approx(trainer.learning_rate(iteration, 6, optim, group["peak"]))
+            assert group["lr"] == pytest.approx(optim_.learning_rate(iteration, 6, optim, group["peak"]))
 
 
 @pytest.mark.parametrize("still", ["policy", "value"])

@@ -21,9 +21,11 @@ from ..data.tokenizer import Tokenizer
 from ..rlhf import objectives, ppo, rollout
 from ..rlhf.rollout import Episodes
 from ..training import actors as layouts
-from . import records, sft, trainer
+from ..training import optim
+from ..training.device import pick_device
+from . import records, runlog, sft, trainer
+from .runlog import RunLog, StageResult, Watch
 from .start import stage_run, training_folder
-from .trainer import RunLog, StageResult, Watch, pick_device
 
 Actors = layouts.FourModels | layouts.SharedBase
 
@@ -167,10 +169,10 @@ def _loop(
     if log.saved:
         state = log.restore(trainable, optimizer)
         kl_coef, best = state["kl_coef"], state["best"]
-        trainer.restore_scaler(actors.scaler, state.get("scaler"))
+        optim.restore_scaler(actors.scaler, state.get("scaler"))
 
     def save_state() -> None:
-        tensors, rest = trainer.optimizer_tensors(optimizer)
+        tensors, rest = runlog.optimizer_tensors(optimizer)
         tensors |= {f"model/{name}": p for name, p in trainable.items()}
         scale = actors.scaler.state_dict()
         log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best, "scaler": scale})

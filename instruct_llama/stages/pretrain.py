@@ -24,9 +24,11 @@ from ..data.tokenizer import Tokenizer
 from ..model.generate import sample
 from ..model.llama import Llama
 from ..rlhf.objectives import correct_sum, cross_entropy_sum
+from ..training.device import autocast, pick_device
 from . import records
+from .runlog import RunLog, StageResult, Watch
 from .start import stage_run, training_folder
-from .trainer import RunLog, StageResult, Supervised, Watch, autocast, fit, pick_device
+from .trainer import Supervised, fit
 
 
 def language_model_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

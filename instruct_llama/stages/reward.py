@@ -24,20 +24,12 @@ from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
 from ..rlhf.objectives import answer_mean, pair_differences, ranking_loss, score_at_end, token_logprobs
 from ..rlhf.rollout import Episodes, answer_scores
+from ..training.device import autocast, pick_device
+from ..training.optim import freeze_first
 from . import records
+from .runlog import RunLog, StageResult, Watch
 from .start import stage_run, training_folder
-from .trainer import (
-    RunLog,
-    StageResult,
-    Supervised,
-    Watch,
-    autocast,
-    fit,
-    freeze_first,
-    frozen_as,
-    pick_device,
-    recomputing,
-)
+from .trainer import Supervised, fit, frozen_as, recomputing
 
 Ranked = list[list[int]]  # prompt with completion as token ids, best first
 

@@ -18,10 +18,13 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.generate import generate
 from ..model.llama import Llama
+from ..training.device import pick_device
+from ..training.optim import freeze_first
 from . import records
 from .pretrain import language_model_loss, language_model_metrics
+from .runlog import RunLog, StageResult, Watch
 from .start import stage_run, training_folder
-from .trainer import RunLog, StageResult, Supervised, Watch, fit, freeze_first, frozen_as, pick_device, recomputing
+from .trainer import Supervised, fit, frozen_as, recomputing
 
 
 def encode(tokenizer: Tokenizer, dialogs: Sequence[Any], seq_len: int) -> list[Dialog]:

@@ -23,7 +23,8 @@ from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf.actors import Role
 from ..rlhf.rollout import Episodes, SpecialTokens
-from ..stages.trainer import NonFinite, autocast, make_optimizer, make_scaler, scaled_step
+from .device import autocast
+from .optim import NonFinite, make_optimizer, make_scaler, scaled_step
 
 
 class _Actors:
