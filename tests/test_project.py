@@ -182,8 +182,9 @@ BELOW = {
     "training": {"rlhf", "checkpoint", "parallel", "model", "data", "seeds", "config"},
     "memory": {"presets", "config"},  # the shapes of the weights that presets name
     "stages": {
-        "training", "rlhf", "checkpoint", "folders", "parallel", "model", "data", "seeds", "config", "evaluate", "memory",
-    },  # fmt: skip
+        "training", "rlhf", "checkpoint", "folders", "parallel", "model", "data", "seeds", "config", "evaluate",
+        "memory",
+    },
 }
 MAY_IMPORT_STAGES = {
     "__main__": "the command line runs them",
@@ -400,12 +401,46 @@ MACHINE_PATH = re.compile(r"""(?:^|[\s"'(=`])/(?:[w]ork|[o]pt|[r]oot|[h]ome|[U]s
 
 def test_no_file_names_a_path_of_one_machine():
     pages = ["README.md", "pyproject.toml", "environment.yml", "constraints.txt", ".ci/run"]
-    pages += ["data/README.md", "checkpoints/README.md"]
+    pages += ["data/README.md", "checkpoints/README.md", "tests/README.md"]
     found = []
     for path in [*(ROOT / page for page in pages), *MODULES, *TESTS, *ROOT.glob("notebooks/*.ipynb")]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
             found += [f"{place(path)}:{number} {match.group().strip()}" for match in MACHINE_PATH.finditer(line)]
     assert found == []
+
+
+# ---------------------------------------------------------------- the list of pitfalls
+
+
+PITFALLS = ROOT / "tests" / "README.md"
+
+
+def pitfalls(name: str) -> set[str]:
+    """The numbers of pitfalls in a test's name, or in the id of one of its cases."""
+    return set(re.findall(r"(?:^|(?<=_))p(\d\d)(?=_)", name))
+
+
+def test_the_list_of_pitfalls_agrees_with_the_tests():
+    """Every number that a test or a comment cites has an entry, and an entry names all tests with its number."""
+    page = PITFALLS.read_text(encoding="utf-8")
+    _, *parts = re.split(r"^### P(\d\d) ", page, flags=re.MULTILINE)
+    numbers, entries = parts[::2], parts[1::2]
+    assert len(set(numbers)) == len(numbers), "a number has two entries"
+    listed = {n: set(re.findall(r"`(\w+\.py::[^`]+)`", entry)) for n, entry in zip(numbers, entries, strict=True)}
+
+    tests = ((path, f.name) for path in TESTS for f in functions(path) if f.name.startswith("test_"))
+    there = {f"{path.name}::{name}": pitfalls(name) for path, name in tests}
+    there |= {f"test_project.py::test_the_package_keeps_the_rule[{rule}]": pitfalls(rule) for rule in RULES}
+    sources = [path.read_text(encoding="utf-8") for path in (*MODULES, *TESTS, *ROOT.glob("notebooks/*.py"))]
+    cited = set(re.findall(r"\bP(\d\d)\b", "\n".join([page, *sources]))).union(*there.values())
+
+    assert sorted(cited - set(listed)) == [], "cited, but without an entry"
+    assert sorted(set().union(*listed.values()) - set(there)) == [], "listed, but there is no such test"
+    missing = [f"P{n} {name}" for name, mine in there.items() for n in mine if name not in listed[n]]
+    assert missing == [], "not listed in tests/README.md"
+    foreign = [f"P{n} {name}" for n, names in listed.items() for name in names if there[name] and n not in there[name]]
+    assert foreign == [], "listed under a number that the name does not have"
+    assert set(re.findall(r"`(?:tests/)?(\w+\.py)", page)) <= {path.name for path in TESTS}
 
 
 # ---------------------------------------------------------------- how the tests themselves run
