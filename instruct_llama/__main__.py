@@ -170,11 +170,13 @@ def data(settings: Data) -> int:
 
 def merge(settings: Merge) -> int:
     """Merge a LoRA run into a plain checkpoint, and print how far each way of merging is from what was trained."""
+    from . import convert
+
     words = settings.words
     check(1 <= len(words) <= 2, "merge needs the run folder of a LoRA stage, and optionally a target folder.")
     source = Path(words[0])
     target = Path(words[1]) if len(words) == 2 else settings.out_dir / f"{source.name}-merged"
-    print(*checkpoint.merge_run(source, target, settings.into, settings.overwrite), sep="\n")
+    print(*convert.merge_run(source, target, settings.into, settings.overwrite), sep="\n")
     return 0
 
 

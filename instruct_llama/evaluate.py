@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .config import EvaluateConfig, PPOConfig, Settings, check
 from .data import tinychat
 from .data.batches import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch, row_length
 from .data.skills import Prompt
+from .data.sources import HeldOut
 from .data.tokenizer import Tokenizer
 from .expectations import EXPECTED, check_off
 from .model.generate import generate, generate_ids
@@ -264,15 +265,6 @@ def _differences(values: Mapping[str, Values], ppo: Sequence[str]) -> dict[str, 
 
 
 # ---------------------------------------------------------------------------------------------- the card of real data
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Records of real data that no stage has trained on, those of validation; a part that they do not have is empty."""
-
-    dialogs: Sequence[Any] = ()  # message lists, an answer last
-    comparisons: Sequence[Any] = ()  # prompts with ranked completions, best first
-    prompts: Sequence[Any] = ()  # message lists, a user turn last
 
 
 @torch.no_grad()

@@ -72,10 +72,10 @@ LAPTOP = Settings(
         loop=c.LoopConfig(epochs=0.65, batch_size=8, accumulate=2, eval_batches=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=30, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.24,
-        value_clip=0.5, value_lr=2e-3, eval_every=15, eval_prompts=256,
+        iterations=40, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.24,
+        value_clip=0.5, value_lr=2e-3, eval_every=20, eval_prompts=256,
         # Adam's epsilon as in "The 37 Implementation Details of Proximal Policy Optimization" (Huang et al., 2022)
-        optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.02, warmup_steps=5, weight_decay=0.0, beta2=0.99, eps=1e-5),
+        optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.3, warmup_steps=5, weight_decay=0.0, beta2=0.99, eps=1e-5),
     ),
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 
 from instruct_llama import checkpoint
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, UserError
+from instruct_llama.convert import merge
 from instruct_llama.data import files
 from instruct_llama.data.tokenizer import Tokenizer
 from instruct_llama.model import lora
@@ -375,7 +376,7 @@ def read_errors(lines: list[str]) -> list[float]:
 def test_p15_merge_is_out_of_place_and_exact(tmp_path, tokenizer):
     folder, expected = save("lora", tmp_path, tokenizer)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    lines = checkpoint.merge_run(folder, tmp_path / "merged")
+    lines = merge.merge_run(folder, tmp_path / "merged")
     assert {path: path.read_bytes() for path in before} == before
     model, _ = checkpoint.load(tmp_path / "merged")
     assert torch.allclose(probe(model), expected, atol=2e-5)
@@ -386,12 +387,12 @@ def test_p15_merge_is_out_of_place_and_exact(tmp_path, tokenizer):
 
 def test_p16_merging_into_the_dequantised_base_is_what_was_trained(tmp_path, tokenizer):
     folder, expected = save("qlora", tmp_path, tokenizer)
-    lines = checkpoint.merge_run(folder, tmp_path / "merged")
+    lines = merge.merge_run(folder, tmp_path / "merged")
     assert ["dequantised" in lines[0], "original" in lines[1]] == [True, True]
     exact, other = read_errors(lines)
     assert exact < 0.01 and other > 1.0  # per cent
     assert torch.allclose(probe(checkpoint.load(tmp_path / "merged")[0]), expected, atol=2e-5)
-    checkpoint.merge_run(folder, tmp_path / "other", into="original")
+    merge.merge_run(folder, tmp_path / "other", into="original")
     difference = (probe(checkpoint.load(tmp_path / "other")[0]) - expected).norm() / expected.norm()
     assert float(difference) > 0.01
 
@@ -421,7 +422,7 @@ def test_a_model_does_not_live_in_its_file(tmp_path, tokenizer):
 def test_merge_of_a_full_checkpoint_is_refused(tmp_path, tokenizer):
     folder, _ = save("full", tmp_path, tokenizer)
     with pytest.raises(UserError, match="no adapter to merge"):
-        checkpoint.merge_run(folder, tmp_path / "merged")
+        merge.merge_run(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

@@ -23,7 +23,7 @@ import instruct_llama as il
 from instruct_llama import checkpoint, convert, presets
 from instruct_llama.__main__ import main
 from instruct_llama.config import ModelConfig, RopeScaling, UserError
-from instruct_llama.convert import huggingface, imports, meta, names, vocabulary
+from instruct_llama.convert import huggingface, imports, merge, meta, names, vocabulary
 from instruct_llama.data.tokenizer import JsonTokenizer, Tokenizer
 from instruct_llama.model import lora
 from instruct_llama.model.generate import sample
@@ -951,7 +951,7 @@ def test_16_bits_stay_16_through_training_merging_and_export(pipeline, tmp_path)
     trained, tokenizer = il.load(source)
     adapters = [p for name, p in trained.named_parameters() if ".A." in name or ".B." in name]
     assert adapters and all(p.dtype == torch.float32 for p in adapters)
-    lines = checkpoint.merge_run(source, tmp_path / "merged")
+    lines = merge.merge_run(source, tmp_path / "merged")
     assert float(lines[0].split(": ")[1].split(" %")[0]) < 1.5  # bf16 rounds; the original base is another model
     assert float(lines[1].split(": ")[1].split(" %")[0]) > 2
     convert.export("hf", source, tmp_path / "out")

@@ -22,6 +22,7 @@ from pretend_gpu import Ops, pretend_gpu
 
 from instruct_llama import Settings, UserError, checkpoint, doctor, evaluate, memory, presets
 from instruct_llama.__main__ import main
+from instruct_llama.data import sources
 from instruct_llama.model import lora
 from instruct_llama.model.generate import generate
 from instruct_llama.stages import ppo, pretrain, reward, runlog, sft
@@ -316,7 +317,7 @@ def test_the_data_card_is_judged_on_the_gpu(trained, gpu):
     prompt = [{"role": "user", "content": "What is two plus three?"}]
     dialog = [*prompt, {"role": "assistant", "content": "It is five."}]
     pair = {"prompt": prompt, "completions": ["It is five.", "No."]}
-    heldout = evaluate.HeldOut([dialog], [pair], [prompt, prompt])
+    heldout = sources.HeldOut([dialog], [pair], [prompt, prompt])
     report = evaluate.data_card(trained, heldout, "cuda")
     assert gpu.places("embedding") == {"cuda:0"}
     assert evaluate.data_card(trained, heldout) == report

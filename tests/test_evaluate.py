@@ -16,7 +16,7 @@ import torch
 
 from instruct_llama import baselines, checkpoint, evaluate, presets
 from instruct_llama.config import EvaluateConfig, UserError
-from instruct_llama.data import tinychat
+from instruct_llama.data import sources, tinychat
 from instruct_llama.data.prose import FRAMES
 from instruct_llama.evaluate import Estimate, accuracy_estimate, check_off, describe, estimate, paired
 from instruct_llama.model.generate import generate, generate_ids, sample
@@ -780,7 +780,7 @@ def test_a_win_is_an_answer_that_the_judge_prefers_to_the_first_stages(pipeline,
     monkeypatch.setattr(evaluate, "judged", rated)
     prompt = [{"role": "user", "content": "What is item 3?"}]
     pairs = [{"prompt": prompt, "completions": ["It is 3.", "No."]}] * 9
-    held = evaluate.HeldOut(comparisons=pairs, prompts=[prompt] * 2)
+    held = sources.HeldOut(comparisons=pairs, prompts=[prompt] * 2)
     settings = pipeline.replace(out=str(tmp_path / "runs"), evaluate__comparisons=4)
     stages = evaluate.data_card(settings, held)["stages"]
     rates = {name: entry["win_rate"]["mean"] for name, entry in stages.items() if "win_rate" in entry}
@@ -803,7 +803,7 @@ def test_a_long_dialog_is_asked_as_training_cuts_it(pipeline, tmp_path, monkeypa
     asked, real = [], evaluate.answers
     monkeypatch.setattr(evaluate, "answers", lambda m, t, prompts, *rest: asked.append(prompts) or real(
         m, t, prompts, *rest))  # fmt: skip
-    stages = evaluate.data_card(settings, evaluate.HeldOut(prompts=[short, hopeless, long]))["stages"]
+    stages = evaluate.data_card(settings, sources.HeldOut(prompts=[short, hopeless, long]))["stages"]
     assert len(asked) == 4 and all(prompts == asked[0] for prompts in asked) and len(asked[0]) == 2
     kept = asked[0][1]
     assert asked[0][0] == short and 1 < len(kept) < len(long) and kept == long[-len(kept) :]

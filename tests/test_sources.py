@@ -14,15 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instruct_llama.config import UserError
-from instruct_llama.data.sources import (
-    as_comparisons,
-    as_dialogs,
-    as_prompts,
-    as_texts,
-    read,
-    split,
-    write_jsonl,
-)
+from instruct_llama.data.sources import as_comparisons, as_dialogs, as_prompts, as_texts, read, split, write_jsonl
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

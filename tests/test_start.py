@@ -19,6 +19,7 @@ import instruct_llama as il
 from instruct_llama import checkpoint, folders
 from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
+from instruct_llama.convert import merge
 from instruct_llama.stages import ppo, reward, runlog, sft
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
@@ -494,19 +495,19 @@ def test_p48_what_is_there_is_not_overwritten_unasked(runs, capsys, monkeypatch,
 def test_a_merge_may_be_made_again_from_the_same_run(runs):
     out, _ = runs
     for _ in range(2):
-        checkpoint.merge_run(out / "sft-qlora", out / "merged")
+        merge.merge_run(out / "sft-qlora", out / "merged")
     assert "settings" not in checkpoint.read_info(out / "merged")
     shutil.copytree(out / "sft-qlora", out / "other")
     with pytest.raises(UserError, match="holds a checkpoint already"):
-        checkpoint.merge_run(out / "other", out / "merged")
+        merge.merge_run(out / "other", out / "merged")
 
 
 def test_a_merge_onto_a_foreign_folder_can_overwrite_it(runs):
     out, _ = runs
     il.convert.export("hf", out / "sft", out / "theirs")
     with pytest.raises(UserError, match="holds a checkpoint already"):
-        checkpoint.merge_run(out / "sft-qlora", out / "theirs")
-    checkpoint.merge_run(out / "sft-qlora", out / "theirs", overwrite=True)
+        merge.merge_run(out / "sft-qlora", out / "theirs")
+    merge.merge_run(out / "sft-qlora", out / "theirs", overwrite=True)
     il.load(out / "theirs")
 
 
@@ -518,7 +519,7 @@ def test_a_conversion_that_fails_leaves_what_was_there(runs, monkeypatch):
         raise UserError("The disk is full")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    for convert in (lambda: checkpoint.merge_run(out / "sft-qlora", out / "sft", overwrite=True),
+    for convert in (lambda: merge.merge_run(out / "sft-qlora", out / "sft", overwrite=True),
                     lambda: il.convert.export("hf", out / "sft", out / "ppo", overwrite=True),
                     lambda: il.convert.export("peft", out / "sft-qlora", out / "ppo", overwrite=True)):  # fmt: skip
         with pytest.raises(UserError, match="full"):

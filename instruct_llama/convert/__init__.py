@@ -10,8 +10,9 @@ from .. import checkpoint
 from ..config import Settings, UserError, project_folder, shown
 from .exports import export
 from .imports import import_checkpoint
+from .merge import merge_run
 
-__all__ = ["export", "import_checkpoint", "real_model"]
+__all__ = ["export", "import_checkpoint", "merge_run", "real_model"]
 
 
 def real_model(settings: Settings, real: bool = True) -> Path:

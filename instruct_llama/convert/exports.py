@@ -17,7 +17,7 @@ from ..config import QuantConfig, check, shown
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..model import lora
 from ..model.llama import Llama
-from . import gguf_files, huggingface, vocabulary
+from . import gguf_files, huggingface, merge, vocabulary
 from .names import foreign, foreign_key
 
 Target = Literal["hf", "peft", "gguf"]
@@ -45,7 +45,7 @@ def export(
         return export_peft(source, info, target)
     lines: list[str] = []
     if "adapter" in info:
-        model, tokenizer, lines = checkpoint.merged(source, into)
+        model, tokenizer, lines = merge.merged(source, into)
     else:
         model, tokenizer = checkpoint.load(source, dtype=checkpoint.stored_dtype(source))
     if to == "gguf":

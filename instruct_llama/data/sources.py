@@ -64,6 +64,15 @@ class Records:
         return f"{sentence}; dropped {reasons(self.dropped)}." if self.dropped else f"{sentence}, none dropped."
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Records of real data that no stage has trained on, those of validation; a part that they do not have is empty."""
+
+    dialogs: Sequence[Any] = ()  # message lists, an answer last
+    comparisons: Sequence[Any] = ()  # prompts with ranked completions, best first
+    prompts: Sequence[Any] = ()  # message lists, a user turn last
+
+
 def read(path: str | Path) -> Records:
     """Read a local file. Raises UserError with the file, the line where there is one, and the cure."""
     path = Path(path)

@@ -11,8 +11,8 @@ from typing import Any
 from .. import parallel
 from ..config import Settings, UserError, check, project_folder, shown
 from ..data import public, sources, tinychat
+from ..data.sources import HeldOut
 from ..data.tokenizer import Tokenizer
-from ..evaluate import HeldOut
 
 HELDOUT_FRACTION = 0.05  # share of a file's prompts that validation keeps to itself
 HELDOUT_TEXTS = 0.02  # the same of its running text
