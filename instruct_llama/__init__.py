@@ -2,15 +2,16 @@
 
 import logging
 
-from . import checkpoint, config, data, evaluate, model, presets, rlhf, seeds, stages
-from .checkpoint import load, require
+from . import config, convert, data, evaluation, model, pipeline, presets, rlhf, seeds, stages, training, worlds
 from .config import Settings, UserError
-from .model.generate import generate
+from .model.sampling import generate
+from .pipeline import require, run
+from .training.checkpoint import load
 
 __version__ = "0.1.0"
 __all__ = [
-    "Settings", "UserError", "checkpoint", "config", "data", "evaluate", "generate", "load", "model", "presets",
-    "require", "rlhf", "seeds", "stages",
+    "Settings", "UserError", "config", "convert", "data", "evaluation", "generate", "load", "model", "pipeline",
+    "presets", "require", "rlhf", "run", "seeds", "stages", "training", "worlds",
 ]  # fmt: skip
 
 # On some CPUs bitsandbytes warns that it could fetch faster kernels from a hub. Nothing here wants them.

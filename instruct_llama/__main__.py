@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -12,8 +11,10 @@ from typing import Any, Literal, NoReturn
 
 import tyro
 
-from . import checkpoint, parallel, presets, versions
+from . import pipeline, presets
 from .config import Settings, UserError, check, project_folder, shown
+from .tools import versions
+from .training import checkpoint, distributed
 
 USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
 
@@ -124,7 +125,7 @@ def stage(name: str) -> Callable[[Any], int]:
     """The command that runs one stage and prints what it reached."""
 
     def command(settings: Settings) -> int:
-        result = importlib.import_module(f"instruct_llama.stages.{name}").run(settings)
+        result = pipeline.run(name, settings)
         figures = ", ".join(f"{key} {value:.4g}" for key, value in result.best.items())
         when = f"finished in {result.seconds:.0f} s" if result.trained else "was finished before"
         print(f"{name} {when}: {figures}. Saved in {result.folder}")
@@ -135,21 +136,23 @@ def stage(name: str) -> Callable[[Any], int]:
 
 def data(settings: Data) -> int:
     """Build records into data/, or --out."""
-    from .data import public, sources, tinychat
+    from .data import public_sets, sources
+    from .worlds import tinychat
 
     check(len(settings.words) == 1, "data needs one name or file: `data tinychat`, `data dolly` or `data my.jsonl.gz`.")
     name = settings.words[0]
     folder = Path(settings.out) if settings.out else project_folder() / "data"
-    if name in public.SETS:
-        built = public.build(name, folder, limit=settings.limit, files=settings.files, seed=settings.seed)
+    if name in public_sets.SETS:
+        built = public_sets.build(name, folder, limit=settings.limit, files=settings.files, seed=settings.seed)
         print(built.describe())
         return 0
     check(
         not settings.files and not settings.limit,
-        f"--files and --limit are for a public set, and {name} is none: choose from {', '.join(public.SETS)}.",
+        f"--files and --limit are for a public set, and {name} is none: choose from {', '.join(public_sets.SETS)}.",
     )
     known = name == "tinychat" or Path(name).exists()
-    check(known, f"There is no file {name}, and no set of that name: choose from tinychat, {', '.join(public.SETS)}.")
+    sets = ", ".join(["tinychat", *public_sets.SETS])
+    check(known, f"There is no file {name}, and no set of that name: choose from {sets}.")
     if name == "tinychat":
         world, seed = settings.world, settings.seed
         made = {
@@ -204,11 +207,11 @@ def export(settings: Export) -> int:
 
 def chat(settings: Chat) -> int:
     """Talk in the terminal, or answer a file of prompts."""
-    from . import conversation
+    from .tools import chat as conversation
     from .training.device import pick_device
 
     check(len(settings.words) <= 1, "chat takes one checkpoint folder.")
-    folder = Path(settings.words[0]) if settings.words else checkpoint.require("ppo", settings)
+    folder = Path(settings.words[0]) if settings.words else pipeline.require("ppo", settings)
     check(checkpoint.read_info(folder)["kind"] == "lm", f"{folder} is a reward model and cannot talk: give another.")
     model, tokenizer = checkpoint.load_as_kept(folder, pick_device(settings.device))
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
@@ -223,9 +226,9 @@ def chat(settings: Chat) -> int:
 
 def evaluate(settings: Evaluate) -> int:
     """Print the report card and write report.json; or run a study and print how often each target was met."""
-    from . import evaluate as card
-    from . import study
+    from .evaluation import report as card
     from .stages import records
+    from .tools import study
     from .training.device import pick_device
 
     if settings.study:
@@ -244,7 +247,7 @@ def evaluate(settings: Evaluate) -> int:
 
 def tour(settings: Tour) -> int:
     """Execute every notebook, where they know of everything that is asked for."""
-    from . import tour as notebooks
+    from .notebook import tour as notebooks
     from .stages.start import flat
 
     usual, asked = flat(asdict(presets.get(settings.preset))), flat(asdict(settings))
@@ -257,7 +260,7 @@ def tour(settings: Tour) -> int:
 
 def doctor(settings: Doctor) -> int:
     """Check the machine, or write down what is installed on it."""
-    from . import doctor as checks
+    from .tools import doctor as checks
 
     return versions.write_constraints() if settings.write_constraints else checks.run(settings)
 
@@ -285,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         worded = issubclass(kind, Worded) or not rest or rest[0].startswith("-")
         check(worded, f"{name} takes no {rest[:1]}: options begin with --.")
         settings = parse(rest, kind)
-        with parallel.session(settings):
+        with distributed.session(settings):
             return command(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -302,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def leave(status: int) -> NoReturn:
     """End the process."""
-    if status == 0 and parallel.under_torchrun():
+    if status == 0 and distributed.under_torchrun():
         # PyTorch's caches of divided tensors keep gloo's threads alive, which may abort while Python shuts down
         # (pytorch/pytorch#179291): torchrun would report a failure after everything was saved.
         sys.stdout.flush()

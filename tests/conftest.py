@@ -77,9 +77,9 @@ def micro():
 @pytest.fixture(scope="session")
 def pipeline(micro, tmp_path_factory):
     """Settings whose out folder holds every stage, trained once a worker. Read it; write into a copy."""
-    from instruct_llama import checkpoint
+    from instruct_llama import require
 
     settings = micro(tmp_path_factory.mktemp("pipeline") / "runs")
     for stage in ("pretrain", "sft", "sft-qlora", "reward", "ppo"):
-        checkpoint.require(stage, settings)
+        require(stage, settings)
     return settings

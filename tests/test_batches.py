@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from instruct_llama.config import UserError
-from instruct_llama.data.batches import (
+from instruct_llama.data.batching import (
     Batch,
-    atomic,
     dialog_batch,
     epoch_order,
     fit_comparison,
@@ -31,6 +30,7 @@ from instruct_llama.data.batches import (
     windows,
     write_tokens,
 )
+from instruct_llama.data.files import atomic
 from instruct_llama.data.tokenizer import Tokenizer
 
 PAD = 0

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from instruct_llama import checkpoint
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, UserError
 from instruct_llama.convert import merge
 from instruct_llama.data import files
 from instruct_llama.data.tokenizer import Tokenizer
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama, ScalarLlama
+from instruct_llama.pipeline import require
+from instruct_llama.training import checkpoint
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -305,20 +306,20 @@ def test_require_trains_once_and_only_what_is_not_complete(monkeypatch, micro, t
     fake_stage(monkeypatch, tmp_path, 0)
     settings = micro(tmp_path, init="ignored", resume=False)
     checkpoint.write_info(tmp_path / "sft", {"kind": "lm", "model": {}})  # begun, not finished
-    assert checkpoint.require("sft", settings) == tmp_path / "sft"
+    assert require("sft", settings) == tmp_path / "sft"
     assert "sft is not in" in capsys.readouterr().out
-    assert checkpoint.require("sft", settings) == tmp_path / "sft"
+    assert require("sft", settings) == tmp_path / "sft"
     assert (tmp_path / "runs.txt").read_text(encoding="utf-8") == "run\n" and capsys.readouterr().out == ""
     info = {"kind": "lm", "seed": 1, "model": dataclasses.asdict(settings.model), "complete": True}
     checkpoint.write_info(tmp_path / "sft", info)
-    checkpoint.require("sft", settings)
+    require("sft", settings)
     assert capsys.readouterr().out == ""  # the same seed and shape: nothing to say
-    checkpoint.require("sft", settings.replace(seed=2, model__dim=64))
+    require("sft", settings.replace(seed=2, model__dim=64))
     said = capsys.readouterr().out
     assert "sft is used as it was trained" in said and "seed 1 (asked for: 2)" in said and "--out" in said
     assert f"dim {settings.model.dim} (asked for: 64)" in said
     with pytest.raises(UserError, match="no stage 'stf': choose from pretrain, sft"):
-        checkpoint.require("stf", settings)
+        require("stf", settings)
 
 
 @pytest.mark.parametrize("left", ["state", "config.json"])
@@ -331,7 +332,7 @@ def test_weights_do_not_take_the_place_of_an_interrupted_pretraining(monkeypatch
     else:  # its best weights so far
         checkpoint.write_info(folder, {"kind": "lm", "model": {}})
     with pytest.raises(UserError, match="interrupted pretraining: finish it with `pretrain --resume`, or remove it"):
-        checkpoint.require("pretrain", micro(tmp_path, weights="theirs"))
+        require("pretrain", micro(tmp_path, weights="theirs"))
     assert (folder / left).exists()
 
 
@@ -344,7 +345,7 @@ def test_require_trains_into_the_folder_that_it_returns(pipeline, tmp_path, stag
         if there != stage:
             shutil.copytree(Path(pipeline.out) / there, tmp_path / there)
     settings = pipeline.replace(out=str(tmp_path), **change)
-    assert checkpoint.is_complete(checkpoint.require(stage, settings))
+    assert checkpoint.is_complete(require(stage, settings))
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"pretrain", "sft", stage}
 
 
@@ -358,7 +359,7 @@ def test_require_trains_once_from_several_processes(monkeypatch, micro, tmp_path
         if children[-1] == 0:
             status = 1
             try:
-                checkpoint.require("sft", settings)
+                require("sft", settings)
                 status = 0 if checkpoint.is_complete(tmp_path / "sft") else 2
             finally:
                 os._exit(status)

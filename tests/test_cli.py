@@ -111,7 +111,7 @@ def test_a_stage_runs_and_says_what_it_reached(runs, stage, capsys):
     (out / stage / "config.json").unlink()
     assert main([stage, *args]) == 0
     assert f"{stage} finished in" in (said := capsys.readouterr().out) and str(out / stage) in said
-    assert il.checkpoint.is_complete(out / stage)
+    assert il.training.checkpoint.is_complete(out / stage)
     assert main([stage, *args, "--resume"]) == 0  # nothing left to do: the same run
 
 
@@ -131,7 +131,7 @@ def test_init_and_data(runs, tmp_path):
     sources.write_jsonl(tmp_path / "mine.jsonl", rows)
     more = ["--init", str(out / "ppo"), "--data", str(tmp_path / "mine.jsonl"), "--sft.name", "mine"]
     assert main(["sft", *args, *more]) == 0
-    assert il.checkpoint.is_complete(out / "mine")
+    assert il.training.checkpoint.is_complete(out / "mine")
     asked = [json.loads(line)["prompt"] for line in (out / "mine" / "samples.jsonl").read_text("utf-8").splitlines()]
     assert asked and all("item" in str(prompt) and "Read" not in str(prompt) for prompt in asked)
 
@@ -141,7 +141,7 @@ def test_a_missing_prerequisite_is_trained_and_said(runs, capsys):
     shutil.rmtree(out / "pretrain")
     assert main(["sft", *args, "--sft.name", "again"]) == 0
     assert "pretrain is not in" in capsys.readouterr().out
-    assert il.checkpoint.is_complete(out / "pretrain") and il.checkpoint.is_complete(out / "again")
+    assert il.training.checkpoint.is_complete(out / "pretrain") and il.training.checkpoint.is_complete(out / "again")
 
 
 def test_ppo_in_the_shared_layout(runs, capsys):
@@ -234,7 +234,7 @@ def test_tour_and_doctor_get_the_settings_and_give_the_status(name, monkeypatch)
 
 
 def test_the_tour_tells_the_notebooks_and_stops_at_a_failure(micro, tmp_path, monkeypatch, capsys):
-    from instruct_llama import tour
+    from instruct_llama.notebook import tour
 
     settings = micro(tmp_path / "runs", seed=4)
     with tour.told(settings):
@@ -265,7 +265,7 @@ def test_the_contracts_names(pipeline):
     assert logits.shape == (2, 3, tokenizer.vocab_size) and logits.dtype == torch.float32
     texts = il.generate(model, tokenizer, ["What is two plus three?"], max_new_tokens=4, temperature=0.0)
     assert len(texts) == 1 and isinstance(texts[0], str)
-    reward = il.data.tinychat.true_reward("What is two plus three?", "Two plus three is five.")
+    reward = il.worlds.tinychat.true_reward("What is two plus three?", "Two plus three is five.")
     assert 0 <= reward.total <= 1 and {"correct", "complete", "polite", "concise"} <= set(vars(reward))
     for name in ("ranking_loss", "gae", "policy_loss", "value_loss"):
         assert callable(getattr(il.rlhf.objectives, name))
@@ -284,9 +284,9 @@ def test_weights_stand_in_for_pretraining(runs, tmp_path, capsys):
     assert main(["sft", *args, "--weights", str(tmp_path / "theirs"), "--sft.name", "again"]) == 0
     said = capsys.readouterr().out
     assert f"importing {tmp_path / 'theirs'}" in said and "parameters (f32)" in said
-    info = il.checkpoint.read_info(out / "pretrain")
+    info = il.training.checkpoint.read_info(out / "pretrain")
     assert info["stage"] == "import" and info["imported_from"] == "theirs"
-    assert il.checkpoint.read_info(out / "again")["imported_from"] == "theirs"  # handed on
+    assert il.training.checkpoint.read_info(out / "again")["imported_from"] == "theirs"  # handed on
     other = ["--model.n-layers", "3"]  # a preset's shape says nothing about imported weights
     assert main(["sft", *args, *other, "--weights", "x", "--sft.name", "third", "--sft.loop.steps", "1"]) == 0
     assert "asked for" not in capsys.readouterr().out
@@ -344,7 +344,7 @@ def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_pat
         seen.append((prompt, options))
         return iter(())
 
-    monkeypatch.setattr("instruct_llama.conversation.stream", stream)
+    monkeypatch.setattr("instruct_llama.tools.chat.stream", stream)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAgain\n\n"))
     options = ["--system", "Be kind.", "--temperature", "0.3", "--top-k", "5", "--top-p", "0.9"]
     assert main(["chat", str(out / "sft"), *options, "--max-new-tokens", "7", *args]) == 0
@@ -362,7 +362,7 @@ def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_pat
 
 
 def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeypatch):
-    from instruct_llama.conversation import Talker
+    from instruct_llama.tools.chat import Talker
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
@@ -377,12 +377,12 @@ def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeyp
 
 
 def test_chat_remembers_what_it_answered(runs, monkeypatch, capsys):
-    from instruct_llama.conversation import Talker, converse
+    from instruct_llama.tools.chat import Talker, converse
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
     seen, said = [], tokenizer.encode("The dog is red.")
-    monkeypatch.setattr("instruct_llama.conversation.stream", lambda _, ids, **__: seen.append(ids) or iter(said))
+    monkeypatch.setattr("instruct_llama.tools.chat.stream", lambda _, ids, **__: seen.append(ids) or iter(said))
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd the cat?\n\n"))
     converse(Talker(model, tokenizer, "", 8, 0, {}))
     turns = [("user", "Hello"), ("assistant", "The dog is red."), ("user", "And the cat?")]
@@ -391,12 +391,12 @@ def test_chat_remembers_what_it_answered(runs, monkeypatch, capsys):
 
 
 def test_a_turn_that_is_too_long_is_forgotten_and_the_conversation_goes_on(runs, monkeypatch, capsys):
-    from instruct_llama.conversation import Talker, converse
+    from instruct_llama.tools.chat import Talker, converse
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
     seen = []
-    monkeypatch.setattr("instruct_llama.conversation.stream", lambda _, prompt, **__: seen.append(prompt) or iter(()))
+    monkeypatch.setattr("instruct_llama.tools.chat.stream", lambda _, prompt, **__: seen.append(prompt) or iter(()))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{'word ' * 400}\nHello\n\n"))
     converse(Talker(model, tokenizer, "", 8, 0, {}))
     assert seen == [tokenizer.encode_prompt("Hello")]
@@ -405,7 +405,7 @@ def test_a_turn_that_is_too_long_is_forgotten_and_the_conversation_goes_on(runs,
 
 def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_path, monkeypatch, capsys):
     """All turns of a dialog, its own system message before --system; the longest prompt decides a batch's room."""
-    from instruct_llama import conversation
+    from instruct_llama.tools import chat
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
@@ -414,16 +414,16 @@ def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_p
     long = {"role": "user", "content": "word " * 30}
     dialogs = [[user, answer, long], [own, user], [user]]
     sources.write_jsonl(tmp_path / "asked.jsonl", [{"prompt": dialog} for dialog in dialogs])
-    seen, real = [], conversation.sample
+    seen, real = [], chat.sample
 
     def sample(model, ids, **options):
         seen.append((ids, options["generator"]))
         return real(model, ids, **options)
 
-    monkeypatch.setattr(conversation, "sample", sample)
+    monkeypatch.setattr(chat, "sample", sample)
     limit = model.config.max_seq_len
-    talker = conversation.Talker(model, tokenizer, "Be kind.", limit, 3, {"temperature": 1.0})
-    conversation.answer_file(talker, tmp_path / "asked.jsonl", 2)
+    talker = chat.Talker(model, tokenizer, "Be kind.", limit, 3, {"temperature": 1.0})
+    chat.answer_file(talker, tmp_path / "asked.jsonl", 2)
     kind = {"role": "system", "content": "Be kind."}
     wanted = [tokenizer.encode_prompt(d if d[0] == own else [kind, *d]) for d in dialogs]
     assert [ids for part, _ in seen for ids in part] == wanted and len(wanted[0]) > len(wanted[1])
@@ -433,7 +433,7 @@ def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_p
 
 
 def test_a_character_of_several_bytes_is_shown_whole():
-    from instruct_llama.conversation import pieces_of
+    from instruct_llama.tools.chat import pieces_of
 
     class Bytes:
         """A tokenizer whose ids are bytes."""
@@ -448,8 +448,8 @@ def test_a_character_of_several_bytes_is_shown_whole():
 
 
 def test_p25_chat_stops_at_every_token_that_ends_an_answer(runs, tmp_path):
-    from instruct_llama.conversation import Talker
-    from instruct_llama.model.generate import stream
+    from instruct_llama.model.sampling import stream
+    from instruct_llama.tools.chat import Talker
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")

@@ -20,14 +20,16 @@ from test_tokenizer import json_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import instruct_llama as il
-from instruct_llama import checkpoint, convert, presets
+from instruct_llama import convert, presets
 from instruct_llama.__main__ import main
 from instruct_llama.config import ModelConfig, RopeScaling, UserError
 from instruct_llama.convert import huggingface, imports, merge, meta, names, vocabulary
 from instruct_llama.data.tokenizer import JsonTokenizer, Tokenizer
 from instruct_llama.model import lora
-from instruct_llama.model.generate import sample
 from instruct_llama.model.llama import Llama
+from instruct_llama.model.sampling import sample
+from instruct_llama.pipeline import run as run_stage
+from instruct_llama.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "checkpoints" / "smollm2"
@@ -902,7 +904,7 @@ def test_an_exported_adapter_is_what_peft_loads(pipeline, beside, kind, tmp_path
     settings = pipeline.replace(sft__lora__rank=4, sft__quant__kind=kind, sft__train_embeddings=beside,
                                 sft__lora__targets=targets, sft__optim__lr=0.02, out=str(tmp_path / "runs"),
                                 init=str(Path(pipeline.out) / "pretrain"))  # fmt: skip
-    source = il.stages.sft.run(settings).folder
+    source = run_stage("sft", settings).folder
     lines = convert.export("peft", source, tmp_path / "peft")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "peft" / "base", dtype=torch.float32)
     ours, tokenizer = il.load(source)
@@ -947,7 +949,7 @@ def test_16_bits_stay_16_through_training_merging_and_export(pipeline, tmp_path)
         out=str(tmp_path / "runs"), init=str(tmp_path / "base"), sft__lora__rank=4, sft__quant__kind="nf4",
         sft__optim__lr=0.02, sft__loop__precision="bf16",
     )  # fmt: skip
-    source = il.stages.sft.run(settings).folder
+    source = run_stage("sft", settings).folder
     trained, tokenizer = il.load(source)
     adapters = [p for name, p in trained.named_parameters() if ".A." in name or ".B." in name]
     assert adapters and all(p.dtype == torch.float32 for p in adapters)

@@ -20,13 +20,18 @@ import pytest
 import torch
 from pretend_gpu import Ops, pretend_gpu
 
-from instruct_llama import Settings, UserError, checkpoint, doctor, evaluate, memory, presets
+from instruct_llama import Settings, UserError, presets
 from instruct_llama.__main__ import main
 from instruct_llama.data import sources
+from instruct_llama.evaluation import report as evaluate
 from instruct_llama.model import lora
-from instruct_llama.model.generate import generate
-from instruct_llama.stages import ppo, pretrain, reward, runlog, sft
-from instruct_llama.training import optim
+from instruct_llama.model.sampling import generate
+from instruct_llama.pipeline import require
+from instruct_llama.pipeline import run as run_stage
+from instruct_llama.stages import ppo, pretrain, reward, sft
+from instruct_llama.tools import doctor
+from instruct_llama.training import checkpoint, memory, optim, run_log
+from instruct_llama.training.folders import STAGE_OF
 
 NF4 = {"quant__kind": "nf4", "lora__rank": 4}
 
@@ -47,8 +52,8 @@ def gpu():
 def trained(micro, tmp_path_factory) -> Settings:
     """Every stage, trained on the CPU."""
     settings = micro(tmp_path_factory.mktemp("trained") / "cpu", device="cpu")
-    for stage in checkpoint.STAGES:
-        checkpoint.require(stage, settings)
+    for stage in STAGE_OF:
+        require(stage, settings)
     return settings
 
 
@@ -76,8 +81,8 @@ def run(trained, tmp_path) -> Run:
         settings = trained.replace(out=str(out), device=device, overwrite=not changes.get("resume"), **changes)
         with pretend_gpu() if device != "cpu" else contextlib.nullcontext() as ops:
             try:
-                history = stage.run(settings, watch).history
-            except runlog.Interrupted:
+                history = run_stage(stage.__name__.rpartition(".")[2], settings, watch).history
+            except run_log.Interrupted:
                 history = []
         return [{k: v for k, v in record.items() if "per_s" not in k} for record in history], ops
 
@@ -269,7 +274,7 @@ def test_fp16_begun_on_a_cpu_goes_on_on_the_gpu(run, stage):
 # ------------------------------------------------------------------------------------------------------ using the runs
 
 
-@pytest.mark.parametrize("stage", checkpoint.STAGES)
+@pytest.mark.parametrize("stage", STAGE_OF)
 def test_every_run_opens_on_the_gpu(trained, gpu, stage):
     model, tokenizer = checkpoint.load(trained.out_dir / stage, "cuda")
     layers = [layer for _, layer in lora.projections(model) for layer in layer.modules()]

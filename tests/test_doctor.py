@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from instruct_llama import doctor, memory, presets
+from instruct_llama import presets
 from instruct_llama.config import LoopConfig, ModelConfig, OptimConfig, Settings, UserError
+from instruct_llama.tools import doctor
+from instruct_llama.training import memory
 
 HEALTHY = {  # every probe, as a machine without faults answers it
     "python_version": (3, 11, 7),

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from instruct_llama.config import ModelConfig
-from instruct_llama.data import enumerable
-from instruct_llama.data.enumerable import BOS, EOS, PAD, Language, PrefixTable
-from instruct_llama.model.generate import sample
 from instruct_llama.model.llama import KVCache, Llama
-from instruct_llama.rlhf import objectives as o
+from instruct_llama.model.sampling import sample
+from instruct_llama.rlhf import losses as o
+from instruct_llama.worlds import enumerable
+from instruct_llama.worlds.enumerable import BOS, EOS, PAD, Language, PrefixTable
 
 LANGUAGES = {"fixed": enumerable.fixed(), "variable": enumerable.variable()}
 BOTH = pytest.mark.parametrize("language", LANGUAGES.values(), ids=LANGUAGES)

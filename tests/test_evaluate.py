@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from instruct_llama import baselines, checkpoint, evaluate, presets
+from instruct_llama import presets
 from instruct_llama.config import EvaluateConfig, UserError
-from instruct_llama.data import sources, tinychat
-from instruct_llama.data.prose import FRAMES
-from instruct_llama.evaluate import Estimate, accuracy_estimate, check_off, describe, estimate, paired
-from instruct_llama.model.generate import generate, generate_ids, sample
-from instruct_llama.statistics import mean_of_groups, ratio_estimate
+from instruct_llama.data import sources
+from instruct_llama.evaluation import baselines
+from instruct_llama.evaluation import report as evaluate
+from instruct_llama.evaluation.report import Estimate, accuracy_estimate, check_off, describe, estimate, paired
+from instruct_llama.evaluation.statistics import mean_of_groups, ratio_estimate
+from instruct_llama.model.sampling import generate, generate_ids, sample
+from instruct_llama.training import checkpoint
+from instruct_llama.worlds import tinychat
+from instruct_llama.worlds.tinychat.corpus import FRAMES
 
 
 def test_the_bootstrap_agrees_with_the_normal_interval():
@@ -836,7 +840,7 @@ def test_p06_each_stages_own_data_give_their_held_out_records(pipeline, tmp_path
 
 
 def test_perplexity_is_what_pretraining_measures(pipeline):
-    from instruct_llama.data.batches import dialog_batch, fit_dialog
+    from instruct_llama.data.batching import dialog_batch, fit_dialog
     from instruct_llama.stages.pretrain import language_model_metrics
 
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")

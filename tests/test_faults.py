@@ -15,11 +15,11 @@ import pytest
 import torch
 from test_cli import options
 
-from instruct_llama import checkpoint, presets
+from instruct_llama import presets
 from instruct_llama.__main__ import main
 from instruct_llama.data import sources
 from instruct_llama.data.tokenizer import Tokenizer
-from instruct_llama.stages import runlog
+from instruct_llama.training import checkpoint, run_log
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_a_full_disk_keeps_the_last_save_and_the_run_goes_on_from_it(fails, runs
     assert json.loads(metadata["state"])["step"] == 2
     assert not list(out.rglob("*.tmp")) and not checkpoint.is_complete(out / "again")
     assert main([*again, "--resume"]) == 0
-    logged = [runlog.read_jsonl(out / name / "metrics.jsonl") for name in ("sft", "again")]
+    logged = [run_log.read_jsonl(out / name / "metrics.jsonl") for name in ("sft", "again")]
     assert [r["train/loss"] for r in logged[0]] == [r["train/loss"] for r in logged[1]]
 
 
@@ -290,7 +290,7 @@ def test_a_full_disk_while_logging(fails, runs, monkeypatch):
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr(runlog.RunLog, "log", full)
+    monkeypatch.setattr(run_log.RunLog, "log", full)
     fails(["sft", *args, "--sft.name", "again"], "No space left on device", "metrics.jsonl", "--out", "--resume")
 
 
@@ -313,17 +313,17 @@ def test_an_out_folder_that_is_a_file(fails, runs, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(fails, runs, monkeypatch):
     out, args = runs
-    real = runlog.RunLog.log
+    real = run_log.RunLog.log
 
     def interrupted(self, step, metrics) -> None:
         if step == 1:
             signal.raise_signal(signal.SIGINT)
         real(self, step, metrics)
 
-    monkeypatch.setattr(runlog.RunLog, "log", interrupted)
+    monkeypatch.setattr(run_log.RunLog, "log", interrupted)
     again = ["sft", *args, "--sft.name", "again"]
     fails(again, "Stopped; the state is in", "python -m instruct_llama sft --resume", status=130)
-    monkeypatch.setattr(runlog.RunLog, "log", real)
+    monkeypatch.setattr(run_log.RunLog, "log", real)
     assert main([*again, "--resume"]) == 0 and checkpoint.is_complete(out / "again")
 
 

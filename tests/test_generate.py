@@ -15,8 +15,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from instruct_llama.config import UserError
 from instruct_llama.data.tokenizer import Tokenizer
-from instruct_llama.model.generate import close_gaps, draw, evaluating, filter_logits, generate, sample, stream
 from instruct_llama.model.llama import Llama
+from instruct_llama.model.sampling import close_gaps, draw, evaluating, filter_logits, generate, sample, stream
 
 MODEL = make()
 EOS, PAD = 1, 0

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from instruct_llama import checkpoint, presets
+from instruct_llama import presets
 from instruct_llama.config import ModelConfig, UserError
-from instruct_llama.data import enumerable
+from instruct_llama.evaluation.exact import Alphabet
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama
+from instruct_llama.pipeline import for_shared_base, inputs
+from instruct_llama.pipeline import run as run_stage
 from instruct_llama.rlhf import ppo as algorithm
-from instruct_llama.stages import ppo, reward, sft
-from instruct_llama.stages.exact import Alphabet
+from instruct_llama.stages import ppo
 from instruct_llama.training import actors as layouts
+from instruct_llama.training import checkpoint
+from instruct_llama.worlds import enumerable
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
@@ -27,10 +30,10 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
         sft__optim__lr=0.02, reward__lora__rank=4, reward__quant__kind=kind, reward__sample_share=0.0,
         ppo__layout="shared_base", ppo__quant__kind=kind, ppo__iterations=1,
     )  # fmt: skip
-    start = sft.run(settings.replace(sft__name="sft")).folder
-    judged = reward.run(settings.replace(init=str(start))).folder
+    start = run_stage("sft", settings.replace(sft__name="sft")).folder
+    judged = run_stage("reward", settings.replace(init=str(start))).folder
     assert judged.name == "reward-lora" and checkpoint.base_of(judged)[0].resolve() == Path(settings.init).resolve()
-    actors, *_ = ppo.build(settings.replace(init=str(start)))
+    actors, *_ = ppo.build(settings.replace(init=str(start)), inputs("ppo", settings.replace(init=str(start))))
     tokens = torch.randint(actors.base.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
     taught, untaught = checkpoint.load(start)[0](tokens), checkpoint.load(settings.init)[0](tokens)
     for role in ("policy", "reference"):  # both start as the SFT model
@@ -46,7 +49,7 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
     for ours, theirs in zip(*(lora.adapter_state(actors.base, role).items() for role in ("value", "reward")),
                             strict=True):  # fmt: skip
         assert torch.equal(ours[1], theirs[1]) and ours[1].data_ptr() != theirs[1].data_ptr(), ours[0]
-    result = ppo.run(settings.replace(init=str(start)))
+    result = run_stage("ppo", settings.replace(init=str(start)))
     first = result.history[0]
     assert abs(first["ppo/kl"]) < 1e-4 and first["ppo/sampling_gap"] < 1e-4
     moved = checkpoint.load(result.folder)[0](tokens)
@@ -56,9 +59,9 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
 def test_p16_a_reward_model_for_the_shared_base_is_trained_over_ppos_kind_of_base():
     """Whatever reward.quant says: PPO refuses adapters that were trained over a base kept otherwise."""
     settings = presets.get("tiny").replace(ppo__quant__kind="nf4", reward__quant__kind="none", ppo__lora__rank=6)
-    found = checkpoint.for_shared_base(settings)
+    found = for_shared_base(settings)
     assert found.quant == settings.ppo.quant and found.lora == settings.ppo.lora
-    assert checkpoint.for_shared_base(settings.replace(reward__lora__rank=3)).lora.rank == 3
+    assert for_shared_base(settings.replace(reward__lora__rank=3)).lora.rank == 3
 
 
 def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):
@@ -66,9 +69,9 @@ def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):
         out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), reward__lora__rank=4, reward__sample_share=0.0,
         ppo__layout="shared_base", ppo__quant__kind="nf4",
     )  # fmt: skip
-    reward.run(settings)
+    run_stage("reward", settings)
     with pytest.raises(UserError, match="ppo.quant is nf4, but the adapters were trained over .* .none."):
-        ppo.build(settings)
+        ppo.build(settings, inputs("ppo", settings))
 
 
 def test_p08_a_coarse_base_bears_fp32_adapters_and_heads(pipeline, tmp_path):
@@ -77,8 +80,8 @@ def test_p08_a_coarse_base_bears_fp32_adapters_and_heads(pipeline, tmp_path):
         out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), reward__lora__rank=4, reward__sample_share=0.0,
         ppo__layout="shared_base", ppo__precision="bf16", reward__loop__steps=1,
     )  # fmt: skip
-    reward.run(settings)
-    models = ppo.build(settings)[0]
+    run_stage("reward", settings)
+    models = ppo.build(settings, inputs("ppo", settings))[0]
     assert {p.dtype for p in lora.no_adapters(models.base).values()} == {torch.bfloat16}
     for role in ("policy", "value"):
         assert {p.dtype for p in models.trainable(role).values()} == {torch.float32}
@@ -141,8 +144,7 @@ def moves(monkeypatch) -> list[tuple[str, str]]:
 def test_swapped_models_come_for_their_phase_and_go(pipeline, tmp_path, monkeypatch):
     """Which network is on the device when; the CPU stands for both places."""
     settings = pipeline.replace(out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), ppo__swap=True)
-    monkeypatch.setattr(checkpoint, "require", lambda stage, _: Path(pipeline.out) / stage)
-    actors, *_ = ppo.build(settings)
+    actors, *_ = ppo.build(settings, [Path(pipeline.out) / "sft", Path(pipeline.out) / "reward"])
     named = {id(model): role for role, model in actors.models.items()}
     seen = moves(monkeypatch)
     drawn = algorithm.draw_prompts([[1, 5, 9, 6]] * 4, settings.ppo, 0, 0)
@@ -168,7 +170,7 @@ def test_where_the_models_are_changes_no_number(pipeline, tmp_path, change):
     for name, more in (("usual", {}), ("moved", change)):
         out = tmp_path / name
         shutil.copytree(Path(pipeline.out) / "reward", out / "reward")
-        runs.append(ppo.run(settings.replace(out=str(out), **more)).history)
+        runs.append(run_stage("ppo", settings.replace(out=str(out), **more)).history)
     assert runs[0] == runs[1]
 
 
@@ -182,7 +184,7 @@ def test_where_the_models_are_changes_no_number(pipeline, tmp_path, change):
 def test_places_that_make_no_sense_are_refused(pipeline, tmp_path, change, sentence):
     settings = pipeline.replace(init=str(Path(pipeline.out) / "sft"), **change)
     with pytest.raises(UserError, match=sentence):
-        ppo.build(settings)
+        ppo.build(settings, inputs("ppo", settings))
 
 
 def test_the_moments_wait_with_their_weights(pipeline, monkeypatch):

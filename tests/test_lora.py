@@ -16,8 +16,8 @@ from torch import nn
 
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, UserError
 from instruct_llama.model import lora
-from instruct_llama.model.generate import sample
 from instruct_llama.model.llama import Llama, ScalarLlama
+from instruct_llama.model.sampling import sample
 
 CONFIG = LoRAConfig(rank=3, alpha=7.0)
 ATTENTION = LoRAConfig(rank=2, alpha=4.0, targets=("wq", "wv"))
@@ -393,7 +393,7 @@ def test_sampling_makes_4_bit_weights_dense_once_and_changes_no_token(monkeypatc
     options = {"max_new_tokens": 12, "eos_id": 59, "pad_id": 0, "temperature": 0.0}
     drawn = sample(model, [[1, 2, 3]], **options)
     assert len(counted) == len(layers) and all(layer.kept is None for layer in layers)
-    monkeypatch.setattr("instruct_llama.model.generate.kept_dense", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr("instruct_llama.model.sampling.kept_dense", lambda model: contextlib.nullcontext())
     assert torch.equal(sample(model, [[1, 2, 3]], **options).tokens, drawn.tokens)
     assert len(counted) > 10 * len(layers)
     with pytest.raises(RuntimeError), lora.kept_dense(model):

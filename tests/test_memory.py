@@ -8,12 +8,13 @@ import pytest
 import torch
 from instruct_llama.rlhf.layouts import FourModels
 
-from instruct_llama import memory, presets
+from instruct_llama import presets
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
-from instruct_llama.memory import GB
 from instruct_llama.model import lora
 from instruct_llama.model.llama import KVCache, Llama, ScalarLlama
-from instruct_llama.training import optim
+from instruct_llama.pipeline import run as run_stage
+from instruct_llama.training import memory, optim
+from instruct_llama.training.memory import GB
 
 PUBLISHED = {  # the number of parameters that each model's own page gives (the hub counts them from its safetensors)
     "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
@@ -322,15 +323,15 @@ def test_the_settings_that_are_proposed_would_fit(stage, monkeypatch, capsys):
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_loaded(pipeline, tmp_path, monkeypatch):
-    from instruct_llama import checkpoint
     from instruct_llama.stages import sft
+    from instruct_llama.training import checkpoint
 
     monkeypatch.setattr(memory, "memory_available", lambda device: 10_000)
     monkeypatch.setattr(sft, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("loaded"))
     settings = pipeline.replace(out=str(tmp_path), init=f"{pipeline.out}/pretrain")
     with pytest.raises(UserError, match="no setting makes it fit; choose a smaller model"):
-        sft.run(settings)
+        run_stage("sft", settings)
     assert not list(tmp_path.glob("sft*"))
 
 

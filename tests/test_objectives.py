@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instruct_llama.rlhf import objectives as o
+from instruct_llama.rlhf import losses as o
 
 LN2 = math.log(2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
@@ -17,10 +16,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from instruct_llama import checkpoint, evaluate, parallel
 from instruct_llama.config import UserError
-from instruct_llama.stages import runlog
-from instruct_llama.training import optim
+from instruct_llama.evaluation import report
+from instruct_llama.pipeline import require
+from instruct_llama.pipeline import run as run_stage
+from instruct_llama.training import checkpoint, distributed, optim, run_log
 
 LIMIT = 1e-4  # what two processes may differ from one, in any logged figure
 
@@ -36,7 +36,7 @@ def member(rank: int, world: int, port: int, settings, pipe) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    with parallel.session(settings):
+    with distributed.session(settings):
         while (job := pipe.recv()) is not None:
             function, arguments = job
             try:
@@ -97,7 +97,7 @@ def two(micro, tmp_path_factory):
 
 
 def run(stage: str, settings):
-    return importlib.import_module(f"instruct_llama.stages.{stage}").run(settings)
+    return run_stage(stage, settings)
 
 
 def curve(result) -> list[dict[str, float]]:
@@ -185,7 +185,7 @@ PPO = {
 def test_ppo(two, pipeline, tmp_path, layout):
     settings = beside(pipeline, tmp_path, "pretrain", "sft", "reward").replace(**PPO[layout])
     if layout == "shared_base":
-        checkpoint.require("reward-lora", settings.replace(out=str(tmp_path / "one")))
+        require("reward-lora", settings.replace(out=str(tmp_path / "one")))
         shutil.copytree(tmp_path / "one" / "reward-lora", tmp_path / "two" / "reward-lora")
     alone, together = one_and_two(two, "ppo", settings, tmp_path)
     assert [r["response"] for r in alone.samples] == [r["response"] for r in together.samples]
@@ -201,8 +201,8 @@ def interrupted(stage: str, settings, at: int) -> str:
         if record["step"] == at:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(runlog.Interrupted) as stopped:
-        importlib.import_module(f"instruct_llama.stages.{stage}").run(settings, watch)
+    with pytest.raises(run_log.Interrupted) as stopped:
+        run_stage(stage, settings, watch)
     return str(stopped.value)
 
 
@@ -240,8 +240,8 @@ def test_p32_a_run_goes_on_with_another_number_of_processes(two, pipeline, tmp_p
 
 def killed(settings, folder: Path) -> None:
     """The main process dies while a state is written; the others' parts are there."""
-    log = runlog.RunLog(folder, settings, "sft")
-    if not parallel.is_main():
+    log = run_log.RunLog(folder, settings, "sft")
+    if not distributed.is_main():
         log.save_state(9, {"model/x": torch.ones(1000)}, {})
         return
 
@@ -251,7 +251,7 @@ def killed(settings, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as monkey, pytest.raises(KeyboardInterrupt):
         monkey.setattr(Path, "rename", dies)
         log.save_state(9, {"model/x": torch.ones(1000)}, {})
-    parallel.barrier()  # the one that the others wait at
+    distributed.barrier()  # the one that the others wait at
 
 
 def test_p33_a_kill_in_the_middle_of_a_save_leaves_the_last_state(two, micro, tmp_path):
@@ -259,30 +259,30 @@ def test_p33_a_kill_in_the_middle_of_a_save_leaves_the_last_state(two, micro, tm
     two(save_something, settings, folder, 3)
     two(killed, settings, folder)
     assert (folder / "state" / ".step-9").is_dir()
-    for steps in (runlog.RunLog(folder, settings, "sft").start, *two(start_of, settings, folder)):
+    for steps in (run_log.RunLog(folder, settings, "sft").start, *two(start_of, settings, folder)):
         assert steps == 3
     shutil.copytree(folder / "state" / "step-3", tmp_path / "step-3")
     two(save_something, settings, folder, 12)
     assert {path.name for path in (folder / "state").iterdir()} == {"step-12"}
     shutil.copytree(tmp_path / "step-3", folder / "state" / "step-3")  # a kill before the old one was removed
-    assert runlog.RunLog(folder, settings, "sft").start == 12
+    assert run_log.RunLog(folder, settings, "sft").start == 12
     files = list((folder / "state" / "step-12").iterdir())
     assert {path.suffix for path in files} == {".safetensors", ".json"}  # nothing pickled (P05)
 
 
 def save_something(settings, folder: Path, step: int) -> None:
-    runlog.RunLog(folder, settings, "sft").save_state(step, {"model/x": torch.ones(1000)}, {})
+    run_log.RunLog(folder, settings, "sft").save_state(step, {"model/x": torch.ones(1000)}, {})
 
 
 def start_of(settings, folder: Path) -> int:
-    return runlog.RunLog(folder, settings, "sft").start
+    return run_log.RunLog(folder, settings, "sft").start
 
 
 # ---------------------------------------------------------------- who does what
 
 
 def rows_of(world_rows: int) -> tuple[list[int], int]:
-    return parallel.deal(range(world_rows))
+    return distributed.deal(range(world_rows))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
@@ -295,7 +295,7 @@ def test_p01_no_row_is_dealt_twice_or_lost(two, n):
 
 
 def turns_of(n: int) -> list[int]:
-    return parallel.turns(n)
+    return distributed.turns(n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -306,9 +306,8 @@ def test_turns_cover_every_task_and_are_equally_many(two, n):
 
 def rows_learned(settings) -> list[int]:
     """The answers in each batch that this process learns from: pass by pass, those that count."""
-    from instruct_llama.stages import sft
 
-    seen, real = [], parallel.deal
+    seen, real = [], distributed.deal
 
     def deal(rows):
         mine, counts = real(rows)
@@ -316,8 +315,8 @@ def rows_learned(settings) -> list[int]:
         return mine, counts
 
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(parallel, "deal", deal)
-        sft.run(settings)
+        monkey.setattr(distributed, "deal", deal)
+        run_stage("sft", settings)
     return seen
 
 
@@ -330,11 +329,11 @@ def test_p36_batches_of_one_keep_every_process_busy(two, pipeline, tmp_path):
 
 
 def passes_of(group: list[list[int]]) -> list[list[int]]:
-    return parallel.passes(group)
+    return distributed.passes(group)
 
 
 def test_passes_by_hand(two):
-    assert parallel.passes([[1], [2], [3]]) == [[1], [2], [3]]
+    assert distributed.passes([[1], [2], [3]]) == [[1], [2], [3]]
     for found in two(passes_of, [[1], [2], [3]]):
         assert found == [[1, 2], [3]]
     for found in two(passes_of, [[5], [1, 2], [3, 4]]):  # a short one among batches of two
@@ -377,7 +376,7 @@ def windows_read(settings) -> list[tuple[int, ...]]:
 
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setattr(pretrain, "language_model_loss", loss)
-        pretrain.run(settings)
+        run_stage("pretrain", settings)
     return seen
 
 
@@ -421,17 +420,17 @@ def test_p35_only_the_main_process_writes(two, pipeline, tmp_path):
 def test_p35_the_environment_is_read_when_the_group_starts(micro, tmp_path, monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)  # no MASTER_ADDR: not torchrun's
-    with parallel.session(micro(tmp_path)):
-        assert (parallel.rank(), parallel.world()) == (0, 1)
+    with distributed.session(micro(tmp_path)):
+        assert (distributed.rank(), distributed.world()) == (0, 1)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert (parallel.rank(), parallel.world()) == (0, 1)
-    other = parallel.session(micro(tmp_path, device="cuda:1"))
+    assert (distributed.rank(), distributed.world()) == (0, 1)
+    other = distributed.session(micro(tmp_path, device="cuda:1"))
     with pytest.raises(UserError, match="--device cuda:1 under torchrun"), other:
         pass
 
 
 def ranks_and_prints() -> tuple[int, int, bool]:
-    return parallel.rank(), parallel.world(), sys.stdout.name == os.devnull
+    return distributed.rank(), distributed.world(), sys.stdout.name == os.devnull
 
 
 def test_p35_the_main_process_alone_prints(two):
@@ -449,11 +448,11 @@ def poisoned(settings) -> str:
 
     def loss(model, batch):
         total, parts = real(model, batch)
-        return total * (float("nan") if parallel.rank() == 1 else 1.0), parts
+        return total * (float("nan") if distributed.rank() == 1 else 1.0), parts
 
     with pytest.MonkeyPatch.context() as monkey, pytest.raises(optim.NonFinite) as stopped:
         monkey.setattr(sft, "language_model_loss", loss)
-        sft.run(settings)
+        run_stage("sft", settings)
     return str(stopped.value)
 
 
@@ -536,8 +535,8 @@ def test_what_several_processes_cannot_do_is_refused_by_name(two, pipeline, tmp_
 
 def test_the_report_card_of_two_is_that_of_one(two, pipeline, tmp_path):
     settings = beside(pipeline, tmp_path, "pretrain", "sft", "reward")
-    alone = evaluate.report_card(settings.replace(out=str(tmp_path / "one")))
-    assert two(evaluate.report_card, settings.replace(out=str(tmp_path / "two"))) == [alone, alone]
+    alone = report.report_card(settings.replace(out=str(tmp_path / "one")))
+    assert two(report.report_card, settings.replace(out=str(tmp_path / "two"))) == [alone, alone]
     assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
 
 
@@ -563,7 +562,7 @@ def test_the_command_under_torchrun(micro, tmp_path):
     done = torchrun("pretrain", "--preset", "tiny", "--out", str(tmp_path / "two"), *options(settings))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pretrain finished in") == 1
-    together = runlog.StageResult(tmp_path / "two" / "pretrain", alone.best, alone.steps, 0.0)
+    together = run_log.StageResult(tmp_path / "two" / "pretrain", alone.best, alone.steps, 0.0)
     assert max(differences(alone, together).values()) <= LIMIT
     failed = torchrun("sft", "--preset", "tiny", "--out", str(tmp_path / "two"), "--init", str(tmp_path / "nowhere"))
     assert failed.returncode != 0 and "is not a run folder" in failed.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from instruct_llama import plots
+from instruct_llama.notebook import plots
 
 HISTORY = [
     {"step": step, "train/loss": 5.0 / step, "train/lr": 0.003, "val/chosen_mean": 1.0 * step, "val/chosen_std": 0.5}

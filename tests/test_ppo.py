@@ -12,18 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from instruct_llama import checkpoint, presets
+from instruct_llama import presets
 from instruct_llama.config import LoRAConfig, ModelConfig, OptimConfig, PPOConfig, UserError
-from instruct_llama.data import enumerable
-from instruct_llama.data.batches import ranked_batch
+from instruct_llama.data.batching import ranked_batch
+from instruct_llama.evaluation import exact
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama, ScalarLlama
-from instruct_llama.rlhf import objectives, ppo, rollout
+from instruct_llama.pipeline import inputs, require
+from instruct_llama.pipeline import run as run_stage
+from instruct_llama.rlhf import losses, ppo, rollout
 from instruct_llama.rlhf.rollout import Episodes
-from instruct_llama.stages import exact
 from instruct_llama.stages import ppo as ppo_stage
 from instruct_llama.stages import reward as stage
 from instruct_llama.training import actors as layouts
+from instruct_llama.training import checkpoint
+from instruct_llama.worlds import enumerable
 
 PAD, BOS, EOS = 0, 1, 2
 CPU = torch.device("cpu")
@@ -96,15 +99,15 @@ def _no_kl(patch):
 
 
 def _kl_clamped_at_zero(patch):
-    _penalty(patch, lambda logprobs, ref: objectives.kl_k1(logprobs, ref).clamp(min=0))
+    _penalty(patch, lambda logprobs, ref: losses.kl_k1(logprobs, ref).clamp(min=0))
 
 
 def _k2_as_penalty(patch):
-    _penalty(patch, objectives.kl_k2)
+    _penalty(patch, losses.kl_k2)
 
 
 def _k3_as_penalty(patch):
-    _penalty(patch, objectives.kl_k3)
+    _penalty(patch, losses.kl_k3)
 
 
 def _another_temperature(patch):
@@ -129,7 +132,7 @@ def _kl_over_padding(patch):
     real = rollout.penalised_rewards
 
     def logprobs_of(logprobs_full, episodes):  # a pad is read as another end token
-        return objectives.token_logprobs(logprobs_full, torch.where(episodes.mask, episodes.answers, EOS))
+        return losses.token_logprobs(logprobs_full, torch.where(episodes.mask, episodes.answers, EOS))
 
     def rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
         kl_of_padding = ((logprobs - ref_logprobs) * ~mask).sum(1)
@@ -257,7 +260,7 @@ def test_p19_answers_that_share_a_row_score_and_teach_as_each_alone():
     alone = torch.stack([apart(torch.tensor([ids]))[0, -1] for item in items for ids in item])
     torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
     for found in (scores, alone):
-        objectives.ranking_loss(found, batch.prompt, batch.rank).backward()
+        losses.ranking_loss(found, batch.prompt, batch.rank).backward()
     for one, other in zip(together.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
@@ -543,7 +546,7 @@ def test_p40_a_policy_far_from_the_old_one_stays_finite_and_is_told():
     assert math.isfinite(figures["loss"]) and math.isfinite(figures["ratio"])
     assert all(torch.isfinite(gradient).all() for gradient in gradients(setup).values())
     stats = ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
-    alarms = objectives.ppo_alarm(stats["first_ratio"], 0.0, 0.1, stats["clip_fraction"])
+    alarms = losses.ppo_alarm(stats["first_ratio"], 0.0, 0.1, stats["clip_fraction"])
     assert "Compare temperature" in alarms[0] and "clipped" in alarms[1]
 
 
@@ -689,15 +692,16 @@ def digest(path):
 
 
 def test_shared_base_end_to_end(micro):
-    reward = checkpoint.require("reward-lora", micro)
+    reward = require("reward-lora", micro)
     base = micro.out_dir / "sft" / "model.safetensors"
     before = digest(base)
     norm = json.loads((reward / "config.json").read_text())["reward"]
     assert norm["scale"] > 0 and math.isfinite(norm["mean"])
-    actors, *_ = ppo_stage.build(micro)
+    actors, *_ = ppo_stage.build(micro, inputs("ppo", micro))
     assert (actors.reward_mean, actors.reward_scale) == (norm["mean"], norm["scale"])  # P21: fitted once, saved, read
 
-    result = ppo_stage.run(micro.replace(ppo__optim__lr=0.03, ppo__optim__warmup_steps=0))  # steps that can be measured
+    # steps that can be measured
+    result = run_stage("ppo", micro.replace(ppo__optim__lr=0.03, ppo__optim__warmup_steps=0))
     assert digest(base) == before
     assert (result.folder / "adapter.safetensors").is_file()
     assert not (result.folder / "model.safetensors").exists()
@@ -759,7 +763,7 @@ def test_p21_the_normaliser_does_not_drift_with_the_policy():
 
 
 def test_shared_base_refuses_a_reward_model_that_is_no_adapter(micro):
-    sft, reward = checkpoint.require("sft", micro), checkpoint.require("reward-lora", micro)
+    sft, reward = require("sft", micro), require("reward-lora", micro)
     with pytest.raises(UserError, match="needs a reward adapter"):
         layouts.shared_base(sft, sft, exact.Alphabet(), CPU, micro.ppo, 0)
     assert isinstance(layouts.shared_base(sft, reward, exact.Alphabet(), CPU, micro.ppo, 0), layouts.SharedBase)

@@ -20,7 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from instruct_llama import doctor
+from instruct_llama.tools import doctor
 
 try:
     import tomllib
@@ -166,32 +166,18 @@ def test_ruff_finds_nothing():
 
 # ---------------------------------------------------------------- import directions
 
-# stages -> training -> rlhf -> model, data -> config: the algorithms in `rlhf` know no process, device or file.
-# `checkpoint` is the files' side of the model. Whatever has no row stands
-# above the pipeline (plots, widgets, evaluate, the command line …) and may import everything but the stages.
-BELOW = {
-    "config": set(),
-    "seeds": {"config"},
-    "presets": {"config"},
-    "data": {"seeds", "config"},
-    "model": {"data", "seeds", "config"},
-    "parallel": {"config"},
-    "folders": {"parallel", "config"},
-    "checkpoint": {"folders", "parallel", "model", "data", "seeds", "config"},
-    "rlhf": {"model", "data", "seeds", "config"},
-    "training": {"rlhf", "checkpoint", "parallel", "model", "data", "seeds", "config"},
-    "memory": {"presets", "config"},  # the shapes of the weights that presets name
-    "stages": {
-        "training", "rlhf", "checkpoint", "folders", "parallel", "model", "data", "seeds", "config", "evaluate",
-        "memory",
-    },
-}
-MAY_IMPORT_STAGES = {
-    "__main__": "the command line runs them",
-    "__init__": "notebooks reach them as il.stages",
-    "study": "it trains the whole pipeline for each seed",
-    "checkpoint": "require() trains a missing prerequisite; imported when called, never at import",
-}
+# Imports run downwards, from a later tier to an earlier one. Inside a tier, files may import each other.
+TIERS = (
+    {"config", "presets", "seeds"},
+    {"data", "worlds", "model"},
+    {"rlhf"},  # tensors and models in, tensors out
+    {"training", "convert", "evaluation"},
+    {"stages"},
+    {"pipeline"},  # the one place that knows which stage needs which
+    {"notebook", "tools"},
+    {"__main__", "__init__"},
+)
+TIER = {part: number for number, parts in enumerate(TIERS) for part in parts}
 
 
 def part(path: Path) -> str:
@@ -220,26 +206,54 @@ def imported_parts(path: Path) -> Iterator[tuple[ast.AST, str]]:
 
 
 def test_imports_point_one_way():
-    layers = {part(path) for path in MODULES}
-    wrong = []
-    for path in MODULES:
-        mine = part(path)
-        allowed = BELOW.get(mine, layers - {"stages", "__main__"}) | {mine}
-        if mine in MAY_IMPORT_STAGES:
-            allowed = allowed | {"stages", "convert"}  # require() trains what is missing, or imports it
-        wrong += [
-            f"{place(path, node)} imports {target}"
-            for node, target in imported_parts(path)
-            if target in layers and target not in allowed
-        ]
+    assert {part(path) for path in MODULES} == set(TIER)
+    wrong = [
+        f"{place(path, node)} imports {target}"
+        for path in MODULES
+        for node, target in imported_parts(path)
+        if TIER.get(target, -1) > TIER[part(path)]
+    ]
     assert wrong == []
 
 
-def test_only_the_listed_modules_import_the_stages():
-    users = {part(path) for path in MODULES for _, target in imported_parts(path) if target == "stages"}
-    assert users - {"stages"} <= set(MAY_IMPORT_STAGES)
-    at_import = [node for node in tree(PACKAGE / "checkpoint.py").body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not any("stages" in ast.unparse(node) for node in at_import)
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """The package's modules that a file imports, also inside functions; names for type hints alone do not count."""
+    here = ("instruct_llama", *path.relative_to(PACKAGE).with_suffix("").parts)
+    hints = [node for node in tree(path).body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {inner for node in hints for inner in ast.walk(node)}
+    found = set()
+    for node in (node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node not in skipped):
+        base = ".".join([*(here[: -node.level] if node.level else ()), *([node.module] if node.module else [])])
+        found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+    return found & known - {module_name(path)}
+
+
+def test_no_import_goes_in_circles():
+    """A package that hands on what its modules define is no part of a circle: only the modules themselves count."""
+    names = {module_name(path): path for path in MODULES if path.name != "__init__.py"}
+    edges = {name: imported_modules(path, set(names)) for name, path in names.items()}
+    while True:
+        free = {name for name, targets in edges.items() if not targets & edges.keys()}
+        if not free:
+            break
+        edges = {name: targets for name, targets in edges.items() if name not in free}
+    assert sorted(edges) == []  # each of these imports another of them
+
+
+def test_no_module_is_imported_by_a_string():
+    named = re.compile(r"instruct_llama\.\w+[\w.]*$|\.\w[\w.]*$")
+    wrong = [
+        place(path, node)
+        for path in MODULES
+        for name, node in calls(path)
+        if name.endswith(("import_module", "__import__")) and named.match(ast.unparse(node.args[0]).strip("f'\""))
+    ]
+    assert wrong == []
 
 
 # ---------------------------------------------------------------- sizes

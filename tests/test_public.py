@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from instruct_llama import doctor, presets
+from instruct_llama import presets
 from instruct_llama.__main__ import Data, main, parse
 from instruct_llama.config import UserError
-from instruct_llama.data import files, public, shapes, sources
-from instruct_llama.data.public import SETS, build
+from instruct_llama.data import converters, files, public_sets, sources
+from instruct_llama.data.public_sets import SETS, build
 from instruct_llama.stages import pretrain, records
+from instruct_llama.tools import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +50,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def made(built: public.Built) -> list[dict[str, Any]]:
+def made(built: public_sets.Built) -> list[dict[str, Any]]:
     """The records of a build, read as a stage reads them."""
     found = sources.read(built.path)
     assert found.kind == built.card["kind"] and not found.dropped
@@ -227,17 +228,17 @@ def test_stack_exchange_ranks_two_to_eight_answers(tmp_path: Path) -> None:
     assert made(built) == [RANKED]
     assert built.card["dropped"] == {"fewer than two answers differ in score": 2, "an answer is empty": 1}
     many = {**VOTES[1], "answers": [answer(i % 10, f"<p>{i}</p>") for i in range(30)]}
-    (record,) = shapes.from_votes(many)
+    (record,) = converters.from_votes(many)
     assert record["completions"] == ["9", "8", "7", "6", "5", "4", "3", "2"]
 
 
 def test_html_becomes_text() -> None:
-    assert shapes.plain("plain") == "plain"
-    assert shapes.plain("<p>a<br>b</p>\n<p>c <em>d</em> e&amp;f</p>") == "a\nb\n\nc d e&f"
-    code = shapes.plain("<p>see</p><pre><code>  x = 1\n\n  y = 2  \n</code></pre>now")
+    assert converters.plain("plain") == "plain"
+    assert converters.plain("<p>a<br>b</p>\n<p>c <em>d</em> e&amp;f</p>") == "a\nb\n\nc d e&f"
+    code = converters.plain("<p>see</p><pre><code>  x = 1\n\n  y = 2  \n</code></pre>now")
     assert code == "see\n\n  x = 1\n\n  y = 2\n\nnow"
-    assert shapes.plain("<blockquote>\n<p>said</p>\n</blockquote>\n<ol><li>one</li></ol>") == "said\n\n- one"
-    assert shapes.plain("a < b").startswith("a < b")
+    assert converters.plain("<blockquote>\n<p>said</p>\n</blockquote>\n<ol><li>one</li></ol>") == "said\n\n- one"
+    assert converters.plain("a < b").startswith("a < b")
 
 
 def test_tinystories_text(tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_prompts_of_dialogs_keep_the_passage_and_the_situation(tmp_path: Path) -
 
 def test_sums_are_right_and_asked_once(tmp_path: Path) -> None:
     dialogs = [record["messages"] for record in made(build("arithmetic", tmp_path))]
-    numbers = {shapes.in_words(n): n for n in range(200)}
+    numbers = {converters.in_words(n): n for n in range(200)}
     assert len(numbers) == 200
     seen = set()
     for question, reply in dialogs:
@@ -299,8 +300,9 @@ def test_sums_are_right_and_asked_once(tmp_path: Path) -> None:
         seen.add((sign, max(x, y), min(x, y)))
     assert len(seen) == len(dialogs) == 10_191
     assert 0.4 < sum("=" in reply["content"] for _, reply in dialogs) / len(dialogs) < 0.6
-    assert shapes.in_words(0) == "zero" and shapes.in_words(21) == "twenty-one" and shapes.in_words(90) == "ninety"
-    assert shapes.in_words(100) == "one hundred" and shapes.in_words(112) == "one hundred and twelve"
+    assert converters.in_words(0) == "zero" and converters.in_words(21) == "twenty-one"
+    assert converters.in_words(90) == "ninety"
+    assert converters.in_words(100) == "one hundred" and converters.in_words(112) == "one hundred and twelve"
 
 
 def test_p06_no_sum_stands_on_both_sides_in_another_form(tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def test_p06_no_sum_stands_on_both_sides_in_another_form(tmp_path: Path) -> None
 
 
 def _units(side: list[Any]) -> Iterator[dict[str, Any]]:
-    numbers = {shapes.in_words(n): n for n in range(200)} | {str(n): n for n in range(200)}
+    numbers = {converters.in_words(n): n for n in range(200)} | {str(n): n for n in range(200)}
     for question, _ in side:
         a, sign, b = question["content"].removeprefix("What is ").rstrip("?").split(" ")
         sign = {"plus": "+", "minus": "-", "times": "×"}.get(sign, sign)
@@ -543,7 +545,7 @@ def test_building_holds_a_row_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         return len(written)
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
-    monkeypatch.setattr(public, "write_jsonl", write_jsonl)
+    monkeypatch.setattr(public_sets, "write_jsonl", write_jsonl)
     build("tinystories", tmp_path)
     assert written == [1, 2, 3, 4]  # when the n-th record is written, n rows have been read
 
@@ -610,8 +612,8 @@ def test_a_stage_builds_a_part_of_a_huge_set(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr(public, "build", lambda *args, **options: asked.append((args, options)) or built)
-    built = public.Built(Path("x"), {"kept": 1, "kind": "text", "dropped": {}, "licence": "y"})
+    monkeypatch.setattr(public_sets, "build", lambda *args, **options: asked.append((args, options)) or built)
+    built = public_sets.Built(Path("x"), {"kept": 1, "kind": "text", "dropped": {}, "licence": "y"})
     settings = presets.get("tiny").replace(data="fineweb-edu", seed=3)
     assert records.data_path(settings) == project / "data" / "fineweb-edu.jsonl"
     assert asked == [(("fineweb-edu", project / "data"), {"limit": 100_000, "seed": 3})]
@@ -660,7 +662,7 @@ def test_p06_a_file_of_text_is_split_by_content_in_a_stream(tmp_path: Path) -> N
 def test_a_text_file_is_tokenised_without_being_held(
     micro: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from instruct_llama.data import tinychat
+    from instruct_llama.worlds import tinychat
 
     texts = [f"{text} ({i})" for i, text in enumerate(tinychat.corpus(2, 30_000))]
     file = jsonl(tmp_path / "a.jsonl", *({"text": text} for text in texts))

@@ -13,7 +13,8 @@ from test_cli import options
 
 from instruct_llama.__main__ import COMMANDS, main, parse
 from instruct_llama.config import Settings
-from instruct_llama.data import sources, tinychat
+from instruct_llama.data import sources
+from instruct_llama.worlds import tinychat
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

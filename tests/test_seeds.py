@@ -13,7 +13,7 @@ import torch
 
 import instruct_llama
 from instruct_llama import seeds
-from instruct_llama.data.batches import epoch_order, window_order
+from instruct_llama.data.batching import epoch_order, window_order
 
 CPU = torch.device("cpu")
 STREAMS = [

@@ -16,11 +16,12 @@ from test_cli import options
 from test_faults import everything
 
 import instruct_llama as il
-from instruct_llama import checkpoint, folders
 from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
 from instruct_llama.convert import merge
-from instruct_llama.stages import ppo, reward, runlog, sft
+from instruct_llama.pipeline import run as run_stage
+from instruct_llama.stages import sft
+from instruct_llama.training import checkpoint, folders, run_log
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 
@@ -114,16 +115,16 @@ def test_a_run_written_beside_another_is_no_stage(runs):
     out, _ = runs
     for name in (".sft.new", ".sft.old"):
         shutil.copytree(out / "sft", out / name)
-    assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+    assert il.evaluation.stage_folders(out) == [out / stage for stage in STAGES]
 
 
 def test_an_export_among_the_runs_is_no_stage_and_a_damaged_run_is_named(runs):
     out, _ = runs
     il.convert.export("hf", out / "ppo", out / "ppo-hf")
-    assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+    assert il.evaluation.stage_folders(out) == [out / stage for stage in STAGES]
     (out / "sft" / "config.json").write_text('{"kind": "lm",', encoding="utf-8")
     with pytest.raises(UserError, match="sft.config.json is damaged or not ours"):
-        il.evaluate.stage_folders(out)
+        il.evaluation.stage_folders(out)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
@@ -148,7 +149,7 @@ def test_p48_settings_of_other_stages_do_not_make_it_another_run(runs, capsys):
 
 def test_ppos_demonstrations_count_where_they_are_mixed_in(pipeline):
     asked = [pipeline.replace(ppo__ptx_coef=coef, sft__seq_len=length) for coef in (0.0, 0.1) for length in (64, 128)]
-    without, same, short, long = (runlog.identity(settings, "ppo") for settings in asked)
+    without, same, short, long = (run_log.identity(settings, "ppo") for settings in asked)
     assert without == same and short != long != same
 
 
@@ -159,22 +160,22 @@ def test_ppos_demonstrations_count_where_they_are_mixed_in(pipeline):
 def test_how_ppo_samples_makes_it_another_reward_model(runs, pipeline, field, value):
     """Its comparisons and its normaliser are of responses that are sampled as PPO will sample them."""
     other = pipeline.replace(**{f"ppo__{field}": value})
-    before, after = (runlog.identity(settings, "reward") for settings in (pipeline, other))
+    before, after = (run_log.identity(settings, "reward") for settings in (pipeline, other))
     assert before != after and after["ppo"][field] == value
-    assert runlog.identity(pipeline, "sft") == runlog.identity(other, "sft")
+    assert run_log.identity(pipeline, "sft") == run_log.identity(other, "sft")
     refused = rf"holds a finished run of other settings \(ppo.{field} .*, asked for {value}"
     with pytest.raises(UserError, match=refused):
-        reward.run(parse([*runs[1], f"--ppo.{field.replace('_', '-')}", str(value)]))
+        run_stage("reward", parse([*runs[1], f"--ppo.{field.replace('_', '-')}", str(value)]))
 
 
 def test_data_given_for_one_stage_or_for_all_is_the_same(pipeline):
     a, b = pipeline.replace(data="x.jsonl"), pipeline.replace(sft__data="x.jsonl")
-    assert runlog.identity(a, "sft") == runlog.identity(b, "sft") != runlog.identity(pipeline, "sft")
+    assert run_log.identity(a, "sft") == run_log.identity(b, "sft") != run_log.identity(pipeline, "sft")
 
 
 def test_a_finished_run_comes_back_with_its_history(pipeline):
     first = Path(pipeline.out) / "sft"
-    result = sft.run(pipeline, crash)
+    result = run_stage("sft", pipeline, crash)
     assert (result.folder, result.steps, result.trained) == (first, 4, False)
     assert result.best == checkpoint.read_info(first)["best"] and result.best["loss"] > 0
     assert [record["step"] for record in result.history] == [1, 2, 3, 4] and result.samples
@@ -209,7 +210,7 @@ def test_p48_overwrite_trains_anew_and_the_old_run_stays_readable(pipeline, runs
         il.load(out / "sft")
         seen.append(everything(out / "sft") == before)
 
-    result = sft.run(settings, watch)
+    result = run_stage("sft", settings, watch)
     assert seen == [True] * 4 and result.folder == out / "sft" and result.trained
     info = checkpoint.read_info(out / "sft")
     assert info["settings"]["sft"]["optim"]["lr"] == 0.01 and info["base"] == "../pretrain"
@@ -237,30 +238,30 @@ def test_p48_a_run_that_stops_early_leaves_the_old_one(pipeline, runs, stop, mon
     if stop == "full disk":
         monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises((Crash, KeyboardInterrupt, UserError)):
-        sft.run(settings, watch)
+        run_stage("sft", settings, watch)
     assert everything(out / "sft") == before and il.require("sft", settings) == out / "sft"
     il.load(out / "sft")
-    assert il.evaluate.stage_folders(out) == [out / stage for stage in STAGES]
+    assert il.evaluation.stage_folders(out) == [out / stage for stage in STAGES]
 
 
 @pytest.mark.parametrize("more", [{}, {"overwrite": True}])
 def test_p48_an_interrupted_overwriting_run_goes_on(pipeline, runs, more):
     out, _ = runs
     settings = pipeline.replace(out=str(out), seed=2)
-    whole = sft.run(settings.replace(sft__name="whole", init=None))
+    whole = run_stage("sft", settings.replace(sft__name="whole", init=None))
 
     def stop(record: dict[str, float]) -> None:
         if record["step"] == 3:
             signal.raise_signal(signal.SIGINT)
 
     before = everything(out / "sft")
-    with pytest.raises(runlog.Interrupted):
-        sft.run(settings.replace(overwrite=True), stop)
+    with pytest.raises(run_log.Interrupted):
+        run_stage("sft", settings.replace(overwrite=True), stop)
     with pytest.raises(UserError, match="--resume: .*started with other settings"):
-        sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
+        run_stage("sft", settings.replace(resume=True, sft__optim__lr=0.5))
     assert everything(out / "sft") == before
     steps = []
-    result = sft.run(settings.replace(resume=True, **more), lambda record: steps.append(record["step"]))
+    result = run_stage("sft", settings.replace(resume=True, **more), lambda record: steps.append(record["step"]))
     assert steps == [4] and [record["step"] for record in result.history] == [1, 2, 3, 4]
     assert (out / "sft/model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
     assert not folders.beside(out / "sft").exists()
@@ -271,10 +272,10 @@ def test_p48_resume_goes_on_with_an_overwriting_run_only_from_a_saved_state(pipe
     out, _ = runs
     settings, before = pipeline.replace(out=str(out)), everything(out / "sft")
     with pytest.raises(Crash):
-        sft.run(settings.replace(overwrite=True, seed=2), crash)
+        run_stage("sft", settings.replace(overwrite=True, seed=2), crash)
     assert folders.beside(out / "sft").is_dir()
     with pytest.raises(UserError, match="--resume: .*holds a finished run of other settings"):
-        sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
+        run_stage("sft", settings.replace(resume=True, sft__optim__lr=0.5))
     assert everything(out / "sft") == before
 
 
@@ -285,17 +286,17 @@ def test_ppo_does_not_go_on_with_another_reward_model(pipeline, runs):
     def stop(record: dict[str, float]) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(runlog.Interrupted):
-        ppo.run(settings, stop)
+    with pytest.raises(run_log.Interrupted):
+        run_stage("ppo", settings, stop)
     shutil.copytree(out / "reward", out / "before")
-    reward.run(settings.replace(overwrite=True, reward__optim__lr=0.01))
+    run_stage("reward", settings.replace(overwrite=True, reward__optim__lr=0.01))
     state = everything(out / "mine")
     with pytest.raises(UserError, match="--resume: .*mine was started with other inputs .reward: trained again since"):
-        ppo.run(settings.replace(resume=True))
+        run_stage("ppo", settings.replace(resume=True))
     assert everything(out / "mine") == state
     shutil.rmtree(out / "reward")
     (out / "before").rename(out / "reward")
-    assert ppo.run(settings.replace(resume=True)).steps == 2
+    assert run_stage("ppo", settings.replace(resume=True)).steps == 2
 
 
 def test_a_finished_run_of_replaced_inputs_is_refused_and_they_are_named(runs, capsys):
@@ -351,7 +352,7 @@ def test_p48_a_kill_while_the_new_run_takes_its_place(runs, function, nth, monke
         os._exit(0)
     os.waitpid(child, 0)
     shown = [path for path in out.iterdir() if path.name == ".sft.old"]
-    assert folder in il.evaluate.stage_folders(out) and not {*shown} & {*il.evaluate.stage_folders(out)}
+    assert folder in il.evaluation.stage_folders(out) and not {*shown} & {*il.evaluation.stage_folders(out)}
     checkpoint.load(folder)
     assert everything(folder) in (old, new)
     with checkpoint.stage_lock(folder):
@@ -537,7 +538,7 @@ def test_ppo_refuses_a_reward_model_of_another_vocabulary(runs, capsys, layout):
     if name == "reward-lora":
         shutil.copytree(out / "reward", out / name)
     text = [" ".join(chr(97 + i % 26) * (2 + i % 5) for i in range(start, start + 60)) for start in range(40)]
-    il.checkpoint.Tokenizer.train(text, 480).save(out / name)
+    il.training.checkpoint.Tokenizer.train(text, 480).save(out / name)
     before = everything(out / "ppo")
     assert main(["ppo", *args, "--overwrite", "--ppo.layout", layout]) == 2
     assert f"The vocabularies of runs/sft and runs/{name} differ" in capsys.readouterr().err.replace(str(out), "runs")
@@ -551,5 +552,6 @@ def test_p48_an_exported_adapter_is_not_trained_over(pipeline, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_text("{}")
     with pytest.raises(UserError, match="holds a finished run of other settings"):
-        sft.run(pipeline.replace(out=str(tmp_path), sft__name="my-peft", init=str(pipeline.out_dir / "pretrain")))
+        init = str(pipeline.out_dir / "pretrain")
+        run_stage("sft", pipeline.replace(out=str(tmp_path), sft__name="my-peft", init=init))
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -14,9 +14,11 @@ import pytest
 from filelock import Timeout
 from test_cli import options
 
-from instruct_llama import checkpoint, evaluate, study
 from instruct_llama.__main__ import main
 from instruct_llama.config import UserError
+from instruct_llama.evaluation import report as evaluate
+from instruct_llama.tools import study
+from instruct_llama.training import checkpoint
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from itertools import product
 import pytest
 
 from instruct_llama.config import UserError
-from instruct_llama.data import tinychat
-from instruct_llama.data.labellers import draw_kinds
-from instruct_llama.data.prose import FRAMES
-from instruct_llama.data.talk import ALL, BY_NAME, find
-from instruct_llama.data.words import EVASIVE, FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE
+from instruct_llama.worlds import tinychat
+from instruct_llama.worlds.tinychat.corpus import FRAMES
+from instruct_llama.worlds.tinychat.labellers import draw_kinds
+from instruct_llama.worlds.tinychat.prompts import ALL, BY_NAME, find
+from instruct_llama.worlds.tinychat.words import EVASIVE, FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE
 
 READING = "Tom has a ball. Mia feels happy. What does Tom have?"
 TALK = [

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instruct_llama.config import UserError
-from instruct_llama.data.batches import fit_comparison
-from instruct_llama.data.chat import framed
+from instruct_llama.data.batching import fit_comparison
+from instruct_llama.data.chat_template import framed
 from instruct_llama.data.tokenizer import MARKERS, JsonTokenizer, Tokenizer, dialog_problem
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "data" / "llama2-tokenizer.model"

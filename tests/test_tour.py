@@ -11,8 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from instruct_llama import tour
 from instruct_llama.__main__ import Tour, main, parse
+from instruct_llama.notebook import tour
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import os, sys

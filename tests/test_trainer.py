@@ -17,18 +17,21 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from instruct_llama import checkpoint, presets
+from instruct_llama import presets
 from instruct_llama.config import LoopConfig, ModelConfig, OptimConfig, UserError
-from instruct_llama.data import enumerable
-from instruct_llama.data.batches import Batch, dialog_batch, epoch_order
+from instruct_llama.data.batching import Batch, dialog_batch, epoch_order
+from instruct_llama.evaluation import exact
 from instruct_llama.model.llama import Llama
+from instruct_llama.pipeline import run as run_stage
 from instruct_llama.rlhf import ppo as algorithm
-from instruct_llama.stages import exact, ppo, pretrain, records, runlog, sft, trainer
+from instruct_llama.stages import ppo, pretrain, records, sft
 from instruct_llama.stages.pretrain import language_model_loss
-from instruct_llama.stages.runlog import Interrupted, RunLog, optimizer_tensors, restore_optimizer
-from instruct_llama.stages.trainer import Supervised, fit
-from instruct_llama.training import actors
+from instruct_llama.training import actors, checkpoint, run_log
+from instruct_llama.training import loop as trainer
+from instruct_llama.training.loop import Supervised, fit
 from instruct_llama.training.optim import NonFinite, freeze_first, learning_rate, make_optimizer, optimizer_step
+from instruct_llama.training.run_log import Interrupted, RunLog, optimizer_tensors, restore_optimizer
+from instruct_llama.worlds import enumerable
 
 SHAPE = ModelConfig(vocab_size=32, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=24, max_seq_len=64)
 LENGTHS = (3, 9, 5, 6, 12)
@@ -396,7 +399,7 @@ def test_p32_resume_equals_the_unbroken_run_ppo(pipeline, tmp_path, stop, error)
 def test_p32_ctrl_c_in_the_middle_of_a_step_or_of_validation(pipeline, tmp_path, monkeypatch):
     """The step is finished first: half a step can be neither repeated nor gone on from."""
     settings = beside(pipeline, tmp_path, "pretrain").replace(sft__loop__steps=4, sft__name="whole")
-    whole = sft.run(settings)
+    whole = run_stage("sft", settings)
     for name, function, call in (("step", "language_model_loss", 3), ("validation", "language_model_metrics", 1)):
         calls, real = itertools.count(1), getattr(sft, function)
 
@@ -408,9 +411,9 @@ def test_p32_ctrl_c_in_the_middle_of_a_step_or_of_validation(pipeline, tmp_path,
         monkeypatch.setattr(sft, function, interrupted)
         broken = settings.replace(sft__name=name)
         with pytest.raises(Interrupted):
-            sft.run(broken)
+            run_stage("sft", broken)
         monkeypatch.setattr(sft, function, real)
-        result = sft.run(broken.replace(resume=True))
+        result = run_stage("sft", broken.replace(resume=True))
         assert comparable(result) == comparable(whole), name
 
 
@@ -418,7 +421,7 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_the_kernel_usable(pipeline, tmp_pat
     settings = beside(pipeline, tmp_path, "pretrain")
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=r"sft --resume .same options.*resume=True.* in a notebook"):
-        sft.run(settings, press_ctrl_c(1))
+        run_stage("sft", settings, press_ctrl_c(1))
     assert signal.getsignal(signal.SIGINT) is handler
     assert "Stopping after this step" in capsys.readouterr().err
     assert not checkpoint.is_complete(tmp_path / "sft")
@@ -435,7 +438,7 @@ def test_ctrl_c_twice_stops_at_once_and_the_last_save_stands(pipeline, tmp_path)
 
     settings = beside(pipeline, tmp_path, "pretrain")
     with pytest.raises(Interrupted):
-        sft.run(settings, twice)
+        run_stage("sft", settings, twice)
     _, metadata = checkpoint.read_tensors(tmp_path / "sft" / "state" / "resume.safetensors")
     assert json.loads(metadata["state"])["step"] == 2
 
@@ -443,7 +446,7 @@ def test_ctrl_c_twice_stops_at_once_and_the_last_save_stands(pipeline, tmp_path)
 def test_p32_other_settings_do_not_resume(pipeline, tmp_path):
     settings = beside(pipeline, tmp_path, "pretrain", "sft")
     with pytest.raises(UserError, match="--resume.*other settings.*start anew"):
-        sft.run(settings.replace(resume=True, sft__optim__lr=0.5))
+        run_stage("sft", settings.replace(resume=True, sft__optim__lr=0.5))
     assert checkpoint.is_complete(tmp_path / "sft")
 
 
@@ -496,7 +499,7 @@ def test_p34_what_is_not_finite_stops_with_step_and_records(tmp_path, value):
     options = {"optim": SGD_LIKE, "batch_size": 1}
     with pytest.raises(NonFinite, match=rf"{value} is .*at step {at + 1}, records \[{bad}\]"):
         train(tmp_path / "bad", items, loss=poisoned(value, bad), epochs=1, **options)
-    metrics = runlog.read_jsonl(tmp_path / "bad" / "metrics.jsonl")
+    metrics = run_log.read_jsonl(tmp_path / "bad" / "metrics.jsonl")
     assert [r["step"] for r in metrics] == list(range(1, at + 1))
 
 
@@ -537,19 +540,19 @@ def test_p34_ppo_stops_before_its_optimizer_steps(monkeypatch):
 def test_the_keys_of_the_metrics_are_the_tensorboard_tags(pipeline, stage):
     folder = Path(pipeline.out) / stage
     events = EventAccumulator(str(folder)).Reload()
-    records = runlog.read_jsonl(folder / "metrics.jsonl")
+    records = run_log.read_jsonl(folder / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     assert set(events.Tags()["scalars"]) == {key for record in records for key in record} - {"step"}
     for key in set(records[-1]) - {"step"}:
         logged = [(r["step"], r[key]) for r in records if key in r]
         assert [(e.step, pytest.approx(e.value, rel=1e-5, abs=1e-6)) for e in events.Scalars(key)] == logged
     assert "samples/text_summary" in events.Tags()["tensors"]
-    assert runlog.read_jsonl(folder / "samples.jsonl")
+    assert run_log.read_jsonl(folder / "samples.jsonl")
 
 
 def test_the_stages_log_what_the_contract_names(pipeline):
     def keys(stage: str) -> set[str]:
-        return set(runlog.read_jsonl(Path(pipeline.out) / stage / "metrics.jsonl")[-1])
+        return set(run_log.read_jsonl(Path(pipeline.out) / stage / "metrics.jsonl")[-1])
 
     common = {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "val/loss", "val/accuracy"}
     assert common | {"val/perplexity", "train/accuracy"} <= keys("sft")
@@ -562,8 +565,8 @@ def test_a_stage_that_starts_anew_forgets_the_run_that_did_not_finish(pipeline, 
     settings = beside(pipeline, tmp_path, "pretrain", "sft")
     checkpoint.write_info(tmp_path / "sft", {**checkpoint.read_info(tmp_path / "sft"), "complete": False})
     with pytest.raises(Crash):
-        sft.run(settings, crash(1))
-    assert [r["step"] for r in runlog.read_jsonl(tmp_path / "sft" / "metrics.jsonl")] == [1]
+        run_stage("sft", settings, crash(1))
+    assert [r["step"] for r in run_log.read_jsonl(tmp_path / "sft" / "metrics.jsonl")] == [1]
     assert not checkpoint.is_complete(tmp_path / "sft")
     assert RunLog(tmp_path / "sft", settings.replace(resume=True), "sft").start == 0
 

@@ -6,9 +6,9 @@ import importlib.metadata
 
 import pytest
 
-from instruct_llama import doctor, versions
 from instruct_llama.__main__ import main
 from instruct_llama.config import Settings, UserError
+from instruct_llama.tools import doctor, versions
 
 NEEDS = {  # package: its requirements
     "instruct-llama": ["torch>=2.6", "Jinja2", 'peft[extra]>=1; extra == "test"', 'sphinx; extra == "docs"',

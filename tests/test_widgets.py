@@ -11,10 +11,10 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from instruct_llama import plots, widgets
 from instruct_llama.config import ModelConfig, UserError
-from instruct_llama.model.generate import filter_logits
 from instruct_llama.model.llama import Llama
+from instruct_llama.model.sampling import filter_logits
+from instruct_llama.notebook import plots, widgets
 
 ROOT = Path(__file__).parent.parent
 NASTY = '<script>alert("x")</script> & <b>'

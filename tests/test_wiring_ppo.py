@@ -16,19 +16,23 @@ import test_ppo
 import torch
 from test_ppo import by_hand, four, gradients, judged, llama, logprobs_of, moved_on, scalar, seeded, setup_of, shared
 
-from instruct_llama import checkpoint, presets
+from instruct_llama import presets
 from instruct_llama.config import LoRAConfig, OptimConfig, PPOConfig, QuantConfig, RewardConfig, UserError
-from instruct_llama.data.batches import dialog_batch, ranked_batch
+from instruct_llama.data.batching import dialog_batch, ranked_batch
+from instruct_llama.evaluation import exact
 from instruct_llama.model import lora
-from instruct_llama.model.generate import filter_logits
-from instruct_llama.rlhf import objectives, ppo, rollout
-from instruct_llama.stages import exact, pretrain, sft
+from instruct_llama.model.sampling import filter_logits
+from instruct_llama.pipeline import run as run_stage
+from instruct_llama.rlhf import losses as objectives
+from instruct_llama.rlhf import ppo, rollout
 from instruct_llama.stages import ppo as ppo_stage
+from instruct_llama.stages import pretrain, sft
 from instruct_llama.stages import reward as stage
 from instruct_llama.stages.pretrain import language_model_loss
-from instruct_llama.stages.runlog import RunLog, read_jsonl
 from instruct_llama.training import actors as layouts
+from instruct_llama.training import checkpoint
 from instruct_llama.training import optim as optim_
+from instruct_llama.training.run_log import RunLog, read_jsonl
 
 BOS, EOS, PAD, CPU, PROMPTS = test_ppo.BOS, test_ppo.EOS, test_ppo.PAD, test_ppo.CPU, test_ppo.PROMPTS
 SHAPE, SMALL = test_ppo.SHAPE, test_ppo.SMALL
@@ -355,13 +359,14 @@ def test_the_value_starts_in_the_unit_of_the_rewards(layout, monkeypatch):
         raw_reward = model(tokens).clone()
     name = {four: "four_models", shared: "shared_base"}[layout]
     monkeypatch.setattr(layouts, name, lambda *_: models)
-    for thing in ("shape_of", "require", "origin"):
+    for thing in ("shape_of", "origin"):
         monkeypatch.setattr(checkpoint, thing, lambda *_: {})
     monkeypatch.setattr(ppo_stage.memory, "check_room", lambda *_: None)
     monkeypatch.setattr(ppo_stage.Tokenizer, "load", lambda *_: None)
     monkeypatch.setattr(ppo_stage.records, "check_vocabularies", lambda *_: None)
     monkeypatch.setattr(checkpoint, "read_info", lambda *_: {"reward": {"mean": 0.75, "scale": 0.25}})
-    actors, *_ = ppo_stage.build(presets.get("tiny").replace(ppo__layout=name, init="x", device="cpu"))
+    settings = presets.get("tiny").replace(ppo__layout=name, device="cpu")
+    actors, *_ = ppo_stage.build(settings, [Path("sft"), Path("reward")])
     assert (actors.reward_mean, actors.reward_scale) == (0.75, 0.25)
     with torch.no_grad(), actors.use("value") as model:
         torch.testing.assert_close(model(tokens), (raw - 0.75) / 0.25)
@@ -579,7 +584,7 @@ def test_the_reward_stage_trains_and_logs_by_its_own_weights_of_the_auxiliary_lo
         out=str(tmp_path), init=str(pipeline.out_dir / "sft"), reward__token_coef=0.7, reward__lm_coef=0.0,
         reward__loop=replace(pipeline.reward.loop, steps=1),
     )  # fmt: skip
-    (record,) = stage.run(settings).history
+    (record,) = run_stage("reward", settings).history
     assert set(asked) == {settings.reward}
     assert "train/token_loss" in record and "train/lm_loss" not in record
 
@@ -597,7 +602,7 @@ def test_p27_only_the_reward_stage_sorts_the_records_of_several_steps(pipeline, 
         settings = pipeline.replace(out=str(tmp_path / one.__name__), reward__bucket_steps=3)
         init = str(pipeline.out_dir / "sft") if one is stage else str(pipeline.out_dir / "pretrain")
         with pytest.raises(InterruptedError):
-            one.run(settings if one is pretrain else settings.replace(init=init))
+            run_stage(one.__name__.rpartition(".")[2], settings if one is pretrain else settings.replace(init=init))
     assert asked == {"reward": 3, "sft": 1, "pretrain": 1}
     with pytest.raises(UserError, match="bucket_steps must be at least 1"):
         RewardConfig(bucket_steps=0)
@@ -607,7 +612,8 @@ def test_the_lm_loss_needs_tied_embeddings(pipeline, tmp_path, monkeypatch):
     untied = replace(pipeline.model, tie_embeddings=False)
     monkeypatch.setattr(stage.checkpoint, "shape_of", lambda _: untied)
     with pytest.raises(UserError, match="set reward.lm_coef to 0"):
-        stage.run(pipeline.replace(out=str(tmp_path), init=str(pipeline.out_dir / "sft"), reward__lm_coef=0.1))
+        init = str(pipeline.out_dir / "sft")
+        run_stage("reward", pipeline.replace(out=str(tmp_path), init=init, reward__lm_coef=0.1))
     with pytest.raises(UserError, match="must not be negative"):
         RewardConfig(token_coef=-1.0)
 
@@ -655,7 +661,7 @@ def test_the_reward_stage_hands_ppos_settings_to_both_of_its_samplers(pipeline, 
     settings = pipeline.replace(
         out=str(tmp_path), init=str(pipeline.out_dir / "sft"), ppo__top_p=0.8, ppo__temperature=1.3
     )
-    stage.run(settings)
+    run_stage("reward", settings)
     assert played == [settings.ppo, settings.ppo]  # own comparisons, and the reference responses of the normaliser
 
 
@@ -668,7 +674,7 @@ def test_the_reward_stage_hands_the_worlds_temperature_to_the_labeller_of_its_ow
         out=str(tmp_path), init=str(pipeline.out_dir / "sft"), world__temperature=0.4, reward__sample_share=0.5,
         reward__loop=replace(pipeline.reward.loop, steps=1),
     )  # fmt: skip
-    stage.run(settings)
+    run_stage("reward", settings)
     ((_, _, prompts, config, temperature, seed, play),) = asked
     assert (config, temperature, seed, play) == (settings.reward, 0.4, settings.seed, settings.ppo)
     assert len(prompts) == round(settings.world.comparisons * 0.5)  # the share that is sampled
@@ -695,7 +701,7 @@ def test_the_saved_normaliser_is_that_of_the_saved_weights(pipeline, tmp_path, m
         out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), reward__loop=loop, reward__sample_share=0.0,
         reward__optim=OptimConfig(lr=0.02, warmup_steps=0),
     )  # fmt: skip
-    folder = stage.run(settings).folder
+    folder = run_stage("reward", settings).folder
     ((play, responses),) = kept
     assert play == settings.ppo and len(fits) == 3
     saved, model = checkpoint.read_info(folder)["reward"], checkpoint.load(folder)[0]

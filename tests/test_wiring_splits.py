@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from instruct_llama import baselines, checkpoint, evaluate
-from instruct_llama.data import batches, tinychat
+from instruct_llama.data import batching
 from instruct_llama.data.tokenizer import Tokenizer
+from instruct_llama.evaluation import baselines, report
 from instruct_llama.model.llama import Llama
+from instruct_llama.pipeline import run as run_stage
 from instruct_llama.rlhf import ppo as algorithm
 from instruct_llama.stages import ppo, records, reward
+from instruct_llama.training import checkpoint
+from instruct_llama.worlds import tinychat
 
 
 class Seen:
@@ -112,8 +115,8 @@ def test_p06_pretraining_validates_on_text_that_it_does_not_train_on(micro, tmp_
     module = importlib.import_module("instruct_llama.stages.pretrain")
     watched(module, seen, monkeypatch)
     settings = micro(tmp_path / "runs", pretrain__loop__steps=12)
-    folder = module.run(settings).folder
-    files = {name: batches.open_tokens(folder / "state" / "tokens" / f"{name}.npy") for name in ("train", "valid")}
+    folder = run_stage(module.__name__.rpartition(".")[2], settings).folder
+    files = {name: batching.open_tokens(folder / "state" / "tokens" / f"{name}.npy") for name in ("train", "valid")}
     for phase, mine, other in (("train", "train", "valid"), ("validate", "valid", "train")):
         rows = seen.rows[phase, "lm"]
         assert rows and all(holds(row, files[mine]) for row in rows), f"{phase} reads other text than {mine}.npy"
@@ -135,7 +138,7 @@ def test_p06_sft_trains_and_validates_on_demonstrations_of_their_own(pipeline, t
     watched(module, seen, monkeypatch)
     settings = copied(pipeline, tmp_path, "pretrain", sft__loop__steps=10, qlora__loop__steps=10)
     seen.tokenizer = Tokenizer.load(Path(pipeline.out) / "pretrain")
-    module.run(settings if name == "sft" else settings.replace(sft=settings.qlora))
+    run_stage(module.__name__.rpartition(".")[2], settings if name == "sft" else settings.replace(sft=settings.qlora))
     assert seen.splits("train") == {"train"} and seen.splits("validate") == {"valid"}
     assert seen.splits("sample") == {"heldout"}  # the three fixed prompts, which nothing is chosen by
     assert len(seen.prompts("train")) > 20 and seen.prompts("validate")
@@ -152,7 +155,7 @@ def test_p06_the_reward_model_trains_and_validates_on_prompts_of_their_own(pipel
         pipeline, tmp_path, "pretrain", "sft", reward__sample_share=0.5, reward__answers=3, reward__loop__steps=10
     )
     seen.tokenizer = Tokenizer.load(Path(pipeline.out) / "pretrain")
-    reward.run(settings)
+    run_stage("reward", settings)
     assert seen.splits("train") == {"train"} and seen.splits("validate") == {"valid"}
     assert seen.splits("sample_comparisons") == {"train"} == seen.splits("reference_answers")
     assert seen.splits("save") == {"train"}  # the normaliser: responses of the reference policy to training prompts
@@ -167,7 +170,7 @@ def test_p06_ppo_plays_training_prompts_and_chooses_by_validation_prompts(pipeli
         algorithm, "_demonstration_gradients", seen.phased("ptx", algorithm._demonstration_gradients)
     )
     monkeypatch.setattr(ppo, "evaluate_policy", seen.phased("validate", ppo.evaluate_policy))
-    ppo.run(settings)
+    run_stage("ppo", settings)
     assert seen.splits("iterate") == {"train"} == seen.splits("ptx") and seen.splits("validate") == {"valid"}
     for phase in ("iterate", "validate"):
         assert {kind for when, kind in seen.rows if when == phase} == {"lm", "scalar"}  # policy and reward model
@@ -183,8 +186,8 @@ def test_p06_the_report_card_asks_held_out_prompts_whatever_it_measures(pipeline
     parts = ("generate_ids", "reward_accuracy", "kind_accuracy", "perplexity", "best_of", "response_logprobs",
              "raw_scores", "answers")  # fmt: skip
     for part in parts:
-        monkeypatch.setattr(evaluate, part, seen.phased(part, getattr(evaluate, part)))
-    evaluate.report_card(settings)
+        monkeypatch.setattr(report, part, seen.phased(part, getattr(report, part)))
+    report.report_card(settings)
     assert {part: seen.splits(part) for part in parts} == {part: {"heldout"} for part in parts}
     assert seen.splits("other") == set() and {tinychat.split_of(prompt) for prompt in told} == {"heldout"}
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from .. import checkpoint, folders
 from ..config import QuantConfig, check, shown
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..model import lora
 from ..model.llama import Llama
+from ..training import checkpoint, folders
 from . import gguf_files, huggingface, merge, vocabulary
 from .names import foreign, foreign_key
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .. import checkpoint
 from ..config import ModelConfig, RopeScaling, UserError, check
-from ..data.batches import atomic
+from ..data.files import atomic
 from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama, rotary_frequencies
+from ..training import checkpoint
 from . import vocabulary
 from .imports import Foreign
 from .names import foreign_key, halves_to_neighbours, neighbours_to_halves, our_shapes, turns

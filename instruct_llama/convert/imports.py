@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, folders
 from ..config import ModelConfig, check, shown
-from ..data.batches import atomic
+from ..data.files import atomic
 from ..data.tokenizer import Tokenizer
 from ..model import lora
+from ..training import checkpoint, folders
 from .names import our_shapes
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

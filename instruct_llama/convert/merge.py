@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
-from .. import checkpoint, folders, seeds
+from .. import seeds
 from ..config import UserError, check, shown
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama
+from ..training import checkpoint, folders
 
 Into = Literal["dequantised", "original"]
 

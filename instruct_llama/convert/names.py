@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from .. import checkpoint
 from ..config import ModelConfig
 from ..model.llama import Llama
+from ..training import checkpoint
 
 Family = Literal["hf", "meta", "gguf"]
 

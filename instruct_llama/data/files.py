@@ -6,14 +6,17 @@ names it, the line where there is one, and the cure.
 
 from __future__ import annotations
 
+import errno
 import functools
 import gzip
 import hashlib
 import io
 import json
+import os
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,31 @@ from ..config import UserError, check
 
 SEPARATOR = "<|endoftext|>"  # what ends a story in the text files of TinyStories
 _LONGEST = 100_000  # lines of one story; more means that the file has no separators
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`: on success it is flushed to disk and renamed, on failure removed.
+
+    A kill at any moment leaves the old file whole. A full disk raises UserError and loses nothing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full: {path} could not be written, and its last version is untouched. "
+                "Free some space, then run the same command again, a stage with --resume."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import UserError, check
-from .batches import atomic
-from .files import lines, parsed
+from .files import atomic, lines, parsed
 from .tokenizer import Message, dialog_problem
 
 Kind = Literal["text", "dialogs", "comparisons", "prompts"]

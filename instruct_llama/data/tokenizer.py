@@ -19,8 +19,8 @@ import sentencepiece
 import tokenizers
 
 from ..config import UserError, check
-from .batches import atomic
-from .chat import FORMATS, MARKERS, ChatFormat, Message, dialog_problem, format_for, framed
+from .chat_template import FORMATS, MARKERS, ChatFormat, Message, dialog_problem, format_for, framed
+from .files import atomic
 
 __all__ = ["BOS", "EOS", "MARKERS", "PAD", "UNK", "JsonTokenizer", "Message", "Tokenizer", "dialog_problem"]
 

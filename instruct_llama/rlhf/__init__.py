@@ -1,5 +1,5 @@
 """Learning from human preferences: the formulas, and the rollouts they are applied to."""
 
-from . import objectives
+from . import losses
 
-__all__ = ["objectives"]
+__all__ = ["losses"]

@@ -25,8 +25,8 @@ import torch
 
 from .. import seeds
 from ..config import PPOConfig
-from ..data.batches import Dialog, dialog_batch, epoch_order
-from . import objectives, rollout
+from ..data.batching import Dialog, dialog_batch, epoch_order
+from . import losses, rollout
 from .actors import Actors
 from .rollout import Episodes
 
@@ -146,20 +146,20 @@ def minibatch_gradients(
         part = rollouts.select(mine)
         with actors.use("policy", training=True) as policy:
             logprobs, full = rollout.response_logprobs(policy, part, config, actors.tokenizer)  # (B, N), (B, N, V)
-            policy_loss = objectives.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
-            entropy_loss = objectives.entropy_loss(full, part.mask)
+            policy_loss = losses.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
+            entropy_loss = losses.entropy_loss(full, part.mask)
             actors.backward(weight * (policy_loss + config.entropy_coef * entropy_loss) / tokens)
         with actors.use("value", training=True) as value:
             values = rollout.answer_values(value, part)  # (B, N)
-            value_loss = objectives.value_loss(values, part.values, part.returns, part.mask, config.value_clip)
+            value_loss = losses.value_loss(values, part.values, part.returns, part.mask, config.value_clip)
             actors.backward(weight * config.value_coef * value_loss / tokens)
         logprobs = logprobs.detach()
         share = weight * int(part.mask.sum()) / tokens  # of the mini-batch's tokens
         sums["policy_loss"] += weight * float(policy_loss.detach()) / tokens
         sums["value_loss"] += weight * float(value_loss.detach()) / tokens
         sums["entropy"] += weight * -float(entropy_loss.detach()) / tokens
-        sums["ratio"] += float(objectives.ratio_error(logprobs, part.logprobs, part.mask)) * share
-        clipped = objectives.clip_fraction(logprobs, part.logprobs, part.mask, config.clip)
+        sums["ratio"] += float(losses.ratio_error(logprobs, part.logprobs, part.mask)) * share
+        clipped = losses.clip_fraction(logprobs, part.logprobs, part.mask, config.clip)
         sums["clip_fraction"] += float(clipped) * share
     sums = actors.reduce_sum(sums)
     if config.ptx_coef > 0:
@@ -179,6 +179,6 @@ def _demonstration_gradients(
     n_targets = actors.reduce_sum({"targets": weight * batch.weight})["targets"]
     with actors.use("policy", training=True) as policy:
         logits = policy(batch.tokens, segments=batch.segments)  # (B, T, V)
-        loss, _ = objectives.cross_entropy_sum(logits, batch.targets, batch.loss_mask)
+        loss, _ = losses.cross_entropy_sum(logits, batch.targets, batch.loss_mask)
         actors.backward(weight * config.ptx_coef * loss / n_targets)
     return actors.reduce_sum({"loss": weight * float(loss.detach()) / n_targets})["loss"]

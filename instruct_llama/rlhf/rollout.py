@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PPOConfig
-from ..data.batches import RankedBatch
-from ..model.generate import filter_logits, sample
+from ..data.batching import RankedBatch
 from ..model.llama import Llama
-from .objectives import (
+from ..model.sampling import filter_logits, sample
+from .losses import (
     answer_sum,
     explained_variance,
     gae,

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import checkpoint, memory, parallel, seeds
+from .. import seeds
 from ..config import PPOConfig, Settings, check
-from ..data import tinychat
-from ..data.batches import Dialog, fit_prompt
+from ..data.batching import Dialog, fit_prompt
 from ..data.tokenizer import Tokenizer
-from ..rlhf import objectives, ppo, rollout
+from ..rlhf import losses, ppo, rollout
 from ..rlhf.rollout import Episodes
 from ..training import actors as layouts
-from ..training import optim
+from ..training import checkpoint, distributed, loop, memory, optim, run_log
 from ..training.device import pick_device
-from . import records, runlog, sft, trainer
-from .runlog import RunLog, StageResult, Watch
-from .start import stage_run, training_folder
+from ..training.run_log import RunLog, StageResult, Watch
+from ..worlds import tinychat
+from . import records, sft
+from .start import training_folder
 
 Actors = layouts.FourModels | layouts.SharedBase
 
@@ -84,7 +84,7 @@ def evaluate_policy(
     figures["objective_stderr"] = _stderr(each["objective"])
     if true_prompts is not None:
         figures["true_reward"] = float(np.mean(true_rewards(actors.tokenizer, episodes, true_prompts)))
-    return parallel.from_main(figures)
+    return distributed.from_main(figures)
 
 
 def is_better(figures: dict[str, float], best: dict[str, float], kl_coef: float, doubt: float = 0.0) -> bool:
@@ -96,19 +96,18 @@ def is_better(figures: dict[str, float], best: dict[str, float], kl_coef: float,
     return not best or worth[0] > worth[1] - doubt
 
 
-def build(settings: Settings) -> tuple[Actors, list[Dialog], dict[str, Any]]:
-    """The networks of the layout, trained first where missing; the demonstrations to mix in; what config.json holds."""
+def build(settings: Settings, inputs: Sequence[Path]) -> tuple[Actors, list[Dialog], dict[str, Any]]:
+    """The networks of the layout, over `inputs`; the demonstrations to mix in; what config.json holds."""
     config = settings.ppo
     shared = config.layout == "shared_base"
     # The first of the places is the policy's: there it generates its responses, and learns from them.
     device, *_ = map(pick_device, (config.devices if not shared else ()) or (settings.device,))
     check(
-        parallel.world() == 1 or not (config.swap or config.devices),
+        distributed.world() == 1 or not (config.swap or config.devices),
         "ppo.swap and ppo.devices move whole networks of one process: under torchrun, take parallel.cpu_offload.",
     )
-    start = Path(settings.init) if settings.init else checkpoint.require("sft", settings)
-    reward = checkpoint.require("reward-lora" if shared else "reward", settings)
-    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), parallel.world())
+    start, reward = inputs
+    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), distributed.world())
     records.check_vocabularies(start, reward)
     tokenizer = Tokenizer.load(start)
     if shared:
@@ -141,18 +140,17 @@ def fit_prompts(settings: Settings, actors: Actors) -> tuple[list[Any], list[lis
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
-@stage_run("ppo")
-def run(settings: Settings, watch: Watch | None = None) -> StageResult:
-    """PPO from `settings.init` (an SFT run), else from the SFT and reward model of the same preset."""
+def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
+    """PPO from `inputs`: the folders of the model to start from, and of the reward model."""
     folder = training_folder("ppo", settings)
-    actors, demonstrations, info = build(settings)
+    actors, demonstrations, info = build(settings, inputs)
     settings = records.with_data(settings, settings.ppo.data)
     batches = -(-settings.ppo.rollouts // settings.ppo.rollout_batch)
-    if batches < parallel.world():
-        idle = f"{batches} batches of prompts for {parallel.world()} processes leave some idle"
+    if batches < distributed.world():
+        idle = f"{batches} batches of prompts for {distributed.world()} processes leave some idle"
         print(f"{idle}: lower --ppo.rollout-batch or raise --ppo.rollouts.")
     with checkpoint.stage_lock(folder):
-        return _loop(settings, actors, demonstrations, info, RunLog(folder, settings, "ppo", watch))
+        return _loop(settings, actors, demonstrations, info, RunLog(folder, settings, "ppo", inputs, watch))
 
 
 def _loop(
@@ -161,7 +159,7 @@ def _loop(
     config, seed = settings.ppo, settings.seed
     train, train_ids, valid, valid_ids = fit_prompts(settings, actors)
     for part in actors.parts():
-        parallel.shard(part, settings.parallel, config.precision, actors.device)
+        distributed.shard(part, settings.parallel, config.precision, actors.device)
     world = settings.data is None
     message_of = {tuple(ids): prompt for prompt, ids in zip(train, train_ids, strict=True)}
     trainable = {f"{role}/{n}": p for role in ("policy", "value") for n, p in actors.trainable(role).items()}
@@ -172,12 +170,12 @@ def _loop(
         optim.restore_scaler(actors.scaler, state.get("scaler"))
 
     def save_state() -> None:
-        tensors, rest = runlog.optimizer_tensors(optimizer)
+        tensors, rest = run_log.optimizer_tensors(optimizer)
         tensors |= {f"model/{name}": p for name, p in trainable.items()}
         scale = actors.scaler.state_dict()
         log.save_state(iteration, tensors, {"optimizer": rest, "kl_coef": kl_coef, "best": best, "scaler": scale})
 
-    bar = trainer.progress("ppo", config.iterations, iteration)
+    bar = loop.progress("ppo", config.iterations, iteration)
     with log.interruptible(save_state, "ppo"), bar:
         while iteration < config.iterations:
             drawn = ppo.draw_prompts(train_ids, config, seed, iteration)
@@ -185,11 +183,11 @@ def _loop(
             episodes, stats = ppo.run_iteration(
                 actors, config, drawn, optimizer, kl_coef, seed, iteration, demonstrations
             )
-            metrics = parallel.from_main(iteration_metrics(actors, config, episodes, kl_coef, messages))
+            metrics = distributed.from_main(iteration_metrics(actors, config, episodes, kl_coef, messages))
             metrics |= {f"ppo/{k}": v for k, v in stats.items()}
-            kl_coef = objectives.adaptive_kl(kl_coef, metrics["ppo/kl"], config.kl_target, config.kl_horizon)
+            kl_coef = losses.adaptive_kl(kl_coef, metrics["ppo/kl"], config.kl_target, config.kl_horizon)
             iteration += 1
-            for alarm in objectives.ppo_alarm(
+            for alarm in losses.ppo_alarm(
                 stats["first_ratio"], metrics["ppo/kl"], _stderr(episodes.kl()), stats["clip_fraction"]
             ):
                 bar.write(f"iteration {iteration}: {alarm}")

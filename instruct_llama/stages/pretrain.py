@@ -16,19 +16,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, memory, parallel, seeds
+from .. import seeds
 from ..config import Settings, check, to_json
 from ..data import sources
-from ..data.batches import Batch, open_tokens, window_batch, window_order, windows, write_tokens
+from ..data.batching import Batch, open_tokens, window_batch, window_order, windows, write_tokens
 from ..data.tokenizer import Tokenizer
-from ..model.generate import sample
 from ..model.llama import Llama
-from ..rlhf.objectives import correct_sum, cross_entropy_sum
+from ..model.sampling import sample
+from ..rlhf.losses import correct_sum, cross_entropy_sum
+from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
+from ..training.loop import Supervised, fit
+from ..training.run_log import RunLog, StageResult, Watch
 from . import records
-from .runlog import RunLog, StageResult, Watch
-from .start import stage_run, training_folder
-from .trainer import Supervised, fit
+from .start import training_folder
 
 
 def language_model_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -43,11 +44,11 @@ def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: st
     device = next(model.parameters()).device
     loss = accuracy = weight = 0.0
     found = {}
-    for number, batch in parallel.dealt(batches):
+    for number, batch in distributed.dealt(batches):
         with torch.no_grad(), autocast(precision, device):
             total, parts = language_model_loss(model, batch.to(device))
         found[number] = float(total), parts["accuracy"], batch.weight
-    for total, right, targets in parallel.merged(found).values():
+    for total, right, targets in distributed.merged(found).values():
         loss, accuracy, weight = loss + total, accuracy + right, weight + targets
     mean = loss / max(1.0, weight)
     return {"loss": mean, "accuracy": accuracy / max(1.0, weight), "perplexity": math.exp(min(mean, 50.0))}
@@ -56,7 +57,7 @@ def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: st
 def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap, np.memmap]:
     """The vocabulary and the token files (training, held out), made once and reused when nothing has changed."""
     train, valid = records.texts(settings)
-    with parallel.main_first():
+    with distributed.main_first():
         stamp = f"{_digest(chain(train, [''], valid))} {settings.init}\n{to_json(settings.tokenizer)}"
         stamp_file, files = folder / "made_from.txt", [folder / "train.npy", folder / "valid.npy"]
         there = all(file.is_file() for file in (stamp_file, *files))
@@ -90,17 +91,16 @@ def train_tokenizer(settings: Settings, corpus: Iterable[str]) -> Tokenizer:
     return Tokenizer.train(corpus, settings.tokenizer.vocab_size, settings.tokenizer.max_chars)
 
 
-@stage_run("pretrain")
-def run(settings: Settings, watch: Watch | None = None) -> StageResult:
-    """Pretrain from random weights, or go on from `settings.init`. Returns where the run folder is."""
+def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
+    """Pretrain from random weights, or go on from `settings.init`: then the first of `inputs`."""
     config, folder = settings.pretrain, training_folder("pretrain", settings)
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     shape = checkpoint.shape_of(Path(settings.init)) if settings.init else None
     context = (shape or settings.model).max_seq_len
     check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context, {context}: lower it.")
-    memory.check_room(settings, "pretrain", str(device), shape, parallel.world())
+    memory.check_room(settings, "pretrain", str(device), shape, distributed.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, "pretrain", watch)
+        log = RunLog(folder, settings, "pretrain", inputs, watch)
         model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
         tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
         if model is None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import parallel
 from ..config import Settings, UserError, check, project_folder, shown
-from ..data import public, sources, tinychat
+from ..data import public_sets, sources
 from ..data.sources import HeldOut
 from ..data.tokenizer import Tokenizer
+from ..training import distributed
+from ..worlds import tinychat
 
 HELDOUT_FRACTION = 0.05  # share of a file's prompts that validation keeps to itself
 HELDOUT_TEXTS = 0.02  # the same of its running text
@@ -25,17 +26,17 @@ def with_data(settings: Settings, usual: str) -> Settings:
 
 def data_path(settings: Settings) -> Path | None:
     """The file that `--data` names: a path, or a public set in data/, which is built first where it is not there."""
-    if settings.data not in public.SETS:
+    if settings.data not in public_sets.SETS:
         return Path(settings.data) if settings.data else None
     name, folder = settings.data, project_folder() / "data"
-    path, sample = folder / f"{name}.jsonl", public.SETS[name].sample
-    if parallel.from_main(path.is_file()):
+    path, sample = folder / f"{name}.jsonl", public_sets.SETS[name].sample
+    if distributed.from_main(path.is_file()):
         return path
-    with parallel.main_first():
+    with distributed.main_first():
         if not path.is_file():
             part = f"its first {sample:,} records are" if sample else "it is"
             print(f"{name} is not in {shown(folder)}: {part} built first (python -m instruct_llama data {name}).")
-            print(public.build(name, folder, limit=sample, seed=settings.seed).describe())
+            print(public_sets.build(name, folder, limit=sample, seed=settings.seed).describe())
     return path
 
 

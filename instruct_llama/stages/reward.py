@@ -14,22 +14,23 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, memory, parallel, seeds
+from .. import seeds
 from ..config import PPOConfig, QuantConfig, RewardConfig, Settings, check
-from ..data import tinychat
-from ..data.batches import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
+from ..data.batching import RankedBatch, fit_comparison, fit_prompt, ranked_batch, row_length
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
-from ..rlhf.objectives import answer_mean, pair_differences, ranking_loss, score_at_end, token_logprobs
+from ..rlhf.losses import answer_mean, pair_differences, ranking_loss, score_at_end, token_logprobs
 from ..rlhf.rollout import Episodes, answer_scores
+from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
+from ..training.loop import Supervised, fit, frozen_as, recomputing
 from ..training.optim import freeze_first
+from ..training.run_log import RunLog, StageResult, Watch
+from ..worlds import tinychat
 from . import records
-from .runlog import RunLog, StageResult, Watch
-from .start import stage_run, training_folder
-from .trainer import Supervised, fit, frozen_as, recomputing
+from .start import training_folder
 
 Ranked = list[list[int]]  # prompt with completion as token ids, best first
 
@@ -204,26 +205,24 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
         # a draw of its own, which shares training prompts with PPO's
         prompts = tinychat.prompts(seeds.derive(settings.seed, "sft_sample_prompts"), n_sampled, split="train")
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed, settings.ppo)
-        own = parallel.from_main(own)  # the same records for all, whatever their GPUs round
+        own = distributed.from_main(own)  # the same records for all, whatever their GPUs round
         train = [*train[: len(train) - n_sampled], *own]
     return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
 
 
-@stage_run("reward")
-def run(settings: Settings, watch: Watch | None = None) -> StageResult:
-    """Train from `settings.init`, else from the SFT (or pretraining) of the same preset."""
+def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
+    """Train from the first of `inputs`; the last is the SFT model that PPO will start from."""
     config = settings.reward
     folder, device = training_folder("reward", settings), pick_device(settings.device)
-    base = Path(settings.init) if settings.init else checkpoint.require(config.init_from, settings)
-    sft = base if config.init_from == "sft" else checkpoint.require("sft", settings)
+    base, sft = inputs[0], inputs[-1]  # where it starts, and whose responses are compared
     settings = records.with_data(settings, config.data)
     check(
         config.lm_coef == 0 or checkpoint.shape_of(base).tie_embeddings,
         f"{base} has an output layer of its own, which a reward model drops: set reward.lm_coef to 0.",
     )
-    memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), parallel.world())
+    memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), distributed.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, "reward", watch)
+        log = RunLog(folder, settings, "reward", inputs, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         checkpoint.check_kind(sft, "lm")
         quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own
@@ -250,7 +249,7 @@ def run(settings: Settings, watch: Watch | None = None) -> StageResult:
             ]
 
         def save(best: dict[str, float]) -> None:
-            with parallel.whole(model), autocast(config.loop.precision, device):
+            with distributed.whole(model), autocast(config.loop.precision, device):
                 norm = fit_normaliser(model, reference_responses, 16 * size)
             info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
             if config.lora.rank:

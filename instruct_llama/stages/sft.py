@@ -10,21 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, memory, parallel, seeds
+from .. import seeds
 from ..config import Settings, UserError
-from ..data import tinychat
-from ..data.batches import Batch, Dialog, dialog_batch, fit_dialog
+from ..data.batching import Batch, Dialog, dialog_batch, fit_dialog
 from ..data.tokenizer import Tokenizer
 from ..model import lora
-from ..model.generate import generate
 from ..model.llama import Llama
+from ..model.sampling import generate
+from ..training import checkpoint, distributed, memory
 from ..training.device import pick_device
+from ..training.loop import Supervised, fit, frozen_as, recomputing
 from ..training.optim import freeze_first
+from ..training.run_log import RunLog, StageResult, Watch
+from ..worlds import tinychat
 from . import records
 from .pretrain import language_model_loss, language_model_metrics
-from .runlog import RunLog, StageResult, Watch
-from .start import stage_run, training_folder
-from .trainer import Supervised, fit, frozen_as, recomputing
+from .start import training_folder
 
 
 def encode(tokenizer: Tokenizer, dialogs: Sequence[Any], seq_len: int) -> list[Dialog]:
@@ -60,16 +61,15 @@ def prompts_to_show(settings: Settings, tokenizer: Tokenizer, room: int) -> list
     return list(itertools.islice(fitting, 3))
 
 
-@stage_run("sft")
-def run(settings: Settings, watch: Watch | None = None) -> StageResult:
-    """Fine-tune from `settings.init`, else from the pretraining of the same preset."""
+def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
+    """Fine-tune the model in the first of `inputs`."""
     config = settings.sft
     folder = training_folder("sft", settings)
-    base = Path(settings.init) if settings.init else checkpoint.require("pretrain", settings)
+    (base,) = inputs
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
-    memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), parallel.world())
+    memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), distributed.world())
     with checkpoint.stage_lock(folder):
-        log = RunLog(folder, settings, "sft", watch)
+        log = RunLog(folder, settings, "sft", inputs, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         model, tokenizer = checkpoint.load_plain(base, device, **how)
         model = prepare(recomputing(model, settings), settings)

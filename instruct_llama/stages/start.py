@@ -6,38 +6,13 @@ beside it: the old run stays as it is until the new one has finished.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, folders, parallel
 from ..config import Settings, UserError, check, shown
-from .runlog import StageResult, Watch, identity, inputs, saved_states
-
-Run = Callable[[Settings, Watch | None], StageResult]
-
-
-def stage_run(stage: str) -> Callable[[Run], Run]:
-    """Makes a stage's training its `run`: under the folder's lock, and only where there is something to train."""
-
-    def decorate(train: Run) -> Run:
-        @functools.wraps(train)
-        def run(settings: Settings, watch: Watch | None = None) -> StageResult:
-            folder = run_folder(stage, settings)
-            check_name(stage, folder)
-            check_inputs(stage, folder, settings)
-            with checkpoint.stage_lock(folder):
-                if parallel.from_main(is_done(stage, folder, settings)):
-                    print(f"{shown(folder)} holds a finished run of these settings: nothing to do. "
-                          f"--overwrite (or settings.replace(overwrite=True)) trains it anew.")  # fmt: skip
-                    info = checkpoint.read_info(folder)
-                    return StageResult(folder, info["best"], info["steps"], seconds=0.0, trained=False)
-                return train(settings, watch)
-
-        return run
-
-    return decorate
+from ..training import checkpoint, distributed, folders
+from ..training.run_log import identity, saved_states
 
 
 def run_folder(stage: str, settings: Settings) -> Path:
@@ -49,7 +24,7 @@ def run_folder(stage: str, settings: Settings) -> Path:
 def training_folder(stage: str, settings: Settings) -> Path:
     """Where a stage writes while it trains: its run folder, or beside it where that one holds something finished."""
     folder = run_folder(stage, settings)
-    return folders.beside(folder) if parallel.from_main(holds_other(folder)) else folder
+    return folders.beside(folder) if distributed.from_main(holds_other(folder)) else folder
 
 
 def holds_other(folder: Path) -> bool:
@@ -62,8 +37,8 @@ def holds_other(folder: Path) -> bool:
         return True
 
 
-def is_done(stage: str, folder: Path, settings: Settings) -> bool:
-    """Whether a finished run of these settings lies in the folder.
+def is_done(stage: str, folder: Path, settings: Settings, read: Sequence[Path]) -> bool:
+    """Whether a finished run of these settings and of the inputs `read` lies in the folder.
 
     Raises `UserError` for one of other settings or inputs, unless it is to be overwritten or was begun to be.
     """
@@ -72,7 +47,7 @@ def is_done(stage: str, folder: Path, settings: Settings) -> bool:
     if other := what_differs(stage, folder, settings):
         other = f"settings ({other})"
     else:
-        other = checkpoint.replaced(checkpoint.read_info(folder), checkpoint.fingerprints(inputs(stage, settings)))
+        other = checkpoint.replaced(checkpoint.read_info(folder), checkpoint.fingerprints(read))
     if not other:
         return True
     if settings.resume and saved_states(folders.beside(folder)):  # an interrupted --overwrite goes on
@@ -111,16 +86,15 @@ def flat(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def check_name(stage: str, folder: Path) -> None:
     """Raise `UserError` where a stage is named after another one's folder, which that one fills."""
-    owner, _ = checkpoint.STAGES.get(folder.name, (stage, None))
+    owner = folders.STAGE_OF.get(folder.name, stage)
     check(owner == stage, f"{folder.name} is the folder of the stage {owner}, which {stage} would overwrite: "
           f"choose another --{stage}.name.")  # fmt: skip
 
 
-def check_inputs(stage: str, folder: Path, settings: Settings) -> None:
+def check_inputs(stage: str, folder: Path, read: Sequence[Path]) -> None:
     """Raise `UserError` where a stage would write over what it reads: its start, or the base under an adapter there."""
-    given = inputs(stage, settings)
-    bases = (base for path in given if (path / "config.json").is_file() for base in checkpoint.read_from(path))
-    for path in (*given, *bases):
+    bases = (base for path in read if (path / "config.json").is_file() for base in checkpoint.read_from(path))
+    for path in (*read, *bases):
         check(
             path.resolve() != folder.resolve(),
             f"{stage} would overwrite {shown(path)}, from which it starts: choose another --{stage}.name or --init.",

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, parallel, seeds
+from .. import seeds
 from ..config import LoRAConfig, OptimConfig, PPOConfig, UserError, check
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf.actors import Role
 from ..rlhf.rollout import Episodes, SpecialTokens
+from . import checkpoint, distributed
 from .device import autocast
 from .optim import NonFinite, make_optimizer, make_scaler, scaled_step
 
@@ -40,12 +41,12 @@ class _Actors:
 
     @property
     def processes(self) -> int:
-        return parallel.world()
+        return distributed.world()
 
     @contextlib.contextmanager
     def use(self, role: Role, training: bool = False) -> Iterator[nn.Module]:
         """The network of a role, in the precision of training; unless it trains, all its weights in this process."""
-        whole = contextlib.nullcontext() if training else parallel.whole(*self.parts(role))
+        whole = contextlib.nullcontext() if training else distributed.whole(*self.parts(role))
         with self.role(role) as model, whole, autocast(self.precision, self.device):
             yield model
 
@@ -65,16 +66,16 @@ class _Actors:
 
     def map(self, function: Callable[[int], Episodes], n: int) -> list[Episodes]:
         made = {}
-        for number in parallel.turns(n):
+        for number in distributed.turns(n):
             part = function(number)
             made[number] = part.to("cpu") if self.processes > 1 else part
-        return list(parallel.merged(made).values())
+        return list(distributed.merged(made).values())
 
     def shard_rows(self, rows: Sequence[int]) -> tuple[list[int], int]:
-        return parallel.deal(rows)
+        return distributed.deal(rows)
 
     def reduce_sum(self, figures: dict[str, float]) -> dict[str, float]:
-        return parallel.summed(figures)
+        return distributed.summed(figures)
 
     def make_optimizer(self, config: PPOConfig) -> torch.optim.Optimizer:
         """One AdamW over policy and value, each with its own learning rate."""

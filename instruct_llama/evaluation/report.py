@@ -17,23 +17,33 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, parallel, seeds
-from .baselines import as_prose, best_of, best_of_kl_bound, kind_accuracy, prose_answers, raw_scores, response_logprobs
-from .config import EvaluateConfig, PPOConfig, Settings, check
-from .data import tinychat
-from .data.batches import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch, row_length
-from .data.skills import Prompt
-from .data.sources import HeldOut
-from .data.tokenizer import Tokenizer
+from .. import seeds
+from ..config import EvaluateConfig, PPOConfig, Settings, check
+from ..data.batching import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch, row_length
+from ..data.sources import HeldOut
+from ..data.tokenizer import Tokenizer
+from ..model.llama import Llama, ScalarLlama
+from ..model.sampling import generate, generate_ids
+from ..rlhf.losses import cross_entropy_sum, pair_differences
+from ..rlhf.rollout import answer_scores, final_scores
+from ..training import checkpoint, distributed
+from ..training import folders as folders_
+from ..worlds import tinychat
+from ..worlds.tinychat.skills import Prompt
+from .baselines import (
+    as_prose,
+    best_of,
+    best_of_kl_bound,
+    kind_accuracy,
+    prose_answers,
+    raw_scores,
+    response_logprobs,
+)
 from .expectations import EXPECTED, check_off
-from .model.generate import generate, generate_ids
-from .model.llama import Llama, ScalarLlama
-from .rlhf.objectives import cross_entropy_sum, pair_differences
-from .rlhf.rollout import answer_scores, final_scores
 from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, ratio_estimate, win
 
 __all__ = [
-    "EXPECTED", "Estimate", "HeldOut", "accuracy_estimate", "answers", "as_prose", "best_of", "best_of_kl_bound",
+    "EXPECTED", "Estimate", "accuracy_estimate", "answers", "as_prose", "best_of", "best_of_kl_bound",
     "check_off", "data_card", "describe", "estimate", "judged", "kind_accuracy", "mean_over_skills", "paired",
     "perplexity", "prose_answers", "report_card", "reward_accuracy", "skill_means", "stage_folders", "true_reward",
     "true_rewards",
@@ -118,7 +128,7 @@ def stage_folders(out: Path) -> list[Path]:
 
     Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`. Exports are none either.
     """
-    order = list(checkpoint.STAGES)
+    order = list(folders_.STAGE_OF)
     for new in out.glob(".*.new"):  # a kill may have left no other
         checkpoint.folders.find(checkpoint.folders.final(new))
     shown = (f.parent for f in sorted(out.glob("*/config.json")) if not f.parent.name.startswith("."))
@@ -143,11 +153,11 @@ def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
     prompts = tinychat.prompts(settings.seed, settings.evaluate.prompts, split="heldout")
     judged_here: dict[int, tuple[dict[str, Any], Values]] = {}
-    for number, name in parallel.dealt(folders):
+    for number, name in distributed.dealt(folders):
         scalar = checkpoint.read_info(folders[name])["kind"] == "scalar"
         judge = _judge_reward_model if scalar else _judge_policy
         judged_here[number] = judge(name, folders, prompts, settings, device)
-    found = dict(zip(folders, parallel.merged(judged_here).values(), strict=True))
+    found = dict(zip(folders, distributed.merged(judged_here).values(), strict=True))
     ppo = [name for name, folder in folders.items() if checkpoint.read_info(folder).get("stage") == "ppo"]
     compared = _differences({name: values for name, (_, values) in found.items()}, ppo)
     stages = {name: entry | compared[name] for name, (entry, _) in found.items()}

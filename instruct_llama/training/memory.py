@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from . import presets
-from .config import LoRAConfig, ModelConfig, QuantConfig, Settings, UserError
+from .. import presets
+from ..config import LoRAConfig, ModelConfig, QuantConfig, Settings, UserError
 
 Stage = Literal["pretrain", "sft", "qlora", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft", "qlora", "reward", "ppo")

@@ -6,10 +6,7 @@ run needs no saved random state: it asks again and skips what it has seen.
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,6 +16,7 @@ import torch
 
 from .. import seeds
 from ..config import UserError, check
+from .files import atomic
 
 if TYPE_CHECKING:
     from .tokenizer import Message, Tokenizer
@@ -28,31 +26,6 @@ Dialog = tuple[list[int], list[bool]]  # token ids, and which of them the loss c
 # ---------------------------------------------------------------- token files
 
 _DTYPES = (np.dtype("<u2"), np.dtype("<u4"))  # of a vocabulary of at most 65,536, and of a larger one
-
-
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`: on success it is flushed to disk and renamed, on failure removed.
-
-    A kill at any moment leaves the old file whole. A full disk raises UserError and loses nothing.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"The disk is full: {path} could not be written, and its last version is untouched. "
-                "Free some space, then run the same command again, a stage with --resume."
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tokens(path: str | Path, ids: Iterable[Sequence[int] | int], vocab_size: int) -> int:

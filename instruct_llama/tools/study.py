@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from . import checkpoint, evaluate, parallel
-from .config import Settings, check, project_folder, shown, to_json
-from .stages import ppo, pretrain, reward, sft  # noqa: F401  all now: a stage imported later could be other code
-from .stages.runlog import read_jsonl
-from .training.device import pick_device
+from .. import pipeline
+from ..config import Settings, check, project_folder, shown, to_json
+from ..evaluation import report as evaluate
+from ..stages import ppo, pretrain, reward, sft  # noqa: F401  all now: a stage imported later could be other code
+from ..training import checkpoint, distributed
+from ..training.device import pick_device
+from ..training.run_log import read_jsonl
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 WITHOUT_PENALTY = "ppo-kl0"  # PPO with kl_coef 0
@@ -46,7 +48,7 @@ def run(settings: Settings, seeds: Sequence[int], results: Path | None = None, k
     Stages lie under `seeds/<seed>/` of the out folder. Seeds 1 to 3 also train PPO without its KL penalty, and with
     `kl0` every seed does. Raises `UserError` for a seed's folder that was trained by other settings or other code.
     """
-    check(parallel.world() == 1, "A study runs in one process: start it again with other --seeds to share the work.")
+    check(distributed.world() == 1, "A study runs in one process: start it again with other --seeds to share the work.")
     results = results or project_folder() / "notebooks" / "results" / "seeds.jsonl"
     check(bool(seeds), "A study needs at least one seed: --seeds 1 2 3.")
     git_state()  # of the code that runs, not of what the checkout is when the first seed ends
@@ -104,9 +106,9 @@ def _run_seed(settings: Settings, stages: Sequence[str]) -> Line:
 def _train(stage: str, settings: Settings) -> None:
     """Train a stage, or go on with it; nothing where it has finished."""
     if stage != WITHOUT_PENALTY:
-        checkpoint.require(stage, settings)
+        pipeline.require(stage, settings)
     elif not checkpoint.is_complete(settings.out_dir / stage):
-        ppo.run(settings.replace(ppo__kl_coef=0.0, ppo__name=WITHOUT_PENALTY, resume=True))
+        pipeline.run("ppo", settings.replace(ppo__kl_coef=0.0, ppo__name=WITHOUT_PENALTY, resume=True))
 
 
 # ---------------------------------------------------------------------------------------------------- what made a line

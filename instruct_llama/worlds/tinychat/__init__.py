@@ -16,8 +16,9 @@ import math
 import random
 from collections.abc import Sequence
 
-from .. import seeds
-from ..config import check
+from ... import seeds
+from ...config import check
+from .corpus import corpus
 from .labellers import (
     CHARM,
     COMPARISON_SHARES,
@@ -33,9 +34,8 @@ from .labellers import (
     utility_of,
     writer_shares,
 )  # fmt: skip
-from .prose import corpus
+from .prompts import ALL, FIXED_PROMPTS, Split, draw, find, split_of
 from .skills import Message, Prompt, Skill, Slots, as_messages
-from .talk import ALL, FIXED_PROMPTS, Split, draw, find, split_of
 from .truth import TrueReward, reward_of
 
 __all__ = [

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .config import ParallelConfig, Settings, check
+from ..config import ParallelConfig, Settings, check
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule

@@ -15,8 +15,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import parallel
-from .config import check
+from ..config import check
+from . import distributed
+
+STAGE_OF = {  # run folder -> the stage that trains it, in the order of the pipeline
+    "pretrain": "pretrain", "sft": "sft", "sft-qlora": "sft", "reward": "reward", "reward-lora": "reward", "ppo": "ppo",
+}  # fmt: skip
 
 
 def beside(folder: Path) -> Path:
@@ -139,8 +143,8 @@ def stage_lock(folder: Path) -> Iterator[None]:
     folder = final(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)  # singleton: re-entrant
-    with parallel.held_by_main(lock):
-        if parallel.is_main():
+    with distributed.held_by_main(lock):
+        if distributed.is_main():
             settle(folder)
-        parallel.barrier()
+        distributed.barrier()
         yield

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import seeds
-from .config import UserError, check
+from .. import seeds
+from ..config import UserError, check
 
 RESAMPLES = 2000
 

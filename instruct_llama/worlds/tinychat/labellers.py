@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from .prompts import ALL
 from .skills import Skill, Slots
-from .talk import ALL
 from .truth import reward_of
 from .words import EVASIVE, FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE
 

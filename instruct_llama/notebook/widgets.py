@@ -18,10 +18,10 @@ import torch
 from IPython.display import display
 from torch import Tensor
 
-from .config import ModelConfig, UserError, check
-from .data import tinychat
-from .model.generate import evaluating, filter_logits, generate
-from .model.llama import attention_weights
+from ..config import ModelConfig, UserError, check
+from ..model.llama import attention_weights
+from ..model.sampling import evaluating, filter_logits, generate
+from ..worlds import tinychat
 from .plots import HATCHES, attention_grid, bars, codebook, is_live, rope_picture
 from .style import COLOURS, Picture, panels, shade, style, visible
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .config import Settings
+from ..config import Settings
 
 EXPECTED: Mapping[str, tuple[float, float]] = MappingProxyType(
     {  # figure -> (lowest, highest)

@@ -12,17 +12,17 @@ from dataclasses import asdict
 
 import torch
 
-from . import seeds
-from .config import EvaluateConfig, check
-from .data import tinychat
-from .data.batches import dialog_batch, ranked_batch
-from .data.prose import FRAMES
-from .data.skills import Prompt, as_messages
-from .data.tokenizer import Tokenizer
-from .model.generate import filter_logits, generate_ids, sample
-from .model.llama import Llama, ScalarLlama
-from .rlhf.objectives import answer_sum, token_logprobs
-from .rlhf.rollout import answer_scores
+from .. import seeds
+from ..config import EvaluateConfig, check
+from ..data.batching import dialog_batch, ranked_batch
+from ..data.tokenizer import Tokenizer
+from ..model.llama import Llama, ScalarLlama
+from ..model.sampling import filter_logits, generate_ids, sample
+from ..rlhf.losses import answer_sum, token_logprobs
+from ..rlhf.rollout import answer_scores
+from ..worlds import tinychat
+from ..worlds.tinychat.corpus import FRAMES
+from ..worlds.tinychat.skills import Prompt, as_messages
 from .statistics import accuracy_estimate, win
 
 PROSE_FRAME = FRAMES[1]  # how a prompt is told to a model that has never seen a chat

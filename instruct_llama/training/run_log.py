@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from .. import checkpoint, folders, parallel
 from ..config import Settings, check, shown
+from . import checkpoint, distributed, folders
 
 Watch = Callable[[dict[str, float]], None]
 NOTE = "state.json"  # in a folder of divided tensors: what is no tensor; written last
@@ -82,34 +82,31 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def inputs(stage: str, settings: Settings) -> list[Path]:
-    """The run folders that a stage reads, its start first."""
-    reward = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
-    named = {"sft": ["pretrain"], "reward": [settings.reward.init_from, "sft"], "ppo": ["sft", reward]}.get(stage, [])
-    read = [settings.out_dir / name for name in named]
-    return [Path(settings.init), *read[1:]] if settings.init else read
-
-
 def saved_states(folder: Path) -> list[Path]:
     """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
     return [note.parent for note in folder.glob(f"state/step-*/{NOTE}")] + [*folder.glob("state/resume.safetensors")]
 
 
 class RunLog:
-    """The logs and the resumable state of one run folder; `stage` says which settings make it the same run."""
+    """The logs and the resumable state of one run folder.
 
-    def __init__(self, folder: Path, settings: Settings, stage: str, watch: Watch | None = None):
+    `stage` says which settings make it the same run, and `inputs` are the run folders that it reads.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Settings, stage: str, inputs: Sequence[Path] = (), watch: Watch | None = None
+    ):
         self.folder, self.watch, self.started = folder, watch, time.perf_counter()
         self.state_path = folder / "state" / "resume.safetensors"
         self.identity = json.dumps(identity(settings, stage), sort_keys=True)
-        self.inputs = checkpoint.fingerprints(inputs(stage, settings))
+        self.inputs = checkpoint.fingerprints(inputs)
         self.saved = self._newest_state() if settings.resume else None  # where it is, and what is no tensor
         self.start = self.saved[1]["step"] if self.saved else 0
         self.stops = 0  # how often Ctrl-C was pressed
 
     def _begin(self) -> None:
         """Open the logs. Not before training starts, so that bad input leaves an earlier run in the folder whole."""
-        if not parallel.is_main():
+        if not distributed.is_main():
             return
         start = self.start
         for name in ("metrics.jsonl", "samples.jsonl"):  # drop what a killed run logged after its last save
@@ -145,7 +142,7 @@ class RunLog:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, the same scalars to TensorBoard, and to whoever watches; the end of a step."""
-        if parallel.is_main():
+        if distributed.is_main():
             record = {"step": step, **metrics}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -153,12 +150,12 @@ class RunLog:
                 self.board.add_scalar(key, value, step)
             if self.watch:
                 self.watch(record)
-        if parallel.summed({"stops": self.stops})["stops"]:  # Ctrl-C may reach processes in different steps
+        if distributed.summed({"stops": self.stops})["stops"]:  # Ctrl-C may reach processes in different steps
             raise KeyboardInterrupt
 
     def sample(self, step: int, records: list[dict[str, Any]]) -> None:
         """Text samples with their scores, to samples.jsonl and TensorBoard."""
-        if not parallel.is_main():
+        if not distributed.is_main():
             return
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
@@ -170,18 +167,18 @@ class RunLog:
         state = {"step": step, "inputs": self.inputs, **state}
         note = {"identity": self.identity, "state": json.dumps(state)}
         path = self.state_path
-        if parallel.world() == 1:
+        if distributed.world() == 1:
             checkpoint.write_tensors(path, tensors, note)
         else:
             path = path.with_name(f"step-{step}")
             write_divided(path, tensors, note)
-        if parallel.is_main():
+        if distributed.is_main():
             self._forget_states(but=path)
 
     def restore(self, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Copy the saved tensors into the weights and the optimizer; returns the rest of the state."""
         path, state = self.saved
-        if parallel.world() == 1 and path.is_file():
+        if distributed.world() == 1 and path.is_file():
             tensors, _ = checkpoint.read_tensors(path)
         else:
             tensors = read_divided(path if path.is_dir() else path.parent, weights, optimizer)
@@ -194,13 +191,13 @@ class RunLog:
     def finish(self, best: dict[str, float], steps: int) -> StageResult:
         """Mark the run folder complete, and put it in the place of the one that it overwrites."""
         place = folders.final(self.folder)
-        if parallel.is_main():
+        if distributed.is_main():
             self.board.close()
             done = {"complete": True, "best": best, "steps": steps, "settings": json.loads(self.identity)}
             checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done, "inputs": self.inputs})
             if place != self.folder:
                 folders.swap(place)
-        parallel.barrier()  # whoever reads the folder next finds it complete
+        distributed.barrier()  # whoever reads the folder next finds it complete
         return StageResult(place, best, steps, time.perf_counter() - self.started)
 
     @contextlib.contextmanager
@@ -217,9 +214,9 @@ class RunLog:
         except KeyboardInterrupt:
             if self.stops < 2:
                 save()
-            if parallel.is_main():
+            if distributed.is_main():
                 self.board.close()
-            state = self.state_path if parallel.world() == 1 else self.state_path.parent
+            state = self.state_path if distributed.world() == 1 else self.state_path.parent
             raise Interrupted(
                 f"Stopped; the state is in {shown(state)}. Go on with: python -m instruct_llama {command} "
                 "--resume (same options), or settings.replace(resume=True) in a notebook."
@@ -232,7 +229,7 @@ class RunLog:
         self.stops += 1
         if self.stops > 1:
             raise KeyboardInterrupt
-        if parallel.is_main():
+        if distributed.is_main():
             print("\nStopping after this step; once more stops at once, back to the last save.", file=sys.stderr)
 
 
@@ -267,19 +264,19 @@ def write_divided(folder: Path, tensors: checkpoint.State, note: dict[str, str])
     """
     import torch.distributed.checkpoint as dcp
 
-    if parallel.from_main(folder.exists()):  # this step has been saved
+    if distributed.from_main(folder.exists()):  # this step has been saved
         return
     new = folder.with_name(f".{folder.name}")
-    if parallel.is_main():
+    if distributed.is_main():
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-    parallel.barrier()
+    distributed.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
     dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
     checkpoint.write_text(new / NOTE, json.dumps(note))
-    if parallel.is_main():
+    if distributed.is_main():
         new.rename(folder)
-    parallel.barrier()
+    distributed.barrier()
 
 
 def read_divided(folder: Path, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> checkpoint.State:
@@ -298,5 +295,5 @@ def read_divided(folder: Path, weights: checkpoint.State, optimizer: torch.optim
             tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, where one process goes on alone
-        dcp.load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world() == 1)
     return tensors

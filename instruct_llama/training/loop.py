@@ -16,13 +16,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import parallel, seeds
+from .. import seeds
 from ..config import LoopConfig, LoRAConfig, OptimConfig, QuantConfig, Settings
-from ..data.batches import epoch_order
+from ..data.batching import epoch_order
 from ..model.llama import Llama
-from ..training.device import autocast
-from ..training.optim import NonFinite, learning_rate, make_optimizer, make_scaler, restore_scaler, scaled_step
-from .runlog import RunLog, StageResult, optimizer_tensors
+from . import distributed
+from .device import autocast
+from .optim import NonFinite, learning_rate, make_optimizer, make_scaler, restore_scaler, scaled_step
+from .run_log import RunLog, StageResult, optimizer_tensors
 
 
 def frozen_as(lora: LoRAConfig, quant: QuantConfig, precision: str) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Supervised:
 
 def progress(name: str, total: int, start: int) -> tqdm:
     """A progress bar in the main process's terminal, nowhere else."""
-    return tqdm(total=total, initial=start, desc=name, disable=None if parallel.is_main() else True, leave=False)
+    return tqdm(total=total, initial=start, desc=name, disable=None if distributed.is_main() else True, leave=False)
 
 
 def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int]]]:
@@ -89,7 +90,7 @@ def total_steps(stage: Supervised) -> int:
 def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     """Train, validate, keep the best, log, save, resume."""
     device = next(stage.model.parameters()).device
-    parallel.shard(stage.model, settings.parallel, stage.loop.precision, device)
+    distributed.shard(stage.model, settings.parallel, stage.loop.precision, device)
     trainable = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer([(list(trainable.values()), stage.optim.lr)], stage.optim)
     scaler = make_scaler(stage.loop.precision, device)
@@ -107,8 +108,8 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     def look_up() -> dict[str, float]:
         nonlocal best
         stage.model.eval()
-        with torch.no_grad(), parallel.whole(stage.model), autocast(stage.loop.precision, device):
-            metrics = parallel.from_main(stage.validate())
+        with torch.no_grad(), distributed.whole(stage.model), autocast(stage.loop.precision, device):
+            metrics = distributed.from_main(stage.validate())
             if step % stage.loop.sample_every == 0 or step == total:
                 log.sample(step, stage.sample())
         stage.model.train()
@@ -151,23 +152,23 @@ def _train_group(
     group: list[list[int]], step: int, total: int, device: torch.device,
 ) -> tuple[dict[str, float], int]:  # fmt: skip
     """One optimizer step over a group of micro-batches, normalised by the group's real targets (P07, P09)."""
-    group, batches = parallel.passes(group), []  # this process's share of each micro-batch, and whether it has one
+    group, batches = distributed.passes(group), []  # this process's share of each micro-batch, and whether it has one
     for indices in group:
-        mine, counts = parallel.deal(indices)
+        mine, counts = distributed.deal(indices)
         batches.append((stage.batch(epoch, mine).to(device), counts))
-    whole = parallel.summed(
+    whole = distributed.summed(
         {
             "weight": sum(counts * batch.weight for batch, counts in batches),
             "tokens": sum(counts * batch.tokens.numel() for batch, counts in batches),
         }
     )
     weight, sums = max(1, whole["weight"]), {}
-    with seeds.forked(device, seed, "dropout", stage.name, step, parallel.rank()):  # each process masks its own rows
+    with seeds.forked(device, seed, "dropout", stage.name, step, distributed.rank()):  # each process masks its own rows
         for (batch, counts), indices in zip(batches, group, strict=True):
             with autocast(stage.loop.precision, device):
                 loss, parts = stage.loss(stage.model, batch)
             figures = {"loss": float(loss.detach()), **parts}
-            figures = parallel.summed({key: counts * value for key, value in figures.items()})
+            figures = distributed.summed({key: counts * value for key, value in figures.items()})
             for key, value in figures.items():  # auxiliary losses are among them
                 if not math.isfinite(value):
                     optimizer.zero_grad(set_to_none=True)

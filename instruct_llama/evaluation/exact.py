@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ..config import OptimConfig, PPOConfig
-from ..data import enumerable
 from ..rlhf import ppo
 from ..training.actors import FourModels
+from ..worlds import enumerable
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import re
 
-from .config import check, project_folder
+from ..config import check, project_folder
 
 CONSTRAINTS = "constraints.txt"
 _PROJECT = "instruct-llama"

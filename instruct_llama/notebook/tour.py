@@ -19,9 +19,9 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from tqdm import tqdm
 
-from . import evaluate
-from .config import Settings, UserError, check, project_folder, shown
-from .data.batches import atomic
+from ..config import Settings, UserError, check, project_folder, shown
+from ..data.files import atomic
+from ..evaluation import report as evaluate
 
 
 def notebooks() -> list[Path]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,14 +20,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import folders, parallel, seeds
-from .config import LoRAConfig, ModelConfig, QuantConfig, RewardConfig, RopeScaling, Settings, UserError, check, shown
-from .data.batches import atomic
-from .data.files import digest
-from .data.tokenizer import Tokenizer
-from .folders import stage_lock
-from .model import lora
-from .model.llama import Llama, ScalarLlama
+from .. import seeds
+from ..config import (
+    LoRAConfig,
+    ModelConfig,
+    QuantConfig,
+    RopeScaling,
+    UserError,
+    check,
+)
+from ..data.files import atomic, digest
+from ..data.tokenizer import Tokenizer
+from ..model import lora
+from ..model.llama import Llama, ScalarLlama
+from . import distributed, folders
 
 State = dict[str, torch.Tensor]
 DENSE = QuantConfig()  # not in 4 bits
@@ -36,7 +41,7 @@ DENSE = QuantConfig()  # not in 4 bits
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; of several processes, the main one does."""
-    if not parallel.is_main():
+    if not distributed.is_main():
         return
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -49,10 +54,10 @@ def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = 
     """
     mine = {}
     for key, value in tensors.items():
-        value = parallel.full(value.detach())
-        if parallel.is_main():
+        value = distributed.full(value.detach())
+        if distributed.is_main():
             mine[key] = value.cpu().contiguous()
-    if not parallel.is_main():
+    if not distributed.is_main():
         return
     with atomic(path) as temporary:
         try:
@@ -122,7 +127,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _save_rest(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    if parallel.is_main():
+    if distributed.is_main():
         tokenizer.save(folder)
     kind = "scalar" if isinstance(model, ScalarLlama) else "lm"
     write_info(folder, {"format": 1, "kind": kind, "model": dataclasses.asdict(model.config), **info})
@@ -334,65 +339,3 @@ def is_complete(folder: Path) -> bool:
     """Whether a stage has finished in this folder, and the folder is in its place."""
     done = (folder / "config.json").is_file() and bool(read_info(folder).get("complete"))
     return done and not folders.is_beside(folder)
-
-
-def for_shared_base(settings: Settings) -> RewardConfig:
-    """The reward stage as PPO's shared base needs it: adapters, over a base kept like PPO's."""
-    lora_config = settings.reward.lora if settings.reward.lora.rank else settings.ppo.lora
-    return dataclasses.replace(settings.reward, lora=lora_config, quant=settings.ppo.quant)
-
-
-STAGES = {  # run folder -> (module of instruct_llama.stages that trains it, what it changes in the settings)
-    "pretrain": ("pretrain", lambda settings: settings),
-    "sft": ("sft", lambda settings: settings),
-    "sft-qlora": ("sft", lambda settings: settings.replace(sft=settings.qlora)),
-    "reward": ("reward", lambda settings: settings),
-    "reward-lora": ("reward", lambda settings: settings.replace(reward=for_shared_base(settings))),
-    "ppo": ("ppo", lambda settings: settings),
-}
-
-
-def require(stage: str, settings: Settings) -> Path:
-    """The finished run folder of a stage, trained now at the same preset when it is not there yet.
-
-    Safe to call from several processes: one trains under a lock, the others wait and use the result; those that
-    torchrun started train it together.
-    An interrupted run is resumed. A finished one is taken as it is; where it was made otherwise, that is said.
-    """
-    check(stage in STAGES, f"There is no stage {stage!r}: choose from {', '.join(STAGES)}.")
-    module, change = STAGES[stage]
-    folder = settings.out_dir / stage
-    if parallel.from_main(is_complete(folder)):
-        _say_what_differs(folder, settings)
-        return folder
-    with stage_lock(folder):
-        if not parallel.from_main(is_complete(folder)):
-            if stage == "pretrain" and settings.weights:
-                return _imported(settings.weights, folder)
-            print(f"{stage} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
-            # Imported here because stages import this module: the one arrow against the current.
-            run = importlib.import_module(f"instruct_llama.stages.{module}").run
-            run(change(settings).replace(init=None, resume=True, overwrite=False, **{f"{module}__name": stage}))
-    return folder
-
-
-def _imported(weights: str, folder: Path) -> Path:
-    """Other people's weights where pretraining would have written its own."""
-    if parallel.is_main():
-        begun = any((folder / name).exists() for name in ("state", "config.json"))
-        check(not begun, f"{shown(folder)} holds an interrupted pretraining: finish it with `pretrain --resume`, or "
-              f"remove it to start from {weights}.")  # fmt: skip
-        print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
-        print(*importlib.import_module("instruct_llama.convert").import_checkpoint(weights, folder), sep="\n")
-    parallel.barrier()
-    return folder
-
-
-def _say_what_differs(folder: Path, settings: Settings) -> None:
-    info, asked = read_info(folder), {"seed": settings.seed, **dataclasses.asdict(settings.model)}
-    made = {"seed": info.get("seed", settings.seed), **info["model"]}
-    if "imported_from" in info:  # its shape is that of the weights, whatever the preset would train
-        asked = {"seed": settings.seed}
-    other = [f"{k} {made[k]} (asked for: {v})" for k, v in asked.items() if k != "vocab_size" and made.get(k, v) != v]
-    if other:
-        print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")

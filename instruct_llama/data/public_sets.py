@@ -23,9 +23,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..config import UserError, check
-from . import shapes
-from .batches import atomic
-from .files import digest
+from . import converters
+from .files import atomic, digest
 from .files import rows as rows_of
 from .sources import Bad, Kind, Record, from_instruction, from_pair, reasons, use, write_jsonl
 
@@ -81,20 +80,20 @@ def _hh(subset: str, size: str, note: str = "") -> Source:
 _OFFENSIVE = "Holds offensive dialogs, written to provoke: print few."
 SETS: dict[str, Source] = {
     "tinystories": Source(
-        "text", "roneneldan/TinyStories", frozenset(("text",)), shapes.from_text,
+        "text", "roneneldan/TinyStories", frozenset(("text",)), converters.from_text,
         licence="CDLA-Sharing-1.0", citation="arXiv:2305.07759", size="2.1 million stories, 1.9 GB",
         fetch="TinyStories-train.txt, or a parquet file under data/", sample=200_000,
         note="Short stories written by GPT-3.5 and GPT-4.",
     ),
     "fineweb-edu": Source(
-        "text", "HuggingFaceFW/fineweb-edu", frozenset(("text",)), shapes.from_text,
+        "text", "HuggingFaceFW/fineweb-edu", frozenset(("text",)), converters.from_text,
         licence="ODC-By 1.0, under Common Crawl's terms of use", citation="arXiv:2406.17557",
         size="9.7 million web pages, 10 billion tokens, 28 GB", fetch="any parquet file under sample/10BT/",
         options={"name": "sample-10BT"}, sample=100_000,
     ),
     "dolly": Source(
         "dialogs", "databricks/databricks-dolly-15k", frozenset(("instruction", "context", "response")),
-        shapes.from_dolly,
+        converters.from_dolly,
         licence="CC BY-SA 3.0", citation="Conover et al., Free Dolly, Databricks 2023",
         size="15,011 instructions, 13 MB", fetch="databricks-dolly-15k.jsonl",
     ),
@@ -105,22 +104,22 @@ SETS: dict[str, Source] = {
         size="51,760 instructions, 44 MB", fetch="alpaca_data_cleaned.json",
     ),
     "squad": Source(
-        "dialogs", "rajpurkar/squad_v2", frozenset(("context", "qas")), shapes.from_passage,
+        "dialogs", "rajpurkar/squad_v2", frozenset(("context", "qas")), converters.from_passage,
         licence="CC BY-SA 4.0", citation="arXiv:1806.03822", size="130,319 questions on 19,035 passages, 42 MB",
         fetch="train-v2.0.json of https://rajpurkar.github.io/SQuAD-explorer/, or a parquet file under squad_v2/",
-        units=shapes.passages,
+        units=converters.passages,
         note=f"One dialog a passage, which is the system message; questions that it leaves open are answered "
-        f"“{shapes.UNANSWERABLE}”",
+        f"“{converters.UNANSWERABLE}”",
     ),
     "commonsense-dialogues": Source(
         "dialogs", "https://raw.githubusercontent.com/alexa/Commonsense-Dialogues/HEAD/data/train.json",
-        frozenset(("context", "speaker", "turns")), shapes.from_situation,
+        frozenset(("context", "speaker", "turns")), converters.from_situation,
         licence="CC BY-NC 4.0: not for commercial use", citation="arXiv:2109.06427", size="9,058 dialogs, 5 MB",
-        fetch="data/train.json of https://github.com/alexa/Commonsense-Dialogues", units=shapes.situations,
+        fetch="data/train.json of https://github.com/alexa/Commonsense-Dialogues", units=converters.situations,
         note="The situation is the system message. A last turn that nobody answered is left off.",
     ),
     "arithmetic": Source(
-        "dialogs", "", frozenset(("a", "sign", "b", "words")), shapes.from_sum,
+        "dialogs", "", frozenset(("a", "sign", "b", "words")), converters.from_sum,
         licence="MIT, as this project", citation="instruct_llama/data/shapes.py", size="10,191 sums, 1.4 MB", fetch="",
         note="Sums, differences and products, each once, in digits or in words; every answer is computed.",
     ),
@@ -130,7 +129,7 @@ SETS: dict[str, Source] = {
     "hh-rlhf-rejection-sampled": _hh("helpful-rejection-sampled", "52,421 pairs, 25 MB gzipped"),
     "stackexchange": Source(
         "comparisons", "HuggingFaceH4/stack-exchange-preferences", frozenset(("question", "answers")),
-        shapes.from_votes,
+        converters.from_votes,
         licence="CC BY-SA 4.0", citation="Lambert et al. 2023; scores as in arXiv:2112.00861, section 4.1",
         size="10.7 million questions, 22 GB", fetch="a parquet file of one site under data/", sample=50_000,
         note="2 to 8 answers, best first by votes, one of each score; HTML is stripped to text.",
@@ -152,7 +151,7 @@ def build(name: str, folder: str | Path, *, limit: int = 0, files: Sequence[str]
     elif source.hub:
         origin, rows = source.address, _from_hub(name, source)
     else:
-        origin, rows = f"made from seed {seed}", shapes.sums(seed)
+        origin, rows = f"made from seed {seed}", converters.sums(seed)
     dropped: Counter[str] = Counter()
     records = islice(_converted(name, source, rows, dropped), limit or None)
     with tqdm(records, total=limit or None, desc=name, unit=" records", disable=None, leave=False) as bar:

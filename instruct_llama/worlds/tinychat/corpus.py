@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterator
 from types import MappingProxyType
 
-from .. import seeds
+from ... import seeds
 from . import words
 from .labellers import draw_kind, respond, writer_shares
-from .talk import BY_NAME, READINGS, draw
+from .prompts import BY_NAME, READINGS, draw
 from .words import RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
 
 # How often a conversation is about each skill. The hard ones come oftener.

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import memory
-from .config import Settings, UserError, project_folder
-from .memory import GB, memory_available
+from ..config import Settings, UserError, project_folder
+from ..training import memory
+from ..training.memory import GB, memory_available
 from .versions import compared_versions, missing_packages
 
 PYTHON = ((3, 10), (3, 14))  # first release that works, first that does not; pyproject.toml says the same
@@ -147,7 +147,7 @@ def free_disk(folder: Path) -> tuple[int, bool]:
 
 def tinychat_sample(seed: int) -> str:
     """A question of the embedded world, whose answer was judged once by the true reward."""
-    from .data import tinychat
+    from ..worlds import tinychat
 
     *prompt, answer = next(iter(tinychat.demonstrations(seed, 1)))["messages"]
     tinychat.true_reward(prompt, answer["content"])
@@ -156,9 +156,9 @@ def tinychat_sample(seed: int) -> str:
 
 def data_file(path: str) -> str:
     """One sentence about a file of records, or a public set. Raises UserError when it cannot be read."""
-    from .data import public, sources
+    from ..data import public_sets, sources
 
-    if path in public.SETS:
+    if path in public_sets.SETS:
         built = (project_folder() / "data" / f"{path}.jsonl").is_file()
         return f"{path} is in data/." if built else f"{path} will be built by the stage that wants it."
     return sources.read(path).describe()

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from . import seeds
-from .config import UserError, check
-from .data import sources
-from .data.batches import fit_prompt
-from .data.tokenizer import Message, Tokenizer
-from .model.generate import sample, stream
-from .model.llama import Llama
+from .. import seeds
+from ..config import UserError, check
+from ..data import sources
+from ..data.batching import fit_prompt
+from ..data.tokenizer import Message, Tokenizer
+from ..model.llama import Llama
+from ..model.sampling import sample, stream
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""What the notebooks show: plots, widgets, their style, and the tour that executes them all."""

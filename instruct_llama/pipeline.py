@@ -1,0 +1,146 @@
+"""Which stage needs which: hands each stage its inputs, and trains what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import convert
+from .config import RewardConfig, Settings, UserError, check, project_folder, shown
+from .stages import ppo, pretrain, reward, sft, start
+from .training import checkpoint, distributed
+from .training.folders import STAGE_OF
+from .training.run_log import StageResult, Watch
+
+RUN: dict[str, Callable[[Settings, Sequence[Path], Watch | None], StageResult]] = {
+    "pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run,
+}  # fmt: skip
+
+
+def needs(stage: str, settings: Settings) -> list[str]:
+    """The run folders that a stage reads, the one that it starts from first."""
+    if stage == "reward":
+        return ["sft"] if settings.reward.init_from == "sft" else [settings.reward.init_from, "sft"]
+    judge = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
+    return {"pretrain": [], "sft": ["pretrain"], "ppo": ["sft", judge]}[stage]
+
+
+def for_shared_base(settings: Settings) -> RewardConfig:
+    """The reward stage as PPO's shared base needs it: adapters, over a base kept like PPO's."""
+    lora_config = settings.reward.lora if settings.reward.lora.rank else settings.ppo.lora
+    return dataclasses.replace(settings.reward, lora=lora_config, quant=settings.ppo.quant)
+
+
+def settings_of(folder: str, settings: Settings) -> Settings:
+    """The settings that the run folder of a prerequisite is trained with."""
+    stage = STAGE_OF[folder]
+    if folder == "sft-qlora":
+        settings = settings.replace(sft=settings.qlora)
+    if folder == "reward-lora":
+        settings = settings.replace(reward=for_shared_base(settings))
+    return settings.replace(init=None, resume=True, overwrite=False, **{f"{stage}__name": folder})
+
+
+def places(stage: str, settings: Settings) -> list[Path]:
+    """Where a stage's inputs are, or will be: `settings.init` in place of its start, where that is given."""
+    read = [settings.out_dir / name for name in needs(stage, settings)]
+    return [Path(settings.init), *read[1:]] if settings.init else read
+
+
+def inputs(stage: str, settings: Settings) -> list[Path]:
+    """The finished run folders that a stage reads, trained now where they are missing."""
+    given = [Path(settings.init)] if settings.init else []
+    return given + [require(name, settings) for name in needs(stage, settings)[len(given) :]]
+
+
+def run(stage: str, settings: Settings, watch: Watch | None = None) -> StageResult:
+    """Train a stage, prerequisites first; nothing where a finished run of the same settings and inputs is there.
+
+    `stage` is pretrain, sft, reward or ppo. Raises `UserError` where a finished run of other settings or inputs would
+    be replaced without `overwrite`.
+    """
+    check(stage in RUN, f"There is no stage {stage!r}: choose from {', '.join(RUN)}.")
+    folder, read = start.run_folder(stage, settings), places(stage, settings)
+    start.check_name(stage, folder)
+    start.check_inputs(stage, folder, read)
+    with checkpoint.stage_lock(folder):
+        if distributed.from_main(start.is_done(stage, folder, settings, read)):
+            print(f"{shown(folder)} holds a finished run of these settings: nothing to do. "
+                  f"--overwrite (or settings.replace(overwrite=True)) trains it anew.")  # fmt: skip
+            info = checkpoint.read_info(folder)
+            return StageResult(folder, info["best"], info["steps"], seconds=0.0, trained=False)
+        return RUN[stage](settings, inputs(stage, settings), watch)
+
+
+def require(folder: str, settings: Settings) -> Path:
+    """The finished run folder of a stage, trained now at the same preset when it is not there yet.
+
+    Safe to call from several processes: one trains under a lock, the others wait and use the result; those that
+    torchrun started train it together.
+    An interrupted run is resumed. A finished one is taken as it is; where it was made otherwise, that is said.
+    """
+    check(folder in STAGE_OF, f"There is no stage {folder!r}: choose from {', '.join(STAGE_OF)}.")
+    path = settings.out_dir / folder
+    if distributed.from_main(checkpoint.is_complete(path)):
+        _say_what_differs(path, settings)
+        return path
+    with checkpoint.stage_lock(path):
+        if not distributed.from_main(checkpoint.is_complete(path)):
+            if folder == "pretrain" and settings.weights:
+                return _imported(settings.weights, path)
+            print(f"{folder} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")
+            run(STAGE_OF[folder], settings_of(folder, settings))
+    return path
+
+
+def _imported(weights: str, folder: Path) -> Path:
+    """Other people's weights where pretraining would have written its own."""
+    if distributed.is_main():
+        begun = any((folder / name).exists() for name in ("state", "config.json"))
+        check(not begun, f"{shown(folder)} holds an interrupted pretraining: finish it with `pretrain --resume`, or "
+              f"remove it to start from {weights}.")  # fmt: skip
+        print(f"Nothing is pretrained in {shown(folder.parent)}: importing {weights}.")
+        print(*convert.import_checkpoint(weights, folder), sep="\n")
+    distributed.barrier()
+    return folder
+
+
+def _say_what_differs(folder: Path, settings: Settings) -> None:
+    info, asked = checkpoint.read_info(folder), {"seed": settings.seed, **dataclasses.asdict(settings.model)}
+    made = {"seed": info.get("seed", settings.seed), **info["model"]}
+    if "imported_from" in info:  # its shape is that of the weights, whatever the preset would train
+        asked = {"seed": settings.seed}
+    other = [f"{k} {made[k]} (asked for: {v})" for k, v in asked.items() if k != "vocab_size" and made.get(k, v) != v]
+    if other:
+        print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")
+
+
+def real_model(settings: Settings, real: bool = True) -> Path:
+    """SmolLM2-135M-Instruct for notebook 11, imported into checkpoints/smollm2 the first time it is asked for.
+
+    Not `real`, or where it cannot be fetched or `INSTRUCT_LLAMA_OFFLINE` is set: a stand-in, this preset's pretrained
+    model sent through a Hugging Face folder and back, so that the same code runs. Which of the two it is, is said.
+    """
+    folder = project_folder() / "checkpoints" / "smollm2"
+    if real and checkpoint.is_complete(folder):
+        return folder
+    try:
+        if not real:
+            raise UserError("the real model was not asked for.")
+        if os.environ.get("INSTRUCT_LLAMA_OFFLINE"):
+            raise UserError("INSTRUCT_LLAMA_OFFLINE is set.")
+        with checkpoint.stage_lock(folder):
+            print(*convert.import_checkpoint("smollm2", folder, overwrite=True), sep="\n")
+        return folder
+    except UserError as error:
+        print(f"No SmolLM2 here ({error})")
+    stand_in = settings.out_dir / "stand-in"
+    with checkpoint.stage_lock(stand_in), tempfile.TemporaryDirectory() as scratch:
+        if not checkpoint.is_complete(stand_in):
+            convert.export("hf", require("pretrain", settings), Path(scratch))
+            convert.import_checkpoint(scratch, stand_in, overwrite=True)
+    print(f"Its stand-in is the small model before SFT, exported and imported again: {shown(stand_in)}")
+    return stand_in

@@ -1,0 +1,1 @@
+"""Commands around the stages: chat, doctor, studies, tested versions."""
