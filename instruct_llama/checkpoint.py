@@ -31,6 +31,7 @@ from .model import lora
 from .model.llama import Llama, ScalarLlama
 
 State = dict[str, torch.Tensor]
+Into = Literal["dequantised", "original"]
 DENSE = QuantConfig()  # not in 4 bits
 
 
@@ -186,12 +187,9 @@ def shape_of(folder: Path) -> ModelConfig:
 
 
 def load(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    quant: QuantConfig = DENSE,
+    folder: str | Path, device: str | torch.device = "cpu", *, quant: QuantConfig = DENSE,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Llama, Tokenizer]:  # fmt: skip
     """Open any run folder, adapters included.
 
     Returns the model in eval mode (a `Llama`, or a `ScalarLlama` for a reward model) and its tokenizer. With `quant`
@@ -396,9 +394,6 @@ def _say_what_differs(folder: Path, settings: Settings) -> None:
     other = [f"{k} {made[k]} (asked for: {v})" for k, v in asked.items() if k != "vocab_size" and made.get(k, v) != v]
     if other:
         print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")
-
-
-Into = Literal["dequantised", "original"]
 
 
 @torch.no_grad()

@@ -96,8 +96,7 @@ def reward_accuracy(
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
     check(bool(fitted), f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
     fitted.sort(key=lambda pair: row_length(pair[0]))  # to save padding
-    sums: dict[str, list[float]] = {}  # prompt -> its pairs that are ranked right, its pairs
-    device = next(model.parameters()).device
+    sums, device = {}, next(model.parameters()).device  # of each prompt: its pairs that are ranked right, its pairs
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
         scores, batch = answer_scores(model, batch).cpu(), batch.to("cpu")  # (N,)
@@ -229,8 +228,7 @@ def _scores_and_kl(
     """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
 
     The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO did it, by its
-    settings `played`; the KL is k1, in nats a response. A run that began with another model than SFT has no KL from it;
-    nor is there a figure of an SFT or a reward model that was trained again since.
+    settings `played`; the KL is k1, in nats a response. Neither is given of weights that the run did not read.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
     if reward in folders and not checkpoint.replaced(info, checkpoint.fingerprints([folders[reward]])):

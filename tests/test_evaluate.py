@@ -778,15 +778,15 @@ def test_a_win_is_an_answer_that_the_judge_prefers_to_the_first_stages(pipeline,
     shutil.copytree(pipeline.out, tmp_path / "runs")
     rated = lambda *a: [[float(i), 0.5] for i in range(len(a[-1]))]  # noqa: E731
     monkeypatch.setattr(evaluate, "judged", rated)
-    prompt = [{"role": "user", "content": "What is item 3?"}]
-    pairs = [{"prompt": prompt, "completions": ["It is 3.", "No."]}] * 9
-    held = evaluate.HeldOut(comparisons=pairs, prompts=[prompt] * 2)
+    asked = [[{"role": "user", "content": f"What is item {i}?"}] for i in range(9)]
+    pairs = [{"prompt": prompt, "completions": ["It is 3.", "No."]} for prompt in asked]
+    held = evaluate.HeldOut(comparisons=pairs, prompts=[asked[3]] * 2)
     settings = pipeline.replace(out=str(tmp_path / "runs"), evaluate__comparisons=4)
     stages = evaluate.data_card(settings, held)["stages"]
     rates = {name: entry["win_rate"]["mean"] for name, entry in stages.items() if "win_rate" in entry}
     assert rates == {"pretrain": 0.5, "sft": 0.75, "sft-qlora": 0.75, "ppo": 0.75}
     assert stages["ppo"]["score"]["mean"] == (3.0 + 0.5) / 2
-    assert stages["reward"]["accuracy"]["n"] == 4  # evaluate.comparisons, a pair each
+    assert stages["reward"]["accuracy"]["n"] == 4  # evaluate.comparisons, a pair and a prompt each
 
 
 def test_a_long_dialog_is_asked_as_training_cuts_it(pipeline, tmp_path, monkeypatch):
