@@ -89,8 +89,8 @@ def reward_accuracy(
     """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
 
     Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where the labeller's utilities
-    are unknown. Pairs share responses and comparisons share prompts, so the interval is over prompts, and n their
-    number. Raises `UserError` when none is left.
+    are unknown. Pairs share responses and comparisons share prompts, so the interval is over prompts; n is the number
+    of comparisons. Raises `UserError` when none is left.
     """
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
@@ -108,7 +108,7 @@ def reward_accuracy(
             found[1] += len(differences)
     known = [c["utilities"] for _, c in fitted if c.get("utilities")]
     ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")
-    return ratio_estimate(*zip(*sums.values(), strict=True)), ceiling
+    return replace(ratio_estimate(*zip(*sums.values(), strict=True)), n=len(fitted)), ceiling
 
 
 def stage_folders(out: Path) -> list[Path]:
