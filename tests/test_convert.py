@@ -1004,7 +1004,7 @@ def test_the_streamed_file_is_what_safetensors_writes(tmp_path):
         tensors = {key: (lambda value=value: value) for key, value in state.items()}
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         tokenizer = json_tokenizer(tmp_path, "chatml")
-        found = imports.Foreign(config, tensors, shapes, dtype, tokenizer)
+        found = names.Foreign(config, tensors, shapes, dtype, tokenizer)
         imports.write_tensors(tmp_path / "a.safetensors", found)
         back = load_file(tmp_path / "a.safetensors")
         assert set(back) == set(state) and all(torch.equal(back[key], state[key].to(dtype)) for key in state)

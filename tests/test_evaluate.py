@@ -149,7 +149,7 @@ def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
     other = [{"role": "user", "content": "Tell me more."}]
     tie = {"prompt": other, "completions": ["a b", "b a"], "utilities": [1.0, 0.0]}
     found, ceiling = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, [longer, tie], 0.15)
-    assert (found.mean, found.n) == (3.5 / 4, 2)  # 4 pairs of 2 prompts
+    assert (found.mean, found.n) == (3.5 / 4, 2)  # 4 pairs of 2 comparisons
     assert (found.low, found.high) == (0.5, 1.0)  # of prompts drawn anew: both the tie, both the other
     expected = [1 / (1 + math.exp(-gap / 0.15)) for gap in (0.5, 1.0, 0.5, 1.0)]
     assert ceiling == pytest.approx(np.mean(expected), abs=1e-6)
@@ -171,7 +171,7 @@ def test_the_interval_of_reward_accuracy_is_over_prompts(pipeline):
     asked = {"one": [right] * 6, "two": [wrong] * 3, "three": [right, wrong, [*right[:1], "it is", "a"]]}
     comparisons = [{"prompt": prompt, "completions": texts} for prompt, mine in asked.items() for texts in mine]
     found, _ = evaluate.reward_accuracy(Oracle(tokenizer, 1.0), tokenizer, comparisons, 0.15, batch_size=4)
-    assert (found.mean, found.n) == ((6 + 0 + 4) / (6 + 3 + 5), 3)
+    assert (found.mean, found.n) == ((6 + 0 + 4) / (6 + 3 + 5), 12)
     assert (found.low, found.high) == (0.0, 1.0)  # of prompts drawn anew: each of them three times
 
 
@@ -434,10 +434,7 @@ def test_the_report_has_the_contracts_shape(report):
     assert_contract(made, ppo_runs=["ppo"])
     accuracy = made["stages"]["reward"]["accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
-    assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1
-    temperature = settings.world.temperature
-    comparisons = tinychat.comparisons(settings.seed, settings.evaluate.comparisons, temperature, split="heldout")
-    assert accuracy["n"] == len({str(c["prompt"]) for c in comparisons}) < len(comparisons)
+    assert 0.5 < made["stages"]["reward"]["ceiling"] <= 1 and accuracy["n"] >= settings.evaluate.comparisons
 
 
 def test_the_report_reads_as_one_table_and_sample_answers(report):

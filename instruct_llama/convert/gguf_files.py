@@ -20,8 +20,7 @@ from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama, rotary_frequencies
 from ..training import checkpoint
 from . import vocabulary
-from .imports import Foreign
-from .names import foreign_key, halves_to_neighbours, neighbours_to_halves, our_shapes, turns
+from .names import Foreign, foreign_key, halves_to_neighbours, neighbours_to_halves, our_shapes, turns
 
 Quant = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 

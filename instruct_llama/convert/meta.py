@@ -11,8 +11,7 @@ import torch
 
 from ..config import ModelConfig, RopeScaling, UserError, check
 from ..data.tokenizer import JsonTokenizer, Tokenizer
-from .imports import Foreign
-from .names import foreign_key, neighbours_to_halves, our_shapes, turns
+from .names import Foreign, foreign_key, neighbours_to_halves, our_shapes, turns
 
 State = dict[str, torch.Tensor]
 

@@ -7,15 +7,31 @@ Hugging Face pairs the dimensions (i, i + E/2) of a head for rotary positions, a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ..config import ModelConfig
+from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama
 from ..training import checkpoint
 
 Family = Literal["hf", "meta", "gguf"]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint as a reader found it: shapes and names are already ours, the numbers are still in their files."""
+
+    config: ModelConfig
+    tensors: dict[str, Callable[[], torch.Tensor]]  # our key -> reads the weight
+    shapes: dict[str, tuple[int, ...]]  # our key -> its shape in the file
+    dtype: torch.dtype  # in which the weights are kept
+    tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()  # what the user should know
+
 
 OUTER = {  # ours: Hugging Face, Meta, GGUF
     "tok_embeddings": ("model.embed_tokens", "tok_embeddings", "token_embd"),

@@ -30,15 +30,7 @@ from ..training import checkpoint, distributed
 from ..training import folders as folders_
 from ..worlds import tinychat
 from ..worlds.tinychat.skills import Prompt
-from .baselines import (
-    as_prose,
-    best_of,
-    best_of_kl_bound,
-    kind_accuracy,
-    prose_answers,
-    raw_scores,
-    response_logprobs,
-)
+from .baselines import as_prose, best_of, best_of_kl_bound, kind_accuracy, prose_answers, raw_scores, response_logprobs
 from .expectations import EXPECTED, check_off
 from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, ratio_estimate, win
 
@@ -100,15 +92,14 @@ def reward_accuracy(
     """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
 
     Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where the labeller's utilities
-    are unknown. Pairs share responses and comparisons share prompts, so the interval is over prompts, and n their
-    number. Raises `UserError` when none is left.
+    are unknown. Pairs share responses and comparisons share prompts, so the interval is over prompts; n is the number
+    of comparisons. Raises `UserError` when none is left.
     """
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
     check(bool(fitted), f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
     fitted.sort(key=lambda pair: row_length(pair[0]))  # to save padding
-    sums: dict[str, list[float]] = {}  # prompt -> its pairs that are ranked right, its pairs
-    device = next(model.parameters()).device
+    sums, device = {}, next(model.parameters()).device  # of each prompt: its pairs that are ranked right, its pairs
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
         scores, batch = answer_scores(model, batch).cpu(), batch.to("cpu")  # (N,)
@@ -120,7 +111,7 @@ def reward_accuracy(
             found[1] += len(differences)
     known = [c["utilities"] for _, c in fitted if c.get("utilities")]
     ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")
-    return ratio_estimate(*zip(*sums.values(), strict=True)), ceiling
+    return replace(ratio_estimate(*zip(*sums.values(), strict=True)), n=len(fitted)), ceiling
 
 
 def stage_folders(out: Path) -> list[Path]:
@@ -240,8 +231,7 @@ def _scores_and_kl(
     """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
 
     The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO did it, by its
-    settings `played`; the KL is k1, in nats a response. A run that began with another model than SFT has no KL from it;
-    nor is there a figure of an SFT or a reward model that was trained again since.
+    settings `played`; the KL is k1, in nats a response. Neither is given of weights that the run did not read.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
     if reward in folders and not checkpoint.replaced(info, checkpoint.fingerprints([folders[reward]])):

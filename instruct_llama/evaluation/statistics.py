@@ -15,7 +15,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or a share over n independent prompts, with its 95 % interval."""
+    """A mean over n independent prompts, or a share of the pairs of n comparisons, with its 95 % interval."""
 
     mean: float
     low: float

@@ -21,14 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import seeds
-from ..config import (
-    LoRAConfig,
-    ModelConfig,
-    QuantConfig,
-    RopeScaling,
-    UserError,
-    check,
-)
+from ..config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, UserError, check
 from ..data.files import atomic, digest
 from ..data.tokenizer import Tokenizer
 from ..model import lora
@@ -191,12 +184,9 @@ def shape_of(folder: Path) -> ModelConfig:
 
 
 def load(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    quant: QuantConfig = DENSE,
+    folder: str | Path, device: str | torch.device = "cpu", *, quant: QuantConfig = DENSE,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Llama, Tokenizer]:  # fmt: skip
     """Open any run folder, adapters included.
 
     Returns the model in eval mode (a `Llama`, or a `ScalarLlama` for a reward model) and its tokenizer. With `quant`

@@ -180,12 +180,7 @@ def shard(model: nn.Module, config: ParallelConfig, precision: str, device: torc
     if world() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     check(precision != "fp16", "fp16 scales its gradients in one process only: under torchrun, take precision bf16.")
     check(

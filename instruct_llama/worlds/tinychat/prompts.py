@@ -12,21 +12,7 @@ import random
 import re
 from typing import Literal
 
-from .skills import (
-    Compare,
-    Count,
-    Fact,
-    Lists,
-    Message,
-    Opposite,
-    Prompt,
-    Skill,
-    Slots,
-    Spell,
-    Sum,
-    as_messages,
-    other,
-)
+from .skills import Compare, Count, Fact, Lists, Message, Opposite, Prompt, Skill, Slots, Spell, Sum, as_messages, other
 from .words import ANIMALS, COLOURS, ENDINGS, FEELINGS, MIDDLES, NAMES, OPENINGS, PLACES, THINGS, TOYS, capital
 
 Split = Literal["train", "valid", "heldout"]
