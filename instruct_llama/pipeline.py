@@ -11,7 +11,7 @@ from pathlib import Path
 from . import convert
 from .config import RewardConfig, Settings, UserError, check, project_folder, shown
 from .stages import ppo, pretrain, reward, sft, start
-from .training import checkpoint, distributed
+from .training import checkpoint, distributed, folders
 from .training.folders import STAGE_OF
 from .training.run_log import StageResult, Watch
 
@@ -66,7 +66,7 @@ def run(stage: str, settings: Settings, watch: Watch | None = None) -> StageResu
     folder, read = start.run_folder(stage, settings), places(stage, settings)
     start.check_name(stage, folder)
     start.check_inputs(stage, folder, read)
-    with checkpoint.stage_lock(folder):
+    with folders.stage_lock(folder):
         if distributed.from_main(start.is_done(stage, folder, settings, read)):
             print(f"{shown(folder)} holds a finished run of these settings: nothing to do. "
                   f"--overwrite (or settings.replace(overwrite=True)) trains it anew.")  # fmt: skip
@@ -87,7 +87,7 @@ def require(folder: str, settings: Settings) -> Path:
     if distributed.from_main(checkpoint.is_complete(path)):
         _say_what_differs(path, settings)
         return path
-    with checkpoint.stage_lock(path):
+    with folders.stage_lock(path):
         if not distributed.from_main(checkpoint.is_complete(path)):
             if folder == "pretrain" and settings.weights:
                 return _imported(settings.weights, path)
@@ -132,13 +132,13 @@ def real_model(settings: Settings, real: bool = True) -> Path:
             raise UserError("the real model was not asked for.")
         if os.environ.get("INSTRUCT_LLAMA_OFFLINE"):
             raise UserError("INSTRUCT_LLAMA_OFFLINE is set.")
-        with checkpoint.stage_lock(folder):
+        with folders.stage_lock(folder):
             print(*convert.import_checkpoint("smollm2", folder, overwrite=True), sep="\n")
         return folder
     except UserError as error:
         print(f"No SmolLM2 here ({error})")
     stand_in = settings.out_dir / "stand-in"
-    with checkpoint.stage_lock(stand_in), tempfile.TemporaryDirectory() as scratch:
+    with folders.stage_lock(stand_in), tempfile.TemporaryDirectory() as scratch:
         if not checkpoint.is_complete(stand_in):
             convert.export("hf", require("pretrain", settings), Path(scratch))
             convert.import_checkpoint(scratch, stand_in, overwrite=True)

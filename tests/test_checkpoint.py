@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -298,8 +297,7 @@ def fake_stage(monkeypatch, out: Path, seconds: float):
         time.sleep(seconds)
         checkpoint.write_info(Path(settings.out) / "sft", {"kind": "lm", "model": {}, "complete": True})
 
-    module = types.SimpleNamespace(run=run)
-    monkeypatch.setattr(checkpoint.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr("instruct_llama.pipeline.run", lambda stage, settings: run(settings))
 
 
 def test_require_trains_once_and_only_what_is_not_complete(monkeypatch, micro, tmp_path, capsys):
@@ -325,7 +323,8 @@ def test_require_trains_once_and_only_what_is_not_complete(monkeypatch, micro, t
 @pytest.mark.parametrize("left", ["state", "config.json"])
 def test_weights_do_not_take_the_place_of_an_interrupted_pretraining(monkeypatch, micro, tmp_path, left):
     """Its state and its best weights would be gone with the folder."""
-    monkeypatch.setattr(checkpoint.importlib, "import_module", lambda name: pytest.fail("nothing may be imported"))
+    nothing = lambda *_: pytest.fail("nothing may be imported")  # noqa: E731
+    monkeypatch.setattr("instruct_llama.convert.import_checkpoint", nothing)
     folder = tmp_path / "pretrain"
     if left == "state":
         checkpoint.write_tensors(folder / "state" / "resume.safetensors", {"x": torch.zeros(1)})

@@ -268,8 +268,8 @@ def test_the_contracts_names(pipeline):
     reward = il.worlds.tinychat.true_reward("What is two plus three?", "Two plus three is five.")
     assert 0 <= reward.total <= 1 and {"correct", "complete", "polite", "concise"} <= set(vars(reward))
     for name in ("ranking_loss", "gae", "policy_loss", "value_loss"):
-        assert callable(getattr(il.rlhf.objectives, name))
-    assert list(inspect.signature(il.rlhf.objectives.ranking_loss).parameters)[0] == "scores"
+        assert callable(getattr(il.rlhf.losses, name))
+    assert list(inspect.signature(il.rlhf.losses.ranking_loss).parameters)[0] == "scores"
     assert il.require("sft", pipeline) == Path(pipeline.out) / "sft"
 
 

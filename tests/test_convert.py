@@ -831,21 +831,21 @@ def test_notebook_11_takes_a_stand_in_where_the_real_model_cannot_be_had(pipelin
         (tmp_path / name).mkdir()
     settings = pipeline.replace(out=str(tmp_path / "runs"))
     shutil.copytree(Path(pipeline.out) / "pretrain", tmp_path / "runs" / "pretrain")
-    folder = convert.real_model(settings)
+    folder = il.pipeline.real_model(settings)
     said = capsys.readouterr().out
     assert "No SmolLM2 here (INSTRUCT_LLAMA_OFFLINE is set.)" in said
     assert "stand-in is the small model before SFT" in said
     tokens = TOKENS % il.load(folder)[1].vocab_size
     assert difference(folder, il.load(Path(pipeline.out) / "pretrain")[0], tokens) < 1e-6
-    assert convert.real_model(settings) == folder
+    assert il.pipeline.real_model(settings) == folder
     monkeypatch.delenv("INSTRUCT_LLAMA_OFFLINE")
     copied = lambda source, target, overwrite: shutil.copytree(folder, target) and [source]  # noqa: E731
     monkeypatch.setattr(convert, "import_checkpoint", copied)
-    real = convert.real_model(settings)
+    real = il.pipeline.real_model(settings)
     assert real == tmp_path / "checkpoints" / "smollm2" and "smollm2" in capsys.readouterr().out
     monkeypatch.setattr(convert, "import_checkpoint", lambda *_: pytest.fail("it is there already"))
-    assert convert.real_model(settings) == real
-    assert convert.real_model(settings, real=False) == folder  # though the real one could be had
+    assert il.pipeline.real_model(settings) == real
+    assert il.pipeline.real_model(settings, real=False) == folder  # though the real one could be had
     assert "the real model was not asked for" in capsys.readouterr().out
 
 

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from instruct_llama.rlhf.layouts import FourModels
 
 from instruct_llama import presets
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
@@ -14,6 +13,7 @@ from instruct_llama.model import lora
 from instruct_llama.model.llama import KVCache, Llama, ScalarLlama
 from instruct_llama.pipeline import run as run_stage
 from instruct_llama.training import memory, optim
+from instruct_llama.training.actors import FourModels
 from instruct_llama.training.memory import GB
 
 PUBLISHED = {  # the number of parameters that each model's own page gives (the hub counts them from its safetensors)

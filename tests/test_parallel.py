@@ -345,7 +345,7 @@ def sets_built(folder: Path) -> int:
     from instruct_llama import presets
     from instruct_llama.stages import records
 
-    calls, real = [], records.public.build
+    calls, real = [], records.public_sets.build
 
     def build(*arguments, **options):
         calls.append(arguments)
@@ -353,7 +353,7 @@ def sets_built(folder: Path) -> int:
 
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setattr(records, "project_folder", lambda: folder)
-        monkey.setattr(records.public, "build", build)
+        monkey.setattr(records.public_sets, "build", build)
         found = [records.demonstrations(presets.get("tiny").replace(data="arithmetic")) for _ in range(2)]
     assert found[0] == found[1] and found[0][1]
     return len(calls)

@@ -355,7 +355,7 @@ def test_p48_a_kill_while_the_new_run_takes_its_place(runs, function, nth, monke
     assert folder in il.evaluation.stage_folders(out) and not {*shown} & {*il.evaluation.stage_folders(out)}
     checkpoint.load(folder)
     assert everything(folder) in (old, new)
-    with checkpoint.stage_lock(folder):
+    with folders.stage_lock(folder):
         assert everything(folder) == new
     assert not folders.beside(folder).exists() and not (out / ".sft.old").exists()
 

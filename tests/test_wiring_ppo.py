@@ -358,7 +358,7 @@ def test_the_value_starts_in_the_unit_of_the_rewards(layout, monkeypatch):
     with torch.no_grad(), models.use("reward") as model:
         raw_reward = model(tokens).clone()
     name = {four: "four_models", shared: "shared_base"}[layout]
-    monkeypatch.setattr(layouts, name, lambda *_: models)
+    monkeypatch.setattr(ppo_stage, name, lambda *_: models)
     for thing in ("shape_of", "origin"):
         monkeypatch.setattr(checkpoint, thing, lambda *_: {})
     monkeypatch.setattr(ppo_stage.memory, "check_room", lambda *_: None)

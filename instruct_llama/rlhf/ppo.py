@@ -8,7 +8,7 @@ One iteration is `run_iteration`, in this order:
                          is in `rollout`, with everything else that is about single responses
 3. `update`              a few epochs of mini-batches: clipped policy loss, clipped value loss, one optimizer step each
 
-The formulas are in `objectives`: losses are sums over real tokens, metrics are means. Devices, adapters, precision and
+The formulas are in `losses`: losses are sums over real tokens, metrics are means. Devices, adapters, precision and
 processes are behind `Actors`. The tests run the same functions on a table policy whose optimum is known.
 
 B rows, N the longest response, V the vocabulary. B is a micro-batch's inside the loops.

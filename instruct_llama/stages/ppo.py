@@ -19,15 +19,15 @@ from ..data.batching import Dialog, fit_prompt
 from ..data.tokenizer import Tokenizer
 from ..rlhf import losses, ppo, rollout
 from ..rlhf.rollout import Episodes
-from ..training import actors as layouts
-from ..training import checkpoint, distributed, loop, memory, optim, run_log
+from ..training import checkpoint, distributed, folders, loop, memory, optim, run_log
+from ..training.actors import FourModels, SharedBase, four_models, shared_base
 from ..training.device import pick_device
 from ..training.run_log import RunLog, StageResult, Watch
 from ..worlds import tinychat
 from . import records, sft
 from .start import training_folder
 
-Actors = layouts.FourModels | layouts.SharedBase
+Actors = FourModels | SharedBase
 
 
 def answer_texts(tokenizer: Tokenizer, episodes: Episodes) -> list[str]:
@@ -111,9 +111,9 @@ def build(settings: Settings, inputs: Sequence[Path]) -> tuple[Actors, list[Dial
     records.check_vocabularies(start, reward)
     tokenizer = Tokenizer.load(start)
     if shared:
-        actors = layouts.shared_base(start, reward, tokenizer, device, config, settings.seed)
+        actors = shared_base(start, reward, tokenizer, device, config, settings.seed)
     else:
-        actors = layouts.four_models(start, reward, tokenizer, device, config)
+        actors = four_models(start, reward, tokenizer, device, config)
     norm = checkpoint.read_info(reward)["reward"]
     actors.normalise_scores(norm["mean"], norm["scale"])
     mix = records.with_data(settings, settings.sft.data)
@@ -149,7 +149,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     if batches < distributed.world():
         idle = f"{batches} batches of prompts for {distributed.world()} processes leave some idle"
         print(f"{idle}: lower --ppo.rollout-batch or raise --ppo.rollouts.")
-    with checkpoint.stage_lock(folder):
+    with folders.stage_lock(folder):
         return _loop(settings, actors, demonstrations, info, RunLog(folder, settings, "ppo", inputs, watch))
 
 

@@ -24,7 +24,7 @@ from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama
 from ..model.sampling import sample
 from ..rlhf.losses import correct_sum, cross_entropy_sum
-from ..training import checkpoint, distributed, memory
+from ..training import checkpoint, distributed, folders, memory
 from ..training.device import autocast, pick_device
 from ..training.loop import Supervised, fit
 from ..training.run_log import RunLog, StageResult, Watch
@@ -99,7 +99,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     context = (shape or settings.model).max_seq_len
     check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context, {context}: lower it.")
     memory.check_room(settings, "pretrain", str(device), shape, distributed.world())
-    with checkpoint.stage_lock(folder):
+    with folders.stage_lock(folder):
         log = RunLog(folder, settings, "pretrain", inputs, watch)
         model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
         tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")

@@ -23,7 +23,7 @@ from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
 from ..rlhf.losses import answer_mean, pair_differences, ranking_loss, score_at_end, token_logprobs
 from ..rlhf.rollout import Episodes, answer_scores
-from ..training import checkpoint, distributed, memory
+from ..training import checkpoint, distributed, folders, memory
 from ..training.device import autocast, pick_device
 from ..training.loop import Supervised, fit, frozen_as, recomputing
 from ..training.optim import freeze_first
@@ -221,7 +221,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
         f"{base} has an output layer of its own, which a reward model drops: set reward.lm_coef to 0.",
     )
     memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), distributed.world())
-    with checkpoint.stage_lock(folder):
+    with folders.stage_lock(folder):
         log = RunLog(folder, settings, "reward", inputs, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         checkpoint.check_kind(sft, "lm")

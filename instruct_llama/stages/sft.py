@@ -17,7 +17,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama
 from ..model.sampling import generate
-from ..training import checkpoint, distributed, memory
+from ..training import checkpoint, distributed, folders, memory
 from ..training.device import pick_device
 from ..training.loop import Supervised, fit, frozen_as, recomputing
 from ..training.optim import freeze_first
@@ -68,7 +68,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     (base,) = inputs
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), distributed.world())
-    with checkpoint.stage_lock(folder):
+    with folders.stage_lock(folder):
         log = RunLog(folder, settings, "sft", inputs, watch)
         how = frozen_as(config.lora, config.quant, config.loop.precision)
         model, tokenizer = checkpoint.load_plain(base, device, **how)
