@@ -226,10 +226,10 @@ def test_evaluate_prints_the_card_and_writes_the_report(runs, capsys):
     assert {"mean", "low", "high", "n"} == set(report["stages"]["sft"]["true_reward"])
 
 
-@pytest.mark.parametrize("name", ["tour", "doctor"])
-def test_tour_and_doctor_get_the_settings_and_give_the_status(name, monkeypatch):
+@pytest.mark.parametrize(("name", "folder"), [("tour", "notebook"), ("doctor", "tools")])
+def test_tour_and_doctor_get_the_settings_and_give_the_status(name, folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(f"instruct_llama.{name}.run", lambda settings: seen.append(settings) or 1)
+    monkeypatch.setattr(f"instruct_llama.{folder}.{name}.run", lambda settings: seen.append(settings) or 1)
     assert main([name, "--preset", "tiny", "--seed", "3"]) == 1 and seen[0].seed == 3
 
 

@@ -9,6 +9,7 @@ import torch
 
 from instruct_llama import presets
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
+from instruct_llama.evaluation.exact import Alphabet
 from instruct_llama.model import lora
 from instruct_llama.model.llama import KVCache, Llama, ScalarLlama
 from instruct_llama.pipeline import run as run_stage
@@ -144,7 +145,7 @@ UNTIED = ModelConfig(vocab_size=90, dim=32, n_layers=4, n_heads=4, n_kv_heads=2,
 
 
 def networks(shape: ModelConfig) -> FourModels:
-    return FourModels(Llama(shape), Llama(shape), ScalarLlama(shape), ScalarLlama(shape))
+    return FourModels(Llama(shape), Llama(shape), ScalarLlama(shape), ScalarLlama(shape), Alphabet())
 
 
 @pytest.mark.parametrize("tied", [True, False])

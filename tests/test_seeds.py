@@ -94,7 +94,7 @@ def test_p42_every_order_is_its_own():
 
 # Where a seed is no seed of a run: the text of the world and of the languages, whose strings and numbers name them, and
 # a self-check of a kernel.
-OTHERS = {"seeds.py", "shapes.py", "skills.py", "enumerable.py", "doctor.py"}
+OTHERS = {"seeds.py", "converters.py", "skills.py", "enumerable.py", "doctor.py"}
 
 
 MAKERS = ("manual_seed", "default_rng", "Random", "RandomState", "seed")

@@ -20,7 +20,6 @@ from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
 from instruct_llama.convert import merge
 from instruct_llama.pipeline import run as run_stage
-from instruct_llama.stages import sft
 from instruct_llama.training import checkpoint, folders, run_log
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
@@ -436,7 +435,7 @@ def test_p48_a_stage_does_not_write_over_what_it_reads(runs, capsys, case, anew)
 def test_the_names_that_stages_have(pipeline):
     assert pipeline.replace(sft__name="sft-qlora").sft.run_name == "sft-qlora"
     assert pipeline.replace(reward__name="reward-lora").reward.run_name == "reward-lora"
-    assert list(inspect.signature(sft.run).parameters) == ["settings", "watch"]
+    assert list(inspect.signature(run_stage).parameters) == ["stage", "settings", "watch"]
 
 
 # ---------------------------------------------------------------- merge, export, import onto what is there (B3)

@@ -163,12 +163,12 @@ def test_the_settings_hash_knows_what_changes_a_figure(micro, tmp_path):
 
 
 def test_the_code_hash_sees_every_module(tmp_path, monkeypatch):
-    package = Path(study.__file__).parent
+    package = Path(study.__file__).parents[1]
     shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(study, "__file__", str(tmp_path / "package" / "study.py"))
+    monkeypatch.setattr(study, "__file__", str(tmp_path / "package" / "tools" / "study.py"))
     compute = study.code_hash.__wrapped__
     assert compute() == study.code_hash()
-    with open(tmp_path / "package" / "data" / "words.py", "a") as file:
+    with open(tmp_path / "package" / "worlds" / "tinychat" / "words.py", "a") as file:
         file.write("\n")
     assert compute() != study.code_hash()
 

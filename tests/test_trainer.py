@@ -24,7 +24,7 @@ from instruct_llama.evaluation import exact
 from instruct_llama.model.llama import Llama
 from instruct_llama.pipeline import run as run_stage
 from instruct_llama.rlhf import ppo as algorithm
-from instruct_llama.stages import ppo, pretrain, records, sft
+from instruct_llama.stages import pretrain, records, sft
 from instruct_llama.stages.pretrain import language_model_loss
 from instruct_llama.training import actors, checkpoint, run_log
 from instruct_llama.training import loop as trainer
@@ -353,15 +353,15 @@ def crash(at: int):
     return watch
 
 
-def resumed_equals_unbroken(run, settings, name_field: str, stop, error: type[BaseException]) -> None:
-    whole = run(settings.replace(**{name_field: "unbroken"}))
-    broken = settings.replace(**{name_field: "broken"})
+def resumed_equals_unbroken(stage: str, settings, stop, error: type[BaseException]) -> None:
+    whole = run_stage(stage, settings.replace(**{f"{stage}__name": "unbroken"}))
+    broken = settings.replace(**{f"{stage}__name": "broken"})
     with pytest.raises(error):
-        run(broken, stop)
+        run_stage(stage, broken, stop)
     folder = Path(settings.out) / "broken"
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 99, "train/lo')  # a line that a kill cut
-    result = run(broken.replace(resume=True))
+    result = run_stage(stage, broken.replace(resume=True))
     assert comparable(result) == comparable(whole) and result.best == whole.best
     assert result.samples == whole.samples
     tensors = [checkpoint.read_tensors(next(f.glob("*.safetensors")))[0] for f in (whole.folder, folder)]
@@ -379,21 +379,21 @@ def beside(pipeline, tmp_path: Path, *stages: str):
 
 def test_p32_resume_equals_the_unbroken_run_pretrain(micro, tmp_path):
     settings = micro(tmp_path, model__resid_dropout=0.1, pretrain__loop__steps=5, pretrain__loop__accumulate=2)
-    resumed_equals_unbroken(pretrain.run, settings, "pretrain__name", press_ctrl_c(3), Interrupted)
+    resumed_equals_unbroken("pretrain", settings, press_ctrl_c(3), Interrupted)
 
 
 def test_p32_resume_equals_the_unbroken_run_sft(pipeline, tmp_path):
     changes = {"sft__lora__rank": 2, "sft__lora__dropout": 0.2, "sft__loop__steps": 5, "sft__pack": True,
                "sft__train_embeddings": True}  # fmt: skip
     settings = beside(pipeline, tmp_path, "pretrain").replace(**changes)
-    resumed_equals_unbroken(sft.run, settings, "sft__name", crash(3), Crash)
+    resumed_equals_unbroken("sft", settings, crash(3), Crash)
 
 
 @pytest.mark.parametrize("stop, error", [(press_ctrl_c(2), Interrupted), (crash(3), Crash)])
 def test_p32_resume_equals_the_unbroken_run_ppo(pipeline, tmp_path, stop, error):
     changes = {"ppo__iterations": 4, "ppo__kl_target": 0.1, "ppo__save_every": 2, "ppo__ptx_coef": 0.1}
     settings = beside(pipeline, tmp_path, "pretrain", "sft", "reward").replace(**changes)
-    resumed_equals_unbroken(ppo.run, settings, "ppo__name", stop, error)
+    resumed_equals_unbroken("ppo", settings, stop, error)
 
 
 def test_p32_ctrl_c_in_the_middle_of_a_step_or_of_validation(pipeline, tmp_path, monkeypatch):

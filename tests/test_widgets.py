@@ -263,7 +263,7 @@ def test_live_is_what_the_request_says(asked, answer, monkeypatch):
 def test_executed_notebook_holds_one_picture_each_and_no_widget_state(monkeypatch):
     monkeypatch.delenv("INSTRUCT_LLAMA_STATIC", raising=False)
     cells = [
-        "from instruct_llama import plots, widgets",
+        "from instruct_llama.notebook import plots, widgets",
         "import time\nwith plots.LivePlot('train/loss', every=0.01) as watch:\n"
         "    for step in range(4):\n        watch({'step': step, 'train/loss': 1.0})\n        time.sleep(0.3)",
         "plots.losses(watch.history)",

@@ -126,7 +126,7 @@ def code_hash() -> str:
 
     Computed once a process: files that change while a study runs are not what it runs.
     """
-    package, found = Path(__file__).parent, hashlib.sha256()
+    package, found = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         found.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
