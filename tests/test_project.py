@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from instruct_llama.tools import doctor
@@ -34,8 +35,8 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 TOP_LEVEL = {
-    "README.md", "environment.yml", "pyproject.toml", "constraints.txt", "LICENSE", "notebooks", "instruct_llama",
-    "data", "checkpoints", "tests", ".ci", ".gitignore",
+    "README.md", "CONTRIBUTING.md", "environment.yml", "pyproject.toml", "constraints.txt", "LICENSE", "notebooks",
+    "instruct_llama", "data", "checkpoints", "tests", ".ci", ".github", ".gitignore",
 }  # fmt: skip
 SECOND_LINE = 'python -m pip install -e ".[test]" && python -m pytest'
 
@@ -121,6 +122,14 @@ def test_ci_runs_exactly_the_readmes_second_line_in_a_fresh_environment():
     assert os.name == "nt" or os.access(script, os.X_OK)
     readme = ROOT / "README.md"
     assert not readme.exists() or SECOND_LINE in readme.read_text(encoding="utf-8")
+
+
+def test_the_workflow_runs_the_same_line_on_every_python_that_is_supported():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert re.findall(r"^ +- run: (.+)$", text, flags=re.M) == [SECOND_LINE]
+    (listed,) = re.findall(r"^ +python: \[(.+)\]$", text, flags=re.M)
+    supported = SpecifierSet(PROJECT["requires-python"])
+    assert listed == ", ".join(f'"3.{minor}"' for minor in range(30) if f"3.{minor}" in supported)
 
 
 DECLARED_AS = {  # import name -> the requirement that brings it, where the two differ
@@ -413,13 +422,60 @@ MACHINE_PATH = re.compile(r"""(?:^|[\s"'(=`])/(?:[w]ork|[o]pt|[r]oot|[h]ome|[U]s
 
 
 def test_no_file_names_a_path_of_one_machine():
-    pages = ["README.md", "pyproject.toml", "environment.yml", "constraints.txt", ".ci/run"]
-    pages += ["data/README.md", "checkpoints/README.md", "tests/README.md"]
+    pages = ["README.md", "CONTRIBUTING.md", "pyproject.toml", "environment.yml", "constraints.txt", ".ci/run"]
+    pages += ["data/README.md", "checkpoints/README.md", "tests/README.md", ".github/workflows/tests.yml"]
     found = []
     for path in [*(ROOT / page for page in pages), *MODULES, *TESTS, *ROOT.glob("notebooks/*.ipynb")]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
             found += [f"{place(path)}:{number} {match.group().strip()}" for match in MACHINE_PATH.finditer(line)]
     assert found == []
+
+
+# ---------------------------------------------------------------- the guide for contributors
+
+
+GUIDE = ROOT / "CONTRIBUTING.md"
+
+
+def defined(path: Path) -> set[str]:
+    """What a module defines by name: functions, classes and assignments, and those of a class as `Class.name`."""
+
+    def names_in(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from names_in(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    return set(names_in(tree(path).body))
+
+
+def named_files(text: str) -> Iterator[tuple[str, Path, str]]:
+    """(code, file, name) for each `path.py` and `path.py:name` in backticks; short paths begin in the package."""
+    for code in re.findall(r"`([\w./-]+\.(?:py|md|yml|ipynb)(?::[\w.]+)?)`", text):
+        path, _, name = code.partition(":")
+        here = ROOT / path
+        yield code, here if here.is_file() else PACKAGE / path, name
+
+
+def named_but_missing(text: str) -> list[str]:
+    found = (item for item in named_files(text) if "NN_" not in item[0])  # a notebook that is still to be written
+    return [code for code, path, name in found if not path.is_file() or (name and name not in defined(path))]
+
+
+def test_every_file_and_name_in_the_guide_exists_and_its_map_has_every_module():
+    text = GUIDE.read_text(encoding="utf-8")
+    assert named_but_missing(text) == []
+    on_the_map = {path for _, path, _ in named_files("".join(re.findall(r"^\| `.+?\|", text, flags=re.M)))}
+    assert [place(path) for path in MODULES if path.name != "__init__.py" and path not in on_the_map] == []
+
+
+@pytest.mark.parametrize("code", ["rlhf/gone.py", "rlhf/losses.py:gone", "rlhf/rollout.py:gone.kl", "tests/gone.md"])
+def test_a_name_that_is_gone_is_found_in_the_guide(code):
+    right = "`rlhf/losses.py:gae`, `seeds.py`, `tests/README.md`, `config.py:Settings.seed`, `seeds.py:Key`"
+    assert named_but_missing(right) == [] and named_but_missing(f"{right} `{code}`") == [code]
 
 
 # ---------------------------------------------------------------- the list of pitfalls

@@ -104,6 +104,14 @@ def test_the_commands_run_in_the_order_given(pipeline, tmp_path, monkeypatch, ca
     assert (tmp_path / "checkpoints" / "tiny" / "report.json").is_file()
 
 
+def test_the_guide_for_contributors_explains_every_curve_of_ppo(pipeline):
+    lines = (pipeline.out_dir / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = {key for line in lines for key in json.loads(line)} - {"step"}
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `((?:ppo|val)/\w+)` \|", guide, flags=re.M)
+    assert sorted(explained) == sorted(logged | {"ppo/ptx_loss"})  # which is logged with ppo.ptx_coef only
+
+
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)\s]+)\)", TEXT)
     missing = [t for t in targets if not t.startswith("http") and not (ROOT / t.split("#")[0]).exists()]
