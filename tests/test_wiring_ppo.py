@@ -618,6 +618,26 @@ def test_the_lm_loss_needs_tied_embeddings(pipeline, tmp_path, monkeypatch):
         RewardConfig(token_coef=-1.0)
 
 
+@pytest.mark.parametrize(("start", "wanted"), [("pretrain", ["pretrain", "sft"]), ("sft", ["sft", "sft"])])
+def test_the_reward_model_starts_where_it_is_told_and_is_compared_by_the_sft_model(
+    pipeline, tmp_path, monkeypatch, start, wanted
+):  # fmt: skip
+    """Whatever it starts from: the responses that are sampled are those of the model that PPO will train."""
+    read, real = [], stage.checkpoint.load
+
+    def prepare(base, settings):
+        read.insert(0, base.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(stage.checkpoint, "load", lambda folder, *a, **k: read.append(folder.name) or real(
+        folder, *a, **k))  # fmt: skip
+    monkeypatch.setattr(stage, "prepare", prepare)
+    settings = pipeline.replace(out=str(tmp_path), reward__init_from=start)
+    with pytest.raises(InterruptedError):
+        stage.run(settings, [Path(pipeline.out) / name for name in dict.fromkeys([start, "sft"])])
+    assert read == wanted
+
+
 PLAY = PPOConfig(max_new_tokens=6, rollout_batch=10, temperature=1.4, top_k=7, top_p=0.85)
 
 
