@@ -76,7 +76,7 @@ def test_the_top_level_has_the_parts_of_the_house_and_no_others():
 
 def test_git_ignores_what_the_builders_write_and_keeps_the_readmes():
     written = ["data/tinychat.jsonl", "checkpoints/tiny/sft/model.safetensors", "notebooks/.ipynb_checkpoints/a.ipynb"]
-    kept = ["data/README.md", "checkpoints/README.md", "instruct_llama/data/tinychat.py", "tests/test_project.py"]
+    kept = ["data/README.md", "checkpoints/README.md", "instruct_llama/data/sources.py", "tests/test_project.py"]
     assert git("check-ignore", "--no-index", *written, *kept) == written
 
 

@@ -15,7 +15,7 @@ may be a str, or of `{"prompt", "completion" or "response"}`; of public preferen
 of instructions `{"instruction", "input", "output"}` (Alpaca) or `{"instruction", "instances"}` (Self-Instruct).
 
 In our own shapes a bad record is an error with its line number: whoever wrote it can mend it. In the public shapes it
-is dropped whole, and counted with its reason. Public sets, by name and of any size, are the business of `public`.
+is dropped whole, and counted with its reason. Public sets, by name and of any size, are the business of `public_sets`.
 """
 
 from __future__ import annotations

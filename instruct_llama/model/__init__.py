@@ -1,1 +1,1 @@
-"""The decoder (llama), its adapters and 4-bit storage (lora), and sampling from it (generate)."""
+"""The decoder (llama), its adapters and 4-bit storage (lora), and sampling from it (sampling)."""

@@ -1,1 +1,1 @@
-"""One module a stage: its mathematics as small functions, and `run(settings) -> StageResult`."""
+"""One module a stage: its mathematics as small functions, and `run(settings, inputs) -> StageResult`."""
