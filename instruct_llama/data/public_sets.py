@@ -2,8 +2,8 @@
 
 `build("dolly", "data")` writes `data/dolly.jsonl`, which `sources` reads, and a data card beside it: where the records
 come from, their licence, how many were kept, how many dropped and why, and the file's digest. Rows are streamed from
-the source through a converter (`converters`) to the file, so memory stays the same however large the set is. The same rows
-give the same bytes.
+the source through a converter (`converters`) to the file, so memory stays the same however large the set is. The same
+rows give the same bytes.
 
 A set's kind is what it becomes; `sources` makes the rest of it: SFT dialogs of a comparison's best answers, and the
 prompts of dialogs or comparisons for PPO.
@@ -120,7 +120,8 @@ SETS: dict[str, Source] = {
     ),
     "arithmetic": Source(
         "dialogs", "", frozenset(("a", "sign", "b", "words")), converters.from_sum,
-        licence="MIT, as this project", citation="instruct_llama/data/converters.py", size="10,191 sums, 1.4 MB", fetch="",
+        licence="MIT, as this project", citation="instruct_llama/data/converters.py", size="10,191 sums, 1.4 MB",
+        fetch="",
         note="Sums, differences and products, each once, in digits or in words; every answer is computed.",
     ),
     "hh-rlhf": _hh("helpful-base", "43,835 pairs, 16 MB gzipped"),
