@@ -291,7 +291,7 @@ def fake_stage(monkeypatch, out: Path, seconds: float):
     """Puts a stage in place of SFT that takes `seconds` and notes each run."""
 
     def run(settings) -> None:
-        assert settings.resume and settings.init is None
+        assert settings.resume and settings.init is None and not settings.overwrite
         with open(out / "runs.txt", "a", encoding="utf-8") as file:
             file.write("run\n")
         time.sleep(seconds)
@@ -302,7 +302,7 @@ def fake_stage(monkeypatch, out: Path, seconds: float):
 
 def test_require_trains_once_and_only_what_is_not_complete(monkeypatch, micro, tmp_path, capsys):
     fake_stage(monkeypatch, tmp_path, 0)
-    settings = micro(tmp_path, init="ignored", resume=False)
+    settings = micro(tmp_path, init="ignored", resume=False, overwrite=True)  # they are of the stage that asks
     checkpoint.write_info(tmp_path / "sft", {"kind": "lm", "model": {}})  # begun, not finished
     assert require("sft", settings) == tmp_path / "sft"
     assert "sft is not in" in capsys.readouterr().out
