@@ -19,7 +19,7 @@ from ..data.batching import Dialog, fit_prompt
 from ..data.tokenizer import Tokenizer
 from ..rlhf import losses, ppo, rollout
 from ..rlhf.rollout import Episodes
-from ..training import checkpoint, distributed, folders, loop, memory, optim, run_log
+from ..training import checkpoint, distributed, loop, memory, optim, run_log
 from ..training.actors import FourModels, SharedBase, four_models, shared_base
 from ..training.device import pick_device
 from ..training.run_log import RunLog, StageResult, Watch
@@ -149,8 +149,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     if batches < distributed.world():
         idle = f"{batches} batches of prompts for {distributed.world()} processes leave some idle"
         print(f"{idle}: lower --ppo.rollout-batch or raise --ppo.rollouts.")
-    with folders.stage_lock(folder):
-        return _loop(settings, actors, demonstrations, info, RunLog(folder, settings, "ppo", inputs, watch))
+    return _loop(settings, actors, demonstrations, info, RunLog(folder, settings, "ppo", inputs, watch))
 
 
 def _loop(

@@ -24,7 +24,7 @@ from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama
 from ..model.sampling import sample
 from ..rlhf.losses import correct_sum, cross_entropy_sum
-from ..training import checkpoint, distributed, folders, memory
+from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
 from ..training.loop import Supervised, fit
 from ..training.run_log import RunLog, StageResult, Watch
@@ -99,45 +99,44 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     context = (shape or settings.model).max_seq_len
     check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context, {context}: lower it.")
     memory.check_room(settings, "pretrain", str(device), shape, distributed.world())
-    with folders.stage_lock(folder):
-        log = RunLog(folder, settings, "pretrain", inputs, watch)
-        model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
-        tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
-        if model is None:
-            shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
-            model = Llama(shape, generator=seeds.generator("cpu", settings.seed, "init")).to(device)
-        ends, size = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), config.loop.batch_size
-        spans, valid_spans = windows(train, config.seq_len, ends), windows(valid, config.seq_len, ends)  # (N, 2) each
-        orders = {}  # epoch -> the windows' order; only the current epoch is kept
+    log = RunLog(folder, settings, "pretrain", inputs, watch)
+    model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
+    tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
+    if model is None:
+        shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
+        model = Llama(shape, generator=seeds.generator("cpu", settings.seed, "init")).to(device)
+    ends, size = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), config.loop.batch_size
+    spans, valid_spans = windows(train, config.seq_len, ends), windows(valid, config.seq_len, ends)  # (N, 2) each
+    orders = {}  # epoch -> the windows' order; only the current epoch is kept
 
-        def batch(epoch: int, indices: Sequence[int]) -> Batch:
-            if epoch not in orders:
-                orders.clear()
-                orders[epoch] = window_order(len(spans), settings.seed, epoch)
-            return window_batch(train, spans[orders[epoch][list(indices)]])
+    def batch(epoch: int, indices: Sequence[int]) -> Batch:
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = window_order(len(spans), settings.seed, epoch)
+        return window_batch(train, spans[orders[epoch][list(indices)]])
 
-        def validate() -> dict[str, float]:
-            some = np.sort(window_order(len(valid_spans), 0, 0)[: config.loop.eval_batches * size])
-            batches = (window_batch(valid, valid_spans[some[i : i + size]]) for i in range(0, len(some), size))
-            return language_model_metrics(model, batches, config.loop.precision)
+    def validate() -> dict[str, float]:
+        some = np.sort(window_order(len(valid_spans), 0, 0)[: config.loop.eval_batches * size])
+        batches = (window_batch(valid, valid_spans[some[i : i + size]]) for i in range(0, len(some), size))
+        return language_model_metrics(model, batches, config.loop.precision)
 
-        def sample_texts() -> list[dict[str, Any]]:
-            generator = seeds.generator(device, settings.seed, "pretrain_samples")
-            starts_with = [tokenizer.encode(text[:40]) for text in ("Tom has", "What is", "The boy asked:")]
-            made = sample(
-                model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-                temperature=0.8, generator=generator, banned=tokenizer.banned_ids,
-            )  # fmt: skip
-            return [
-                {"text": tokenizer.decode([*p, *made.tokens[i][made.mask[i]].tolist()])}
-                for i, p in enumerate(starts_with)
-            ]
-
-        def save(best: dict[str, float]) -> None:
-            checkpoint.save_full(folder, model, tokenizer, {"stage": "pretrain", "seed": settings.seed, "best": best})
-
-        stage = Supervised(
-            "pretrain", model, config.optim, config.loop, len(spans), None, batch, language_model_loss, validate,
-            sample_texts, save,
+    def sample_texts() -> list[dict[str, Any]]:
+        generator = seeds.generator(device, settings.seed, "pretrain_samples")
+        starts_with = [tokenizer.encode(text[:40]) for text in ("Tom has", "What is", "The boy asked:")]
+        made = sample(
+            model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+            temperature=0.8, generator=generator, banned=tokenizer.banned_ids,
         )  # fmt: skip
-        return fit(stage, log, settings)
+        return [
+            {"text": tokenizer.decode([*p, *made.tokens[i][made.mask[i]].tolist()])}
+            for i, p in enumerate(starts_with)
+        ]
+
+    def save(best: dict[str, float]) -> None:
+        checkpoint.save_full(folder, model, tokenizer, {"stage": "pretrain", "seed": settings.seed, "best": best})
+
+    stage = Supervised(
+        "pretrain", model, config.optim, config.loop, len(spans), None, batch, language_model_loss, validate,
+        sample_texts, save,
+    )  # fmt: skip
+    return fit(stage, log, settings)

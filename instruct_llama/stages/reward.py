@@ -23,7 +23,7 @@ from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
 from ..rlhf.losses import answer_mean, pair_differences, ranking_loss, score_at_end, token_logprobs
 from ..rlhf.rollout import Episodes, answer_scores
-from ..training import checkpoint, distributed, folders, memory
+from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
 from ..training.loop import Supervised, fit, frozen_as, recomputing
 from ..training.optim import freeze_first
@@ -221,48 +221,47 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
         f"{base} has an output layer of its own, which a reward model drops: set reward.lm_coef to 0.",
     )
     memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), distributed.world())
-    with folders.stage_lock(folder):
-        log = RunLog(folder, settings, "reward", inputs, watch)
-        how = frozen_as(config.lora, config.quant, config.loop.precision)
-        checkpoint.check_kind(sft, "lm")
-        quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own
-        policy, tokenizer = checkpoint.load(sft, device, quant=quant, dtype=how["dtype"])
-        with autocast(config.loop.precision, device):
-            train, valid = gather(settings, policy, tokenizer)
-            prompts = records.prompts(settings)[0]
-            reference_responses = reference_answers(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
-        del policy  # its memory is wanted for training
-        model, size = prepare(base, settings), config.loop.batch_size
-        valid = valid[: config.loop.eval_batches * size]
-        valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]
+    log = RunLog(folder, settings, "reward", inputs, watch)
+    how = frozen_as(config.lora, config.quant, config.loop.precision)
+    checkpoint.check_kind(sft, "lm")
+    quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own
+    policy, tokenizer = checkpoint.load(sft, device, quant=quant, dtype=how["dtype"])
+    with autocast(config.loop.precision, device):
+        train, valid = gather(settings, policy, tokenizer)
+        prompts = records.prompts(settings)[0]
+        reference_responses = reference_answers(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
+    del policy  # its memory is wanted for training
+    model, size = prepare(base, settings), config.loop.batch_size
+    valid = valid[: config.loop.eval_batches * size]
+    valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]
 
-        def batch(epoch: int, indices: Sequence[int]) -> RankedBatch:
-            return ranked_batch([train[i] for i in indices], tokenizer.pad_id)
+    def batch(epoch: int, indices: Sequence[int]) -> RankedBatch:
+        return ranked_batch([train[i] for i in indices], tokenizer.pad_id)
 
-        def sample_scores() -> list[dict[str, Any]]:
-            item = ranked_batch(valid[:3], tokenizer.pad_id).to(device)
-            scores = answer_scores(model, item).tolist()
-            ids = [sequence for ranked in valid[:3] for sequence in ranked]
-            return [
-                {"text": tokenizer.decode(i), "score": s, "rank": int(r)}
-                for i, s, r in zip(ids, scores, item.rank, strict=True)
-            ]
+    def sample_scores() -> list[dict[str, Any]]:
+        item = ranked_batch(valid[:3], tokenizer.pad_id).to(device)
+        scores = answer_scores(model, item).tolist()
+        ids = [sequence for ranked in valid[:3] for sequence in ranked]
+        return [
+            {"text": tokenizer.decode(i), "score": s, "rank": int(r)}
+            for i, s, r in zip(ids, scores, item.rank, strict=True)
+        ]
 
-        def save(best: dict[str, float]) -> None:
-            with distributed.whole(model), autocast(config.loop.precision, device):
-                norm = fit_normaliser(model, reference_responses, 16 * size)
-            info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
-            if config.lora.rank:
-                lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
-                under, _ = checkpoint.base_of(base)
-                checkpoint.save_adapter(folder, model, "reward", under, tokenizer, {**info, **lora_info})
-            else:
-                checkpoint.save_full(folder, model, tokenizer, info)
+    def save(best: dict[str, float]) -> None:
+        with distributed.whole(model), autocast(config.loop.precision, device):
+            norm = fit_normaliser(model, reference_responses, 16 * size)
+        info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
+        if config.lora.rank:
+            lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
+            under, _ = checkpoint.base_of(base)
+            checkpoint.save_adapter(folder, model, "reward", under, tokenizer, {**info, **lora_info})
+        else:
+            checkpoint.save_full(folder, model, tokenizer, info)
 
-        stage = Supervised(
-            "reward", model, config.optim, config.loop, len(train), [row_length(item) for item in train], batch,
-            lambda model, batch: reward_loss(model, batch, config),
-            lambda: reward_metrics(model, valid_batches, config.loop.precision), sample_scores, save,
-            config.bucket_steps,
-        )  # fmt: skip
-        return fit(stage, log, settings)
+    stage = Supervised(
+        "reward", model, config.optim, config.loop, len(train), [row_length(item) for item in train], batch,
+        lambda model, batch: reward_loss(model, batch, config),
+        lambda: reward_metrics(model, valid_batches, config.loop.precision), sample_scores, save,
+        config.bucket_steps,
+    )  # fmt: skip
+    return fit(stage, log, settings)

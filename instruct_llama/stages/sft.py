@@ -17,7 +17,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama
 from ..model.sampling import generate
-from ..training import checkpoint, distributed, folders, memory
+from ..training import checkpoint, distributed, memory
 from ..training.device import pick_device
 from ..training.loop import Supervised, fit, frozen_as, recomputing
 from ..training.optim import freeze_first
@@ -68,38 +68,37 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     (base,) = inputs
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), distributed.world())
-    with folders.stage_lock(folder):
-        log = RunLog(folder, settings, "sft", inputs, watch)
-        how = frozen_as(config.lora, config.quant, config.loop.precision)
-        model, tokenizer = checkpoint.load_plain(base, device, **how)
-        model = prepare(recomputing(model, settings), settings)
-        train, valid = (encode(tokenizer, dialogs, config.seq_len) for dialogs in records.demonstrations(settings))
-        size, pack_len = config.loop.batch_size, config.seq_len if config.pack else None
-        valid = valid[: config.loop.eval_batches * size]
-        shown = prompts_to_show(settings, tokenizer, room=model.config.max_seq_len - 48)
+    log = RunLog(folder, settings, "sft", inputs, watch)
+    how = frozen_as(config.lora, config.quant, config.loop.precision)
+    model, tokenizer = checkpoint.load_plain(base, device, **how)
+    model = prepare(recomputing(model, settings), settings)
+    train, valid = (encode(tokenizer, dialogs, config.seq_len) for dialogs in records.demonstrations(settings))
+    size, pack_len = config.loop.batch_size, config.seq_len if config.pack else None
+    valid = valid[: config.loop.eval_batches * size]
+    shown = prompts_to_show(settings, tokenizer, room=model.config.max_seq_len - 48)
 
-        def batch(epoch: int, indices: Sequence[int]) -> Batch:
-            return dialog_batch([train[i] for i in indices], tokenizer.pad_id, pack_len)
+    def batch(epoch: int, indices: Sequence[int]) -> Batch:
+        return dialog_batch([train[i] for i in indices], tokenizer.pad_id, pack_len)
 
-        def validate() -> dict[str, float]:
-            batches = (dialog_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size))
-            return language_model_metrics(model, batches, config.loop.precision)
+    def validate() -> dict[str, float]:
+        batches = (dialog_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size))
+        return language_model_metrics(model, batches, config.loop.precision)
 
-        def sample_answers() -> list[dict[str, Any]]:
-            answers = generate(model, tokenizer, shown, max_new_tokens=48, seed=settings.seed, keys=("sft_texts",))
-            return [{"prompt": p, "response": a} for p, a in zip(shown, answers, strict=True)]
+    def sample_answers() -> list[dict[str, Any]]:
+        answers = generate(model, tokenizer, shown, max_new_tokens=48, seed=settings.seed, keys=("sft_texts",))
+        return [{"prompt": p, "response": a} for p, a in zip(shown, answers, strict=True)]
 
-        def save(best: dict[str, float]) -> None:
-            info = {"stage": "sft", "seed": settings.seed, "best": best, **checkpoint.origin(base)}
-            if config.lora.rank:
-                lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
-                checkpoint.save_adapter(folder, model, "sft", base, tokenizer, {**info, **lora_info})
-            else:
-                checkpoint.save_full(folder, model, tokenizer, info)
+    def save(best: dict[str, float]) -> None:
+        info = {"stage": "sft", "seed": settings.seed, "best": best, **checkpoint.origin(base)}
+        if config.lora.rank:
+            lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
+            checkpoint.save_adapter(folder, model, "sft", base, tokenizer, {**info, **lora_info})
+        else:
+            checkpoint.save_full(folder, model, tokenizer, info)
 
-        lengths = [len(ids) for ids, _ in train]
-        stage = Supervised(
-            "sft", model, config.optim, config.loop, len(train), lengths, batch, language_model_loss, validate,
-            sample_answers, save,
-        )  # fmt: skip
-        return fit(stage, log, settings)
+    lengths = [len(ids) for ids, _ in train]
+    stage = Supervised(
+        "sft", model, config.optim, config.loop, len(train), lengths, batch, language_model_loss, validate,
+        sample_answers, save,
+    )  # fmt: skip
+    return fit(stage, log, settings)
