@@ -432,6 +432,15 @@ def test_p48_a_stage_does_not_write_over_what_it_reads(runs, capsys, case, anew)
     assert everything(out) == before
 
 
+def test_every_stage_notes_the_weights_that_it_read(pipeline):
+    """Else a run whose input was trained again is taken for one of today's."""
+    read = {"pretrain": [], "sft": ["pretrain"], "sft-qlora": ["pretrain"], "reward": ["sft"], "ppo": ["sft", "reward"]}
+    for stage, names in read.items():
+        noted = checkpoint.read_info(pipeline.out_dir / stage)["inputs"]
+        assert noted == checkpoint.fingerprints(pipeline.out_dir / name for name in names), stage
+        assert len(noted) == len(names)
+
+
 def test_the_names_that_stages_have(pipeline):
     assert pipeline.replace(sft__name="sft-qlora").sft.run_name == "sft-qlora"
     assert pipeline.replace(reward__name="reward-lora").reward.run_name == "reward-lora"

@@ -485,6 +485,23 @@ def test_the_loop_hands_its_settings_on(monkeypatch, tmp_path):
         assert following == pytest.approx(coefficient * np.exp(error / 2))
 
 
+def test_p42_validation_samples_from_a_stream_of_its_own(monkeypatch):
+    """Not with the numbers of the run of seed 0, whose first rollouts would be validated as they were trained."""
+    first, real = [], ppo.generate_responses
+
+    def generate(actors, config, prompts, generator):
+        first.append(generator.get_state())
+        return real(actors, config, prompts, generator)
+
+    monkeypatch.setattr(ppo, "generate_responses", generate)
+    setup = setup_of()
+    ppo.sample_rollouts(*setup, PROMPTS, seed=0, iteration=0)
+    for _ in range(2):
+        ppo_stage.evaluate_policy(*setup, PROMPTS, None, 0.1)
+    *rollouts, one, again = first
+    assert torch.equal(one, again) and not any(torch.equal(one, state) for state in rollouts)
+
+
 # ------------------------------------------------------------------------------------------------ the reward stage
 
 
