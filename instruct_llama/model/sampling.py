@@ -96,10 +96,10 @@ def left_pad(
 
 
 def draw(logprobs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One token a row: (R, V) log-probabilities -> (R, 1). A dart between 0 and 1 hits a token's share of the line."""
-    shares = logprobs.exp().cumsum(-1)  # (R, V) rising to 1; removed tokens have no width
-    darts = torch.rand(len(shares), 1, generator=generator, device=shares.device) * shares[:, -1:]  # (R, 1)
-    return torch.searchsorted(shares, darts, right=True)  # (R, 1)
+    """One token a row by inverse-CDF sampling: (R, V) log-probabilities -> (R, 1)."""
+    cdf = logprobs.exp().cumsum(-1)  # (R, V) rising to 1; removed tokens have no width
+    uniform = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]  # (R, 1)
+    return torch.searchsorted(cdf, uniform, right=True)  # (R, 1)
 
 
 def close_gaps(ended: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Viewers to play with, which also speak without a front end.
+"""Interactive viewers, which also show a picture or a table where no front end is.
 
 Each shows one picture or table for its default settings, as PNG or HTML. Before a live notebook front end it adds
 controls that redraw that same picture in place. So a saved notebook or HTML page holds ordinary pictures, and where
