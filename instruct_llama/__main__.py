@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 import tyro
 
 from . import pipeline, presets
-from .config import Settings, UserError, check, project_folder, shown
+from .config import SamplingConfig, Settings, UserError, check, project_folder, shown
 from .tools import versions
 from .training import checkpoint, distributed
 
@@ -213,14 +213,14 @@ def chat(settings: Chat) -> int:
     check(len(settings.words) <= 1, "chat takes one checkpoint folder.")
     folder = Path(settings.words[0]) if settings.words else pipeline.require("ppo", settings)
     check(checkpoint.read_info(folder)["kind"] == "lm", f"{folder} is a reward model and cannot talk: give another.")
-    model, tokenizer = checkpoint.load_as_kept(folder, pick_device(settings.device))
-    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    talker = conversation.Talker(model, tokenizer, settings.system, settings.max_new_tokens, settings.seed, sampling)
+    model, tokenizer = checkpoint.load_for_inference(folder, pick_device(settings.device))
+    sampling = SamplingConfig(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    session = conversation.ChatSession(model, tokenizer, settings.system, sampling, settings.seed)
     if settings.prompts:
-        conversation.answer_file(talker, Path(settings.prompts), settings.batch_size)
+        conversation.answer_file(session, Path(settings.prompts), settings.batch_size)
     else:
         print(f"Talking to {folder}. An empty line ends.")
-        conversation.converse(talker)
+        conversation.converse(session)
     return 0
 
 
@@ -248,9 +248,9 @@ def evaluate(settings: Evaluate) -> int:
 def tour(settings: Tour) -> int:
     """Execute every notebook, where they know of everything that is asked for."""
     from .notebook import tour as notebooks
-    from .stages.start import flat
+    from .stages.start import flatten
 
-    usual, asked = flat(asdict(presets.get(settings.preset))), flat(asdict(settings))
+    usual, asked = flatten(asdict(presets.get(settings.preset))), flatten(asdict(settings))
     other = [f"--{key.replace('_', '-')}" for key in usual if key not in ("out", "seed") and asked[key] != usual[key]]
     check(not other, f"The notebooks have their preset's settings, and know nothing of {', '.join(other)}: leave that "
           "out. Finished stages are used again: to train them anew, give another --out, or remove them from "

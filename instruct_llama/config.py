@@ -84,13 +84,13 @@ class LoRAConfig:
     rank: int = 8  # rows of A, columns of B; 0 means no adapters
     alpha: float = 16.0  # the adapter's output is multiplied by alpha / rank
     dropout: float = 0.0  # dropout on the adapter's input
-    targets: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # which projections get one
+    target_modules: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # which projections get one
 
     def __post_init__(self) -> None:
         check(self.rank >= 0, f"lora.rank is {self.rank}; it must be at least 1, or 0 for no adapters.")
         known = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
-        wrong = [name for name in self.targets if name not in known]
-        check(not wrong, f"lora.targets names {wrong}; choose from {', '.join(known)}.")
+        wrong = [name for name in self.target_modules if name not in known]
+        check(not wrong, f"lora.target_modules names {wrong}; choose from {', '.join(known)}.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class QuantConfig:
 
     kind: Literal["none", "nf4", "fp4"] = "none"  # the codebook; none keeps the base dense
     block_size: int = 64  # weights that share one scale
-    double: bool = True  # quantise the scales as well
+    double_quant: bool = True  # quantise the scales as well
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class LoopConfig:
     steps: int = 0  # optimizer steps; 0 means: as many as `epochs` needs
     epochs: float = 1.0  # passes over the training records, used when steps is 0
     batch_size: int = 32  # sequences in one forward pass, of all processes together
-    accumulate: int = 1  # forward passes per optimizer step
+    gradient_accumulation_steps: int = 1  # forward passes per optimizer step
     eval_every: int = 50  # optimizer steps between validations; the best one is kept
     eval_batches: int = 8  # batches of held-out records per validation
     save_every: int = 200  # optimizer steps between resumable saves
@@ -132,7 +132,14 @@ class LoopConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # compute dtype of the blocks; weights and losses stay fp32
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "sample_every"):
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "eval_every",
+            "eval_batches",
+            "save_every",
+            "sample_every",
+        ):
             check(getattr(self, name) >= 1, f"loop.{name} is {getattr(self, name)}; it must be at least 1.")
         check(self.steps >= 0 and self.epochs > 0, "loop.steps must not be negative and loop.epochs must be positive.")
 
@@ -174,7 +181,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning on demonstrations; with `lora`, of adapters only; with `quant`, over a 4-bit base."""
+    """TrainJob fine-tuning on demonstrations; with `lora`, of adapters only; with `quant`, over a 4-bit base."""
 
     name: str = ""  # folder of the run; empty: sft, sft-lora or sft-qlora, by what is trained
     data: str = ""  # public set or file of dialogs, where --data gives none; empty: tinychat
@@ -212,7 +219,7 @@ class RewardConfig:
     lora: LoRAConfig = LoRAConfig(rank=0)  # adapters and the head only; what PPO's shared_base layout needs
     quant: QuantConfig = QuantConfig()  # 4-bit base under the adapters
     sample_share: float = 0.5  # share of the comparisons whose answers are sampled from the SFT model itself
-    answers: int = 3  # K, answers per sampled comparison
+    responses_per_prompt: int = 3  # K, answers per sampled comparison
     normalise_samples: int = 256  # reference answers on which the score's mean and scale are fitted
     token_coef: float = 0.0  # weight of the ranking loss of the head's mean over an answer's own tokens
     lm_coef: float = 0.0  # weight of the language-model loss on the best answer of each comparison
@@ -231,6 +238,20 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled from a model: see `model.sampling.filter_logits`."""
+
+    max_new_tokens: int = 64  # longest response, in tokens, end token included
+    temperature: float = 1.0  # logits are divided by this; 0 takes the likeliest token each time
+    top_k: int = 0  # sample among the k likeliest tokens; 0 means all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
+
+    def __post_init__(self) -> None:
+        check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative.")
+
+
+@dataclass(frozen=True)
 class PPOConfig:
     """PPO from human preferences (InstructGPT, arXiv:2203.02155; PPO, arXiv:1707.06347)."""
 
@@ -239,31 +260,31 @@ class PPOConfig:
     layout: Literal["four_models", "shared_base"] = "four_models"  # four networks, or one base with adapters
     iterations: int = 40  # rollout and update rounds
     exact_iterations: int = 40  # rounds on the enumerable language that opens notebook 07
-    rollouts: int = 128  # episodes (answers) per iteration
-    rollout_batch: int = 128  # episodes generated at once; processes share an iteration's batches
+    rollouts_per_iteration: int = 128  # episodes (answers) per iteration
+    generation_batch_size: int = 128  # episodes generated at once; processes share an iteration's batches
     max_new_tokens: int = 48  # longest answer, in tokens
     seq_len: int = 0  # longest prompt with its answer, in tokens; 0 means all of the model's context
     temperature: float = 1.0  # of the behaviour policy
     top_k: int = 0  # sample among the k likeliest tokens; 0 means all
     top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
-    epochs: int = 4  # passes over the episodes of an iteration
-    minibatch: int = 32  # episodes per optimizer step
-    micro_batch: int = 32  # episodes per forward pass, of all processes together
+    num_ppo_epochs: int = 4  # passes over the episodes of an iteration
+    mini_batch_size: int = 32  # episodes per optimizer step
+    micro_batch_size: int = 32  # episodes per forward pass, of all processes together
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda
-    clip: float = 0.2  # the policy ratio is clipped to 1 +- this
-    value_clip: float = 0.2  # the value may move by this from its old estimate; 0 turns it off
-    value_coef: float = 0.5  # weight of the value loss
+    cliprange: float = 0.2  # the policy ratio is clipped to 1 +- this
+    cliprange_value: float = 0.2  # the value may move by this from its old estimate; 0 turns it off
+    vf_coef: float = 0.5  # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
     ptx_coef: float = 0.0  # weight of the language-model loss on demonstrations mixed in
     kl_coef: float = 0.05  # beta, weight of the per-token KL penalty
     kl_target: float = 0.0  # nats per answer for the adaptive controller; 0 keeps kl_coef fixed
     kl_horizon: int = 10  # iterations over which the adaptive controller corrects a full error
-    whiten: bool = True  # advantages to mean 0 and deviation 1 over the batch's real tokens
+    whiten_advantages: bool = True  # advantages to mean 0 and deviation 1 over the batch's real tokens
     score_clip: float = 5.0  # normalised scores are clipped to +- this; 0 turns it off
-    no_end_score: float = -3.0  # score of an answer that never ends, in place of the reward model's
+    missing_eos_score: float = -3.0  # score of an answer that never ends, in place of the reward model's
     freeze_layers: int = 0  # the first N blocks and the embeddings of the policy stay as they were
-    swap: bool = False  # four_models: those that a phase does not need wait in main memory
+    offload_inactive: bool = False  # four_models: those that a phase does not need wait in main memory
     devices: tuple[str, ...] = ()  # four_models: of policy, reference, value and reward, each its own; empty: one
     lora: LoRAConfig = LoRAConfig()  # shared_base: the adapters of policy and value
     quant: QuantConfig = QuantConfig()  # shared_base: 4-bit storage of the base
@@ -277,12 +298,20 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _check_name("ppo", self.name)
-        for name in ("iterations", "rollouts", "rollout_batch", "max_new_tokens", "epochs", "minibatch", "micro_batch",
-                     "sample_every", "save_every", "eval_every", "eval_prompts", "kl_horizon"):  # fmt: skip
+        for name in (
+            "iterations", "rollouts_per_iteration", "generation_batch_size", "max_new_tokens", "num_ppo_epochs",
+            "mini_batch_size", "micro_batch_size", "sample_every", "save_every", "eval_every", "eval_prompts",
+            "kl_horizon",
+        ):  # fmt: skip
             check(getattr(self, name) >= 1, f"ppo.{name} is {getattr(self, name)}; it must be at least 1.")
         check(0 <= self.kl_coef < math.inf, f"ppo.kl_coef is {self.kl_coef}; it must be a number from 0 up.")
         check(self.temperature > 0, "ppo.temperature must be positive: a greedy policy has no log-probabilities.")
         check(0 < self.top_p <= 1, "ppo.top_p must lie in (0, 1].")
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the policy samples its rollouts."""
+        return SamplingConfig(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)

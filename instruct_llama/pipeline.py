@@ -20,7 +20,7 @@ RUN: dict[str, Callable[[Settings, Sequence[Path], Watch | None], StageResult]] 
 }  # fmt: skip
 
 
-def needs(stage: str, settings: Settings) -> list[str]:
+def required_folders(stage: str, settings: Settings) -> list[str]:
     """The run folders that a stage reads, the one that it starts from first."""
     if stage == "reward":
         return ["sft"] if settings.reward.init_from == "sft" else [settings.reward.init_from, "sft"]
@@ -44,16 +44,16 @@ def settings_of(folder: str, settings: Settings) -> Settings:
     return settings.replace(init=None, resume=True, overwrite=False, **{f"{stage}__name": folder})
 
 
-def places(stage: str, settings: Settings) -> list[Path]:
+def input_folders(stage: str, settings: Settings) -> list[Path]:
     """Where a stage's inputs are, or will be: `settings.init` in place of its start, where that is given."""
-    read = [settings.out_dir / name for name in needs(stage, settings)]
+    read = [settings.out_dir / name for name in required_folders(stage, settings)]
     return [Path(settings.init), *read[1:]] if settings.init else read
 
 
-def inputs(stage: str, settings: Settings) -> list[Path]:
+def require_inputs(stage: str, settings: Settings) -> list[Path]:
     """The finished run folders that a stage reads, trained now where they are missing."""
     given = [Path(settings.init)] if settings.init else []
-    return given + [require(name, settings) for name in needs(stage, settings)[len(given) :]]
+    return given + [require(name, settings) for name in required_folders(stage, settings)[len(given) :]]
 
 
 def run(stage: str, settings: Settings, watch: Watch | None = None) -> StageResult:
@@ -63,16 +63,16 @@ def run(stage: str, settings: Settings, watch: Watch | None = None) -> StageResu
     be replaced without `overwrite`.
     """
     check(stage in RUN, f"There is no stage {stage!r}: choose from {', '.join(RUN)}.")
-    folder, read = start.run_folder(stage, settings), places(stage, settings)
+    folder, read = start.run_folder(stage, settings), input_folders(stage, settings)
     start.check_name(stage, folder)
     start.check_inputs(stage, folder, read)
     with folders.stage_lock(folder):
-        if distributed.from_main(start.is_done(stage, folder, settings, read)):
+        if distributed.broadcast_from_main(start.is_done(stage, folder, settings, read)):
             print(f"{shown(folder)} holds a finished run of these settings: nothing to do. "
                   f"--overwrite (or settings.replace(overwrite=True)) trains it anew.")  # fmt: skip
             info = checkpoint.read_info(folder)
             return StageResult(folder, info["best"], info["steps"], seconds=0.0, trained=False)
-        return RUN[stage](settings, inputs(stage, settings), watch)
+        return RUN[stage](settings, require_inputs(stage, settings), watch)
 
 
 def require(folder: str, settings: Settings) -> Path:
@@ -84,11 +84,11 @@ def require(folder: str, settings: Settings) -> Path:
     """
     check(folder in STAGE_OF, f"There is no stage {folder!r}: choose from {', '.join(STAGE_OF)}.")
     path = settings.out_dir / folder
-    if distributed.from_main(checkpoint.is_complete(path)):
+    if distributed.broadcast_from_main(checkpoint.is_complete(path)):
         _say_what_differs(path, settings)
         return path
     with folders.stage_lock(path):
-        if not distributed.from_main(checkpoint.is_complete(path)):
+        if not distributed.broadcast_from_main(checkpoint.is_complete(path)):
             if folder == "pretrain" and settings.weights:
                 return _imported(settings.weights, path)
             print(f"{folder} is not in {shown(settings.out_dir)} yet: training it at preset {settings.preset}.")

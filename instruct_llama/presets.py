@@ -35,7 +35,7 @@ def _llama3(
 
 
 # Published shapes, from the models' own config.json; tests compare their numbers of parameters with the published ones.
-SHAPES = {
+MODEL_SHAPES = {
     "smollm2-135m": _smollm2(576, 30, 9, 3, 1536, 100_000.0),  # arXiv:2502.02737
     "smollm2-360m": _smollm2(960, 32, 15, 5, 2560, 100_000.0),
     "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, 130_000.0),
@@ -60,20 +60,20 @@ LAPTOP = Settings(
         seq_len=96, optim=c.OptimConfig(lr=4e-3, warmup_steps=50),
         loop=c.LoopConfig(steps=1800, batch_size=18, eval_every=300),
     ),
-    sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, accumulate=2, eval_batches=16, eval_every=200)),
+    sft=c.SFTConfig(loop=c.LoopConfig(batch_size=8, gradient_accumulation_steps=2, eval_batches=16, eval_every=200)),
     reward=c.RewardConfig(
-        sample_share=0.05, answers=4, token_coef=1.0, lm_coef=0.3, bucket_steps=4,
+        sample_share=0.05, responses_per_prompt=4, token_coef=1.0, lm_coef=0.3, bucket_steps=4,
         optim=c.OptimConfig(lr=1.2e-3, min_lr_ratio=0.02, weight_decay=0.2),
         loop=c.LoopConfig(epochs=1, batch_size=8, eval_batches=48, eval_every=1500),
     ),
     qlora=c.SFTConfig(
         lora=c.LoRAConfig(rank=16, alpha=32.0), train_embeddings=True, quant=c.QuantConfig(kind="nf4"),
         optim=c.OptimConfig(lr=3e-3),
-        loop=c.LoopConfig(epochs=0.65, batch_size=8, accumulate=2, eval_batches=16, eval_every=200),
+        loop=c.LoopConfig(epochs=0.65, batch_size=8, gradient_accumulation_steps=2, eval_batches=16, eval_every=200),
     ),
     ppo=c.PPOConfig(
-        iterations=40, rollouts=256, rollout_batch=256, epochs=1, minibatch=64, micro_batch=64, kl_coef=0.24,
-        value_clip=0.5, value_lr=2e-3, eval_every=20, eval_prompts=256,
+        iterations=40, rollouts_per_iteration=256, generation_batch_size=256, num_ppo_epochs=1, mini_batch_size=64,
+        micro_batch_size=64, kl_coef=0.24, cliprange_value=0.5, value_lr=2e-3, eval_every=20, eval_prompts=256,
         # Adam's epsilon as in "The 37 Implementation Details of Proximal Policy Optimization" (Huang et al., 2022)
         optim=c.OptimConfig(lr=6e-4, min_lr_ratio=0.3, warmup_steps=5, weight_decay=0.0, beta2=0.99, eps=1e-5),
     ),
@@ -101,8 +101,8 @@ TINY = Settings(
         loop=c.LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
     ppo=c.PPOConfig(
-        iterations=3, exact_iterations=4, rollouts=16, rollout_batch=16, max_new_tokens=16, epochs=2, minibatch=8,
-        micro_batch=8, save_every=1, eval_every=2, eval_prompts=16,
+        iterations=3, exact_iterations=4, rollouts_per_iteration=16, generation_batch_size=16, max_new_tokens=16,
+        num_ppo_epochs=2, mini_batch_size=8, micro_batch_size=8, save_every=1, eval_every=2, eval_prompts=16,
     ),
     evaluate=c.EvaluateConfig(prompts=32, comparisons=64, max_new_tokens=24, batch_size=32),
 )  # fmt: skip
@@ -111,30 +111,35 @@ TINY = Settings(
 # `pretrain` trains about 120 M parameters from scratch; every other stage starts from `weights`.
 GPU = Settings(
     preset="gpu", weights="smollm2",
-    model=dataclasses.replace(SHAPES["smollm2-135m"], vocab_size=16_384, max_seq_len=2048, rope_theta=10_000.0),
+    model=dataclasses.replace(MODEL_SHAPES["smollm2-135m"], vocab_size=16_384, max_seq_len=2048, rope_theta=10_000.0),
     tokenizer=c.TokenizerConfig(vocab_size=16_384, max_chars=50_000_000),
     pretrain=c.PretrainConfig(
         data="tinystories", seq_len=512, optim=c.OptimConfig(lr=1e-3, warmup_steps=200, weight_decay=0.1),
-        loop=c.LoopConfig(steps=20_000, batch_size=8, accumulate=8, eval_every=500, eval_batches=64, save_every=1000,
+        loop=c.LoopConfig(steps=20_000, batch_size=8, gradient_accumulation_steps=8,
+                          eval_every=500, eval_batches=64, save_every=1000,
                           sample_every=1000, precision="bf16"),
     ),
     sft=c.SFTConfig(
         data="hh-rlhf", seq_len=512, optim=c.OptimConfig(lr=2e-5, warmup_steps=50),
-        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=8, eval_every=200, eval_batches=32, precision="bf16"),
+        loop=c.LoopConfig(epochs=1, batch_size=4, gradient_accumulation_steps=8,
+                          eval_every=200, eval_batches=32, precision="bf16"),
     ),
     qlora=c.SFTConfig(
         data="hh-rlhf", seq_len=512, lora=c.LoRAConfig(rank=16, alpha=32.0), quant=c.QuantConfig(kind="nf4"),
         optim=c.OptimConfig(lr=5e-4, warmup_steps=50),
-        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=8, eval_every=200, eval_batches=32, precision="bf16"),
+        loop=c.LoopConfig(epochs=1, batch_size=4, gradient_accumulation_steps=8,
+                          eval_every=200, eval_batches=32, precision="bf16"),
     ),
     reward=c.RewardConfig(
         data="hh-rlhf", seq_len=512, optim=c.OptimConfig(lr=2e-5, warmup_steps=50),
-        loop=c.LoopConfig(epochs=1, batch_size=4, accumulate=16, eval_every=100, eval_batches=64, precision="bf16"),
+        loop=c.LoopConfig(epochs=1, batch_size=4, gradient_accumulation_steps=16,
+                          eval_every=100, eval_batches=64, precision="bf16"),
     ),
     ppo=c.PPOConfig(
-        data="hh-rlhf", iterations=200, rollouts=128, rollout_batch=32, max_new_tokens=128, seq_len=512, epochs=1,
-        minibatch=32, micro_batch=2, kl_coef=0.05, optim=c.OptimConfig(lr=2e-6, min_lr_ratio=0.1, weight_decay=0.0),
-        value_lr=1e-5, eval_every=20, eval_prompts=128, precision="bf16",
+        data="hh-rlhf", iterations=200, rollouts_per_iteration=128, generation_batch_size=32, max_new_tokens=128,
+        seq_len=512, num_ppo_epochs=1, mini_batch_size=32, micro_batch_size=2, kl_coef=0.05, value_lr=1e-5,
+        optim=c.OptimConfig(lr=2e-6, min_lr_ratio=0.1, weight_decay=0.0), eval_every=20, eval_prompts=128,
+        precision="bf16",
     ),
     evaluate=c.EvaluateConfig(prompts=256, max_new_tokens=128, batch_size=64),
 )  # fmt: skip
@@ -146,26 +151,28 @@ _NF4 = c.QuantConfig(kind="nf4")
 _QLORA = c.SFTConfig(
     name="sft", data="hh-rlhf", seq_len=512, lora=_ADAPTER, quant=_NF4,
     optim=c.OptimConfig(lr=2e-4, min_lr_ratio=1.0, warmup_steps=50, weight_decay=0.0, beta2=0.999, grad_clip=0.3),
-    loop=c.LoopConfig(epochs=1, batch_size=1, accumulate=16, eval_every=200, eval_batches=64, precision="bf16"),
+    loop=c.LoopConfig(epochs=1, batch_size=1, gradient_accumulation_steps=16,
+                      eval_every=200, eval_batches=64, precision="bf16"),
 )  # fmt: skip
 LLAMA2_7B = Settings(
     preset="llama2_7b", weights="meta-llama/Llama-2-7b-hf",
-    model=dataclasses.replace(SHAPES["llama2-7b"], gradient_checkpointing=True),
+    model=dataclasses.replace(MODEL_SHAPES["llama2-7b"], gradient_checkpointing=True),
     tokenizer=c.TokenizerConfig(vocab_size=32_000),
     pretrain=c.PretrainConfig(
         data="fineweb-edu", seq_len=2048, optim=c.OptimConfig(lr=1e-4, warmup_steps=100),
-        loop=c.LoopConfig(steps=10_000, batch_size=1, accumulate=64, eval_every=200, precision="bf16"),
+        loop=c.LoopConfig(steps=10_000, batch_size=1, gradient_accumulation_steps=64, eval_every=200, precision="bf16"),
     ),
     sft=_QLORA, qlora=dataclasses.replace(_QLORA, name="sft-qlora"),
     reward=c.RewardConfig(
         data="hh-rlhf", seq_len=512, lora=_ADAPTER, quant=_NF4, optim=c.OptimConfig(lr=1e-4, warmup_steps=50),
-        loop=c.LoopConfig(epochs=1, batch_size=2, accumulate=16, eval_every=100, eval_batches=64, precision="bf16"),
+        loop=c.LoopConfig(epochs=1, batch_size=2, gradient_accumulation_steps=16,
+                          eval_every=100, eval_batches=64, precision="bf16"),
     ),
     ppo=c.PPOConfig(
-        layout="shared_base", data="hh-rlhf", iterations=100, rollouts=64, rollout_batch=16, max_new_tokens=128,
-        seq_len=512, epochs=1, minibatch=16, micro_batch=2, kl_coef=0.05, lora=_ADAPTER, quant=_NF4,
-        optim=c.OptimConfig(lr=1e-5, min_lr_ratio=0.1, weight_decay=0.0), value_lr=5e-5, eval_every=10,
-        eval_prompts=64, precision="bf16",
+        layout="shared_base", data="hh-rlhf", iterations=100, rollouts_per_iteration=64, generation_batch_size=16,
+        max_new_tokens=128, seq_len=512, num_ppo_epochs=1, mini_batch_size=16, micro_batch_size=2, kl_coef=0.05,
+        lora=_ADAPTER, quant=_NF4, optim=c.OptimConfig(lr=1e-5, min_lr_ratio=0.1, weight_decay=0.0), value_lr=5e-5,
+        eval_every=10, eval_prompts=64, precision="bf16",
     ),
     evaluate=c.EvaluateConfig(prompts=256, max_new_tokens=128, batch_size=16),
 )  # fmt: skip

@@ -58,9 +58,9 @@ def count(folder: str) -> None:
     torch.set_num_threads(1)
     sys.setprofile(profile)
     try:
-        main(["ppo", *common, "--ppo.iterations", "1", "--ppo.rollouts", "2", "--ppo.rollout-batch", "2",
-              "--ppo.minibatch", "2", "--ppo.micro-batch", "2", "--ppo.epochs", "1", "--ppo.max-new-tokens", "4",
-              "--ppo.eval-prompts", "2"])  # fmt: skip
+        main(["ppo", *common, "--ppo.iterations", "1", "--ppo.rollouts-per-iteration", "2",
+              "--ppo.generation-batch-size", "2", "--ppo.mini-batch-size", "2", "--ppo.micro-batch-size", "2",
+              "--ppo.num-ppo-epochs", "1", "--ppo.max-new-tokens", "4", "--ppo.eval-prompts", "2"])  # fmt: skip
     finally:
         sys.setprofile(None)
     print(f"files entered from the command line to saved weights: {len(entered)}")

@@ -249,7 +249,7 @@ def test_dialog_batch_by_hand() -> None:
     assert batch.tokens.tolist() == [[5, 6, 7], [5, PAD, PAD]]
     assert batch.targets.tolist() == [[6, 7, 8], [9, PAD, PAD]]
     assert batch.loss_mask.tolist() == [[False, True, True], [True, False, False]]
-    assert batch.segments is None
+    assert batch.segment_ids is None
     assert batch.weight == 3
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
 
@@ -259,7 +259,7 @@ def test_packed_batch_by_hand() -> None:
     batch = dialog_batch(dialogs, PAD, pack_len=4)
     assert batch.tokens.tolist() == [[5, 6, 7, 5], [5, 9, PAD, PAD]]
     assert batch.targets.tolist() == [[6, 7, 8, 6], [9, 4, PAD, PAD]]
-    assert batch.segments.tolist() == [[1, 1, 1, 2], [1, 1, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2], [1, 1, 0, 0]]
     assert batch.loss_mask.tolist() == [[False, True, True, True], [True, True, False, False]]
 
 
@@ -275,12 +275,12 @@ def test_p07_padding_and_packing_keep_every_target_and_add_none(dialogs: list, p
     assert batch.tokens.shape == batch.targets.shape == batch.loss_mask.shape
     if pack_len is not None:
         assert batch.tokens.shape[1] <= pack_len
-        assert torch.equal(batch.segments == 0, batch.tokens == PAD)
-        real = batch.segments > 0
+        assert torch.equal(batch.segment_ids == 0, batch.tokens == PAD)
+        real = batch.segment_ids > 0
         found = []  # every dialog stands whole, in order, under a segment number of its own
         for row in range(len(real)):
-            for segment in batch.segments[row][real[row]].unique().tolist():
-                found.append(batch.tokens[row][batch.segments[row] == segment].tolist())
+            for segment in batch.segment_ids[row][real[row]].unique().tolist():
+                found.append(batch.tokens[row][batch.segment_ids[row] == segment].tolist())
         assert sorted(found) == sorted(ids[:-1] for ids, _ in dialogs)
 
 
@@ -337,9 +337,9 @@ def test_p07_the_short_last_window_counts_its_real_targets_only() -> None:
 
 def test_batches_move_whole() -> None:
     batch = dialog_batch([([1, 2], [False, True])], PAD, pack_len=4).to("meta")
-    assert {batch.tokens.device.type, batch.targets.device.type, batch.segments.device.type} == {"meta"}
+    assert {batch.tokens.device.type, batch.targets.device.type, batch.segment_ids.device.type} == {"meta"}
     ranked = ranked_batch([[[1, 2], [1, 3]]], PAD).to("meta")
-    assert {ranked.tokens.device.type, ranked.ends.device.type, ranked.rank.device.type} == {"meta"}
+    assert {ranked.tokens.device.type, ranked.last_positions.device.type, ranked.rank.device.type} == {"meta"}
 
 
 def test_ranked_batch_by_hand() -> None:
@@ -349,12 +349,12 @@ def test_ranked_batch_by_hand() -> None:
         [1, 4, 5, 6, 0, 7, 8, 9],
         [3, 4, 5, 0, 0, 0, 0, 0],
     ]
-    assert batch.segments.tolist() == [
+    assert batch.segment_ids.tolist() == [
         [-1, 1, 1, 2, 0, 0, 0, 0],
         [-1, -1, 1, 1, 2, 3, 3, 3],
         [-1, -1, 1, 0, 0, 0, 0, 0],
     ]
-    assert batch.ends.tolist() == [2, 3, 3, 4, 7, 2]
+    assert batch.last_positions.tolist() == [2, 3, 3, 4, 7, 2]
     assert batch.prompt.tolist() == [0, 0, 1, 1, 1, 2]
     assert batch.rank.tolist() == [0, 1, 0, 1, 2, 0]
     assert batch.weight == 3
@@ -443,4 +443,4 @@ def test_p37_padding_and_end_are_told_apart(tokenizer: Tokenizer) -> None:
     assert int(ends.sum()) == 4 and batch.loss_mask[ends].all()
     assert not batch.loss_mask[batch.targets == tokenizer.pad_id].any()
     ranked = ranked_batch([[ids for ids, _ in talks]], tokenizer.pad_id)
-    assert (ranked.tokens[ranked.prompt, ranked.ends] == tokenizer.eos_id).all()
+    assert (ranked.tokens[ranked.prompt, ranked.last_positions] == tokenizer.eos_id).all()

@@ -42,7 +42,7 @@ def randomise(model: torch.nn.Module) -> None:
     """No tensor may be zero by its start: a head or an adapter that is lost on the way would not show."""
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora" in name or "scalar_head" in name or parameter.requires_grad:
+            if "lora" in name or "value_head" in name or parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator(i)))
 
 
@@ -63,14 +63,14 @@ def save(kind: str, root: Path, tokenizer: Tokenizer) -> tuple[Path, torch.Tenso
         return root / kind, probe(model)
     checkpoint.save_full(root / "deep" / "base", model, tokenizer, {"stage": "pretrain"})
     quant = QuantConfig(kind="nf4" if "qlora" in kind else "none")
-    adapters = LoRAConfig(rank=4, targets=("wq", "wv", "w_up"))
+    adapters = LoRAConfig(rank=4, target_modules=("wq", "wv", "w_up"))
     if scalar:
         model = checkpoint.scalar_from(model)
-    lora.quantise(model, quant)
+    lora.quantize(model, quant)
     lora.add_adapter(model, "mine", adapters, generator(1))
     lora.use_adapter(model, "mine")
     if scalar:
-        model.scalar_head.weight.requires_grad_(True)
+        model.value_head.weight.requires_grad_(True)
     if "embeddings" in kind:
         model.tok_embeddings.requires_grad_(True)
     randomise(model)
@@ -200,7 +200,7 @@ def test_p18_a_refused_state_changes_no_weight(tokenizer):
 
 @pytest.mark.parametrize(
     "kind, lose",
-    [("lora", "any"), ("scalar-lora", "scalar_head.weight"), ("lora-embeddings", "tok_embeddings.weight")],
+    [("lora", "any"), ("scalar-lora", "value_head.weight"), ("lora-embeddings", "tok_embeddings.weight")],
 )
 def test_p18_adapters_are_checked_too(tmp_path, tokenizer, kind, lose):
     folder, _ = save(kind, tmp_path, tokenizer)
@@ -405,7 +405,7 @@ def test_p16_a_shared_base_takes_no_adapter_with_embeddings_of_its_own(tmp_path,
     folder, _ = save("scalar-lora", tmp_path / "b", tokenizer)
     base, (config, state, quant) = checkpoint.base_of(folder)
     assert base.resolve() == (tmp_path / "b" / "deep" / "base").resolve() and quant == checkpoint.DENSE
-    assert config.rank == 4 and "scalar_head.weight" in state
+    assert config.rank == 4 and "value_head.weight" in state
 
 
 def test_a_model_does_not_live_in_its_file(tmp_path, tokenizer):

@@ -18,7 +18,9 @@ from test_tokenizer import json_tokenizer
 import instruct_llama as il
 from instruct_llama import convert, presets
 from instruct_llama.__main__ import COMMANDS, leave, main, parse
+from instruct_llama.config import SamplingConfig
 from instruct_llama.data import sources
+from instruct_llama.evaluation.exact import EnumerableTokens
 from instruct_llama.seeds import derive
 
 try:
@@ -53,9 +55,9 @@ def runs(pipeline, tmp_path, monkeypatch):
 
 def test_options_set_any_field():
     settings = parse(["--preset", "laptop", "--ppo.kl-coef", "0.1", "--seed", "7", "--out", "there", "--sft.pack",
-                      "--sft.lora.targets", "wq", "wv", "--model.rope-scaling.kind", "linear"])  # fmt: skip
+                      "--sft.lora.target-modules", "wq", "wv", "--model.rope-scaling.kind", "linear"])  # fmt: skip
     expected = presets.get("laptop").replace(
-        ppo__kl_coef=0.1, seed=7, out="there", sft__pack=True, sft__lora__targets=("wq", "wv"),
+        ppo__kl_coef=0.1, seed=7, out="there", sft__pack=True, sft__lora__target_modules=("wq", "wv"),
         model__rope_scaling__kind="linear",
     )  # fmt: skip
     assert settings == expected and settings.out_dir == Path("there")
@@ -314,9 +316,9 @@ def test_ppos_prompts_leave_room_for_their_answers(runs, capsys):
     out, args = runs
     short = [*args, "--ppo.name", "short", "--ppo.iterations", "1"]
     assert main(["ppo", *short, "--ppo.seq-len", "40"]) == 0
-    episodes = [json.loads(line) for line in (out / "short" / "samples.jsonl").read_text("utf-8").splitlines()]
+    rollouts = [json.loads(line) for line in (out / "short" / "samples.jsonl").read_text("utf-8").splitlines()]
     _, tokenizer = il.load(out / "short")
-    assert all(len(tokenizer.encode(e["prompt"])) + len(e["pieces"]) <= 40 for e in episodes)
+    assert all(len(tokenizer.encode(e["prompt"])) + len(e["pieces"]) <= 40 for e in rollouts)
     assert main(["ppo", *short, "--ppo.seq-len", "10", "--overwrite"]) == 2
     assert "No prompt leaves room for ppo.max_new_tokens 8 in a context of 10" in capsys.readouterr().err
 
@@ -340,8 +342,8 @@ def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_pat
     out, args = runs
     seen = []
 
-    def stream(model, prompt, **options):
-        seen.append((prompt, options))
+    def stream(model, prompt, sampling, special, generator, eos_ids):
+        seen.append((prompt, {"sampling": sampling, "special": special, "generator": generator, "eos_ids": eos_ids}))
         return iter(())
 
     monkeypatch.setattr("instruct_llama.tools.chat.stream", stream)
@@ -353,20 +355,19 @@ def test_chat_tells_the_model_the_system_message_and_how_to_sample(runs, tmp_pat
     answer = {"role": "assistant", "content": "…"}  # it said nothing
     assert seen[0][0] == tokenizer.encode_prompt([system, user])
     assert seen[1][0] == tokenizer.encode_prompt([system, user, answer, {"role": "user", "content": "Again"}])
-    kept = {key: seen[0][1][key] for key in ("temperature", "top_k", "top_p", "max_new_tokens")}
-    assert kept == {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "max_new_tokens": 7}
-    assert tokenizer.eos_id in seen[0][1]["eos_id"] and tokenizer.pad_id in seen[0][1]["banned"]
+    assert seen[0][1]["sampling"] == SamplingConfig(max_new_tokens=7, temperature=0.3, top_k=5, top_p=0.9)
+    assert tokenizer.eos_id in seen[0][1]["eos_ids"] and tokenizer.pad_id in seen[0][1]["special"].suppress_tokens
     generators = [options["generator"] for _, options in seen]
     assert generators[0].initial_seed() == derive(1, "conversation")  # --seed of `args`
     assert generators[1] is generators[0]  # a turn goes on with the numbers where the last one stopped
 
 
 def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeypatch):
-    from instruct_llama.tools.chat import Talker
+    from instruct_llama.tools.chat import ChatSession
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
-    talker = Talker(model, tokenizer, "Be kind.", 8, 0, {"temperature": 0.0})
+    talker = ChatSession(model, tokenizer, "Be kind.", SamplingConfig(8, 0.0), 0)
     messages = []
     for i in range(12):
         messages += [{"role": "user", "content": f"Question {i} " * 4}, {"role": "assistant", "content": "Yes."}]
@@ -377,28 +378,28 @@ def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(runs, monkeyp
 
 
 def test_chat_remembers_what_it_answered(runs, monkeypatch, capsys):
-    from instruct_llama.tools.chat import Talker, converse
+    from instruct_llama.tools.chat import ChatSession, converse
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
     seen, said = [], tokenizer.encode("The dog is red.")
-    monkeypatch.setattr("instruct_llama.tools.chat.stream", lambda _, ids, **__: seen.append(ids) or iter(said))
+    monkeypatch.setattr("instruct_llama.tools.chat.stream", lambda _, ids, *__: seen.append(ids) or iter(said))
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd the cat?\n\n"))
-    converse(Talker(model, tokenizer, "", 8, 0, {}))
+    converse(ChatSession(model, tokenizer, "", SamplingConfig(8), 0))
     turns = [("user", "Hello"), ("assistant", "The dog is red."), ("user", "And the cat?")]
     assert seen[1] == tokenizer.encode_prompt([{"role": role, "content": content} for role, content in turns])
     assert capsys.readouterr().out.count("The dog is red.\n") == 2
 
 
 def test_a_turn_that_is_too_long_is_forgotten_and_the_conversation_goes_on(runs, monkeypatch, capsys):
-    from instruct_llama.tools.chat import Talker, converse
+    from instruct_llama.tools.chat import ChatSession, converse
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
     seen = []
-    monkeypatch.setattr("instruct_llama.tools.chat.stream", lambda _, prompt, **__: seen.append(prompt) or iter(()))
+    monkeypatch.setattr("instruct_llama.tools.chat.stream", lambda _, prompt, *__: seen.append(prompt) or iter(()))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{'word ' * 400}\nHello\n\n"))
-    converse(Talker(model, tokenizer, "", 8, 0, {}))
+    converse(ChatSession(model, tokenizer, "", SamplingConfig(8), 0))
     assert seen == [tokenizer.encode_prompt("Hello")]
     assert f"longer than the model's context of {model.config.max_seq_len} tokens" in capsys.readouterr().out
 
@@ -416,13 +417,13 @@ def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_p
     sources.write_jsonl(tmp_path / "asked.jsonl", [{"prompt": dialog} for dialog in dialogs])
     seen, real = [], chat.sample
 
-    def sample(model, ids, **options):
-        seen.append((ids, options["generator"]))
-        return real(model, ids, **options)
+    def sample(model, ids, sampling, special, generator, eos_ids):
+        seen.append((ids, generator))
+        return real(model, ids, sampling, special, generator, eos_ids)
 
     monkeypatch.setattr(chat, "sample", sample)
     limit = model.config.max_seq_len
-    talker = chat.Talker(model, tokenizer, "Be kind.", limit, 3, {"temperature": 1.0})
+    talker = chat.ChatSession(model, tokenizer, "Be kind.", SamplingConfig(limit), 3)
     chat.answer_file(talker, tmp_path / "asked.jsonl", 2)
     kind = {"role": "system", "content": "Be kind."}
     wanted = [tokenizer.encode_prompt(d if d[0] == own else [kind, *d]) for d in dialogs]
@@ -433,7 +434,7 @@ def test_prompts_of_a_file_are_asked_whole_and_each_batch_draws_anew(runs, tmp_p
 
 
 def test_a_character_of_several_bytes_is_shown_whole():
-    from instruct_llama.tools.chat import pieces_of
+    from instruct_llama.tools.chat import text_pieces
 
     class Bytes:
         """A tokenizer whose ids are bytes."""
@@ -441,27 +442,30 @@ def test_a_character_of_several_bytes_is_shown_whole():
         def decode(self, ids):
             return bytes(ids).decode("utf-8", "replace")
 
-    shown = list(pieces_of(Bytes(), iter("é日!".encode())))
+    shown = list(text_pieces(Bytes(), iter("é日!".encode())))
     assert shown == ["é", "日", "!", ""] and "\ufffd" not in "".join(shown)
     cut = "é".encode()[:1]
-    assert list(pieces_of(Bytes(), iter(cut))) == ["\ufffd"]  # the end came before the rest of it
+    assert list(text_pieces(Bytes(), iter(cut))) == ["\ufffd"]  # the end came before the rest of it
 
 
 def test_p25_chat_stops_at_every_token_that_ends_an_answer(runs, tmp_path):
     from instruct_llama.model.sampling import stream
-    from instruct_llama.tools.chat import Talker
+    from instruct_llama.tools.chat import ChatSession
 
     out, _ = runs
     model, tokenizer = il.load(out / "sft")
     other = tokenizer.encode("the")[0]
     tokenizer.end_ids = (tokenizer.eos_id, other)  # as <|im_end|> and <|endoftext|>
-    talker = Talker(model, tokenizer, "", 8, 0, {"temperature": 0.0})
+    talker = ChatSession(model, tokenizer, "", SamplingConfig(8, 0.0), 0)
     with torch.no_grad():  # a model that says nothing but `other`
         model.norm.weight.zero_()
         model.tok_embeddings.weight.zero_()
     ids = talker.encode([{"role": "user", "content": "Hello"}])
-    options = {**talker.options, "banned": tuple(i for i in range(tokenizer.vocab_size) if i != other)}
-    assert list(stream(model, ids, max_new_tokens=8, **options)) == []
-    other = Talker(model, json_tokenizer(tmp_path, "chatml"), "", 8, 0, {})  # whose other end is a special token
-    assert len(other.options["eos_id"]) == 2 and not set(other.options["banned"]) & set(other.options["eos_id"])
-    assert set(other.tokenizer.special_ids) == {*other.options["banned"], *other.options["eos_id"]}
+    tokens = EnumerableTokens(0, tokenizer.eos_id, tuple(i for i in range(tokenizer.vocab_size) if i != other))
+    assert list(stream(model, ids, talker.sampling, tokens, eos_ids=tokenizer.end_ids)) == []
+    chatml = json_tokenizer(tmp_path, "chatml")  # whose other end is a special token, and so suppressed elsewhere
+    assert len(chatml.end_ids) == 2 and set(chatml.end_ids) & set(chatml.suppress_tokens)
+    assert set(chatml.special_ids) == {*chatml.suppress_tokens, *chatml.end_ids}
+    for end in tokenizer.end_ids:  # an end token can be sampled, whatever is suppressed
+        tokens = EnumerableTokens(0, tokenizer.eos_id, tuple(range(tokenizer.vocab_size)))
+        assert list(stream(model, ids, talker.sampling, tokens, eos_ids=(end,))) == []

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "checkpoints" / "smollm2"
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}  # fmt: skip
-SHAPES = {
+MODEL_SHAPES = {
     "grouped queries, tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 20_000.0}},
     "untied, many heads": {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "LLaMA 3 positions": {"rope_parameters": {"rope_theta": 500_000.0, **LLAMA3_ROPE}},
@@ -51,7 +51,7 @@ def reference(shape: str = "untied, many heads") -> LlamaForCausalLM:
         LlamaConfig(
             vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=320, bos_token_id=0, eos_token_id=2, pad_token_id=0, rms_norm_eps=1e-3,
-            **{**usual, **SHAPES[shape]},
+            **{**usual, **MODEL_SHAPES[shape]},
         )
     )  # fmt: skip
     for name, weight in model.named_parameters():
@@ -80,7 +80,7 @@ def difference(ours: Path | torch.nn.Module, other: torch.nn.Module, tokens: tor
     return float((logits_of(model, tokens) - logits_of(other, tokens)).abs().max())
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=MODEL_SHAPES)
 def folder(request, tmp_path) -> tuple[Path, LlamaForCausalLM]:
     """A Hugging Face folder and the model that is in it."""
     return hf_folder(tmp_path / "hf", request.param)
@@ -403,7 +403,7 @@ META = {  # params.json as each model was released; the number of shards
 def test_p13_metas_settings_make_the_published_shape(name):
     """What params.json leaves open (key/value heads, vocabulary, context, stretching) is filled in as published."""
     params, parts = META[name]
-    shape = presets.SHAPES[name]
+    shape = presets.MODEL_SHAPES[name]
     table = torch.arange(6.0).view(2, 3)
     shards = [
         {
@@ -672,7 +672,11 @@ def test_p25_a_gguf_file_brings_its_vocabulary_and_names_its_ends(kind, pipeline
         assert before == after and len(set(before)) > 100
         # llama.cpp puts a space after what it takes for user-defined: here that would be every line break
         assert vocabulary.USER_DEFINED not in field["tokenizer.ggml.token_type"]
-    assert (read.end_ids, read.pad_id, read.banned_ids) == (tokenizer.end_ids, tokenizer.pad_id, tokenizer.banned_ids)
+    assert (read.end_ids, read.pad_id, read.suppress_tokens) == (
+        tokenizer.end_ids,
+        tokenizer.pad_id,
+        tokenizer.suppress_tokens,
+    )
 
 
 def test_llama_3s_whole_words_need_no_merges(tmp_path):
@@ -902,7 +906,7 @@ def test_an_exported_adapter_is_what_peft_loads(pipeline, beside, kind, tmp_path
 
     targets = ("wq", "w_down") if beside else lora.PROJECTIONS
     settings = pipeline.replace(sft__lora__rank=4, sft__quant__kind=kind, sft__train_embeddings=beside,
-                                sft__lora__targets=targets, sft__optim__lr=0.02, out=str(tmp_path / "runs"),
+                                sft__lora__target_modules=targets, sft__optim__lr=0.02, out=str(tmp_path / "runs"),
                                 init=str(Path(pipeline.out) / "pretrain"))  # fmt: skip
     source = run_stage("sft", settings).folder
     lines = convert.export("peft", source, tmp_path / "peft")
@@ -966,7 +970,7 @@ def test_16_bits_stay_16_through_training_merging_and_export(pipeline, tmp_path)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
         assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
     frozen, _ = il.load(source, dtype=torch.bfloat16)
-    assert {p.dtype for p in lora.no_adapters(frozen).values()} == {torch.bfloat16}
+    assert {p.dtype for p in lora.base_parameters(frozen).values()} == {torch.bfloat16}
     assert {p.dtype for p in lora.adapter_parameters(frozen, "sft")} == {torch.float32}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert difference(tmp_path / "merged", theirs, TOKENS % tokenizer.vocab_size) < 1e-4

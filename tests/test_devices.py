@@ -161,7 +161,8 @@ STAGES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "sft": (sft, {}),
     "sft, bf16": (sft, on("sft", {"loop__precision": "bf16", "freeze_layers": 1})),
     "sft, packed and recomputed": (
-        sft, {"model__gradient_checkpointing": True} | on("sft", {"pack": True, "loop__accumulate": 2}),
+        sft,
+        {"model__gradient_checkpointing": True} | on("sft", {"pack": True, "loop__gradient_accumulation_steps": 2}),
     ),
     "sft, 8-bit Adam": (sft, {"sft__optim__kind": "adamw_8bit"}),
     "lora": (sft, on("sft", {"lora__rank": 4, "lora__dropout": 0.1})),
@@ -175,10 +176,10 @@ STAGES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
         reward, on("reward", {**NF4, "loop__precision": "bf16", "optim__lr": 1e-2}),
     ),
     "ppo, bf16": (ppo, {"ppo__precision": "bf16"}),
-    "ppo, swapped": (ppo, {"ppo__swap": True}),
+    "ppo, swapped": (ppo, {"ppo__offload_inactive": True}),
     "ppo, all options": (
         ppo, on("ppo", {"ptx_coef": 0.5, "top_k": 20, "top_p": 0.9, "entropy_coef": 0.01, "kl_target": 1.0,
-                        "rollout_batch": 2, "freeze_layers": 1}),
+                        "generation_batch_size": 2, "freeze_layers": 1}),
     ),
 }  # fmt: skip
 
@@ -250,7 +251,7 @@ FP16 = {sft: {"sft__loop__precision": "fp16"}, ppo: {"ppo__precision": "fp16"}}
 def test_fp16_finds_its_scale(run, monkeypatch, stage):
     """A scale that overflows is halved, and the step left out: so it must be, for it doubles as long as it can."""
     scaled(monkeypatch, 2.0 ** {sft: 24, ppo: 20}[stage])
-    history, _ = run(stage, "cuda", sft__loop__steps=8, ppo__epochs=1, ppo__iterations=4, **FP16[stage])
+    history, _ = run(stage, "cuda", sft__loop__steps=8, ppo__num_ppo_epochs=1, ppo__iterations=4, **FP16[stage])
     norms = [record.get("train/grad_norm", record.get("ppo/grad_norm")) for record in history]
     assert norms[0] == 0 < norms[-1] and sorted(norms, key=bool) == norms
 
@@ -278,7 +279,7 @@ def test_fp16_begun_on_a_cpu_goes_on_on_the_gpu(run, stage):
 def test_every_run_opens_on_the_gpu(trained, gpu, stage):
     model, tokenizer = checkpoint.load(trained.out_dir / stage, "cuda")
     layers = [layer for _, layer in lora.projections(model) for layer in layer.modules()]
-    packed = [layer.packed for layer in layers if isinstance(layer, lora.QuantLinear)]
+    packed = [layer.qweight for layer in layers if isinstance(layer, lora.QuantLinear)]
     assert all(tensor.is_cuda for tensor in (*model.parameters(), *packed))
     assert bool(packed) == (stage == "sft-qlora")
     tokens = torch.tensor([tokenizer.encode("Tom has a red ball.")])
@@ -300,7 +301,11 @@ def test_attention_with_a_mask_has_a_head_for_each_query_on_the_gpu(trained, gpu
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model, _ = checkpoint.load(trained.out_dir / "sft", "cuda")
     tokens = torch.tensor([[1, 2, 3]], device="cuda")
-    model(tokens), model(tokens, segments=torch.ones_like(tokens)), model.cpu()(tokens.cpu(), segments=tokens.cpu())
+    (
+        model(tokens),
+        model(tokens, segment_ids=torch.ones_like(tokens)),
+        model.cpu()(tokens.cpu(), segment_ids=tokens.cpu()),
+    )
     assert set(calls) == {(False, True), (True, False), (True, True)}  # grouped; not grouped; grouped on the CPU
 
 
@@ -377,7 +382,7 @@ def test_networks_that_live_elsewhere_need_no_room_here():
     def needed(*devices: str) -> dict[str, float]:
         return memory.estimate(settings.replace(ppo__devices=devices), "ppo").parts
 
-    weights = memory.base_bytes(presets.SHAPES["smollm2-135m"], settings.sft.lora, settings.sft.quant, "fp32")
+    weights = memory.base_bytes(presets.MODEL_SHAPES["smollm2-135m"], settings.sft.lora, settings.sft.quant, "fp32")
     assert needed() == needed(*4 * ("cuda:1",))
     assert needed()["weights"] == 4 * weights and needed("cuda:0", "cuda:0", "cpu", "cpu")["weights"] == 2 * weights
     parts = needed("cuda:0", "cuda:1", "cuda:1", "cuda:1")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from instruct_llama.config import ModelConfig
+from instruct_llama.config import ModelConfig, SamplingConfig
+from instruct_llama.evaluation.exact import EnumerableTokens
 from instruct_llama.model.llama import KVCache, Llama
 from instruct_llama.model.sampling import sample
 from instruct_llama.rlhf import losses as o
@@ -38,7 +39,7 @@ def optimal_policy(language):
     mass = torch.zeros(language.n_unended, language.vocab_size)
     row = {prefix: i for i, prefix in enumerate(language.prefixes)}
     best = enumerable.optimal_logprobs(language).exp()
-    for answer, mask, p in zip(language.answers.tolist(), language.mask, best, strict=True):
+    for answer, mask, p in zip(language.responses.tolist(), language.response_mask, best, strict=True):
         for t in range(int(mask.sum())):
             mass[row[tuple(answer[:t])], answer[t]] += p
     with torch.no_grad():
@@ -48,23 +49,23 @@ def optimal_policy(language):
 
 def test_every_answer_is_listed_once():
     fixed, variable = LANGUAGES["fixed"], LANGUAGES["variable"]
-    assert len(fixed.answers) == 6**4 and fixed.ended.all() and (fixed.mask.sum(1) == 5).all()
-    assert len(variable.answers) == 1 + 5 + 25 + 125 + 625 and int(variable.ended.sum()) == 156
+    assert len(fixed.responses) == 6**4 and fixed.has_eos.all() and (fixed.response_mask.sum(1) == 5).all()
+    assert len(variable.responses) == 1 + 5 + 25 + 125 + 625 and int(variable.has_eos.sum()) == 156
     for language in LANGUAGES.values():
-        assert len({tuple(answer) for answer in language.answers.tolist()}) == len(language.answers)
-        assert torch.equal(language.mask, language.answers != PAD)
-        ends = language.answers.gather(1, language.mask.sum(1, keepdim=True) - 1)[:, 0]
-        assert torch.equal(ends == EOS, language.ended)
-        assert (language.scores[~language.ended] == language.no_end_score).all()
+        assert len({tuple(answer) for answer in language.responses.tolist()}) == len(language.responses)
+        assert torch.equal(language.response_mask, language.responses != PAD)
+        ends = language.responses.gather(1, language.response_mask.sum(1, keepdim=True) - 1)[:, 0]
+        assert torch.equal(ends == EOS, language.has_eos)
+        assert (language.scores[~language.has_eos] == language.missing_eos_score).all()
     assert variable.decode([BOS, 3, 4, 7, EOS]) == "abe" and variable.pieces([3, EOS, PAD]) == ["a", "</s>", "<pad>"]
 
 
 @BOTH
 def test_the_reward_model_agrees_with_the_scores(language):
-    prompts = torch.full_like(language.answers[:, :1], BOS)
-    scores = enumerable.reward_model(language)(torch.cat([prompts, language.answers], 1))  # (A, 1 + N)
-    at_end = o.score_at_end(scores, language.mask.sum(1))
-    assert torch.equal(at_end[language.ended], language.scores[language.ended])
+    prompts = torch.full_like(language.responses[:, :1], BOS)
+    scores = enumerable.reward_model(language)(torch.cat([prompts, language.responses], 1))  # (A, 1 + N)
+    at_end = o.pool_last_token(scores, language.response_mask.sum(1))
+    assert torch.equal(at_end[language.has_eos], language.scores[language.has_eos])
 
 
 @BOTH
@@ -80,14 +81,14 @@ def test_the_same_seed_makes_the_same_language(language):
 @BOTH
 def test_probabilities_add_up_to_one(language):
     for policy in (enumerable.reference(language), random_policy(language), optimal_policy(language)):
-        total = enumerable.answer_logprobs(language, policy).sum(1).exp().sum()
+        total = enumerable.response_logprobs(language, policy).sum(1).exp().sum()
         assert total.item() == pytest.approx(1, abs=1e-5)
 
 
 @BOTH
 def test_the_best_policy_reaches_the_best_objective(language):
     best = optimal_policy(language)
-    logprobs = enumerable.answer_logprobs(language, best).sum(1)
+    logprobs = enumerable.response_logprobs(language, best).sum(1)
     assert torch.allclose(logprobs, enumerable.optimal_logprobs(language), atol=1e-4)
     worth = enumerable.evaluate(language, best)
     assert worth.objective.item() == pytest.approx(enumerable.best_objective(language), abs=1e-5)
@@ -118,7 +119,7 @@ def test_the_best_objective_by_hand():
         for t, token in enumerate(answer):
             logits = language.reference_logits[row[answer[:t]]]
             probability *= (logits[token].exp() / logits[list(choices)].exp().sum()).item()
-        reward = language.reward_table[row[answer]].item() if answer[-1] == EOS else language.no_end_score
+        reward = language.reward_table[row[answer]].item() if answer[-1] == EOS else language.missing_eos_score
         total += probability * math.exp(reward / language.beta)
     assert enumerable.best_objective(language) == pytest.approx(language.beta * math.log(total), abs=1e-4)
 
@@ -138,22 +139,20 @@ def test_a_llama_can_be_judged_too(language):
 @BOTH
 def test_p38_sampling_through_the_cache_agrees_with_enumeration(language):
     policy = random_policy(language)
-    made = sample(
-        policy, [language.prompt] * 4000, max_new_tokens=language.max_new_tokens, eos_id=EOS, pad_id=PAD,
-        generator=seeded(), banned=(PAD, BOS),
-    )  # fmt: skip
-    row = {tuple(answer): i for i, answer in enumerate(language.answers.tolist())}
+    sampling = SamplingConfig(language.max_new_tokens)
+    made = sample(policy, [language.prompt] * 4000, sampling, EnumerableTokens(), seeded())
+    row = {tuple(answer): i for i, answer in enumerate(language.responses.tolist())}
     index = torch.tensor([row[tuple(answer)] for answer in made.tokens.tolist()])  # every sample is an answer
-    exact = enumerable.answer_logprobs(language, policy).detach()
+    exact = enumerable.response_logprobs(language, policy).detach()
     assert torch.allclose(made.logprobs, exact[index], atol=1e-5)
-    assert torch.equal(made.mask, language.mask[index]) and torch.equal(made.ended, language.ended[index])
+    assert torch.equal(made.mask, language.response_mask[index]) and torch.equal(made.has_eos, language.has_eos[index])
     share, p = index.bincount(minlength=len(exact)) / 4000, exact.sum(1).exp()
     assert ((share - p).abs() < 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
 
 
 @BOTH
 def test_p37_left_padding_never_changes_a_row(language):
-    tokens = torch.cat([torch.full_like(language.answers[:, :1], BOS), language.answers], 1)
+    tokens = torch.cat([torch.full_like(language.responses[:, :1], BOS), language.responses], 1)
     junk = torch.randint(0, language.vocab_size, (len(tokens), 3), generator=seeded())
     for table in (random_policy(language), enumerable.reward_model(language)):
         assert torch.equal(table(torch.cat([junk, tokens], 1))[:, 3:], table(tokens))
@@ -161,14 +160,14 @@ def test_p37_left_padding_never_changes_a_row(language):
 
 def test_a_cache_changes_nothing_and_forgets_ended_rows():
     language, policy = LANGUAGES["variable"], random_policy(LANGUAGES["variable"])
-    tokens = torch.cat([torch.full((6, 1), BOS), language.answers[[160, 200, 300, 400, 500, 600], :3]], 1)
+    tokens = torch.cat([torch.full((6, 1), BOS), language.responses[[160, 200, 300, 400, 500, 600], :3]], 1)
     cache = KVCache(policy.config, 6, 4, "cpu", torch.float32)
     whole, rows = policy(tokens), torch.arange(6)
     for t in range(4):
         assert torch.equal(policy(tokens[rows, t : t + 1], cache=cache)[:, 0], whole[rows, t])
         kept = torch.arange(len(rows)) != 0
         rows = rows[kept]
-        cache.select(kept)
+        cache.select_rows(kept)
 
 
 # --------------------------------------------------- PPO's formulas on all answers at once: no sampling, no noise (P00)
@@ -177,13 +176,13 @@ def test_a_cache_changes_nothing_and_forgets_ended_rows():
 def states(language: Language) -> Tensor:
     """(A, N) which prefix each token of each answer was chosen after."""
     row = {prefix: i for i, prefix in enumerate(language.prefixes)}
-    return torch.tensor([[row.get(tuple(a[:t]), 0) for t in range(len(a))] for a in language.answers.tolist()])
+    return torch.tensor([[row.get(tuple(a[:t]), 0) for t in range(len(a))] for a in language.responses.tolist()])
 
 
 def expected_values(language: Language, where: Tensor, p: Tensor, rewards: Tensor) -> Tensor:
     """(A, N) the exact value of each state: what is still to come, averaged over the answers that pass through it."""
     to_come = rewards.flip(1).cumsum(1).flip(1)
-    weights = p[:, None] * language.mask  # (A, N)
+    weights = p[:, None] * language.response_mask  # (A, N)
     total, mass = (
         torch.zeros(len(language.prefixes)).index_add(0, where.flatten(), x.flatten())
         for x in (weights * to_come, weights)
@@ -233,14 +232,14 @@ def climb(
     """Gradient steps on PPO's loss over all answers, weighted by their probability; returns the gap closed."""
     policy, ref, where = enumerable.reference(language), enumerable.reference(language), states(language)
     scores = language.scores if scores is None else scores
-    mask = language.mask if trained is None else trained
+    mask = language.response_mask if trained is None else trained
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
-    tempered = lambda model: enumerable.answer_logprobs(  # noqa: E731
+    tempered = lambda model: enumerable.response_logprobs(  # noqa: E731
         language, lambda tokens: model(tokens) / temperature
     )
     for _ in range(90):
         logprobs = tempered(policy)
-        p = enumerable.answer_logprobs(language, policy).detach().sum(1).exp()  # (A,)
+        p = enumerable.response_logprobs(language, policy).detach().sum(1).exp()  # (A,)
         rewards = rewards_of(scores, logprobs.detach(), tempered(ref).detach(), mask, language.beta)
         values = expected_values(language, where, p, rewards)
         advantages, _ = gae(rewards, values, mask, 1.0, 0.95)
@@ -253,7 +252,7 @@ def climb(
 
 def forgotten(language: Language) -> Tensor:
     """The reward table's own scores, also of answers that were cut off."""
-    where = [language.prefixes.index(tuple(i for i in answer if i != PAD)) for answer in language.answers.tolist()]
+    where = [language.prefixes.index(tuple(i for i in answer if i != PAD)) for answer in language.responses.tolist()]
     return language.reward_table[where]
 
 
@@ -274,8 +273,8 @@ def test_p00_the_formulas_together_have_the_gradient_of_the_objective(language):
     policy, ref = random_policy(language), enumerable.reference(language)
     weight = policy.tok_embeddings.weight
     (exact,) = torch.autograd.grad(enumerable.evaluate(language, policy).objective, weight)
-    logprobs, ref_logprobs = (enumerable.answer_logprobs(language, model) for model in (policy, ref))
-    p, mask = logprobs.detach().sum(1).exp()[:, None], language.mask
+    logprobs, ref_logprobs = (enumerable.response_logprobs(language, model) for model in (policy, ref))
+    p, mask = logprobs.detach().sum(1).exp()[:, None], language.response_mask
     rewards = o.penalised_rewards(language.scores, logprobs, ref_logprobs, mask, language.beta)
     baseline = torch.randn(len(language.prefixes), generator=seeded())[states(language)]
     advantages, _ = o.gae(rewards, baseline, mask, 1.0, 1.0)
@@ -307,7 +306,7 @@ def test_p00_each_mistake_is_seen_in_one_of_the_languages(mistake):
     name, changes = MISTAKES[mistake]
     language = LANGUAGES[name]
     if "trained" in changes:
-        changes = {"trained": language.mask & (language.answers != EOS)}
+        changes = {"trained": language.response_mask & (language.responses != EOS)}
     if "scores" in changes:
         changes = {"scores": forgotten(language)}
     closed = climb(language, **changes)

@@ -15,13 +15,20 @@ import pytest
 import torch
 
 from instruct_llama import presets
-from instruct_llama.config import EvaluateConfig, UserError
+from instruct_llama.config import EvaluateConfig, SamplingConfig, UserError
 from instruct_llama.data import sources
 from instruct_llama.evaluation import baselines
 from instruct_llama.evaluation import report as evaluate
-from instruct_llama.evaluation.report import Estimate, accuracy_estimate, check_off, describe, estimate, paired
+from instruct_llama.evaluation.report import (
+    Estimate,
+    accuracy_estimate,
+    compare_with_expected,
+    describe,
+    estimate,
+    paired,
+)
 from instruct_llama.evaluation.statistics import mean_of_groups, ratio_estimate
-from instruct_llama.model.sampling import generate, generate_ids, sample
+from instruct_llama.model.sampling import SampledTokens, generate, generate_ids, sample
 from instruct_llama.training import checkpoint
 from instruct_llama.worlds import tinychat
 from instruct_llama.worlds.tinychat.corpus import FRAMES
@@ -118,9 +125,9 @@ def test_rewards_by_skill():
 
 def test_check_off_says_whether_a_figure_is_as_expected(capsys):
     laptop = presets.get("laptop")
-    check_off(laptop, "sft", {"true_reward": 0.5, "loss": 1.25})
-    check_off(laptop, "ppo", {"true_reward": 0.5})
-    check_off(presets.get("tiny"), "ppo", {"true_reward": 0.5})
+    compare_with_expected(laptop, "sft", {"true_reward": 0.5, "loss": 1.25})
+    compare_with_expected(laptop, "ppo", {"true_reward": 0.5})
+    compare_with_expected(presets.get("tiny"), "ppo", {"true_reward": 0.5})
     fair, none, low, tiny = capsys.readouterr().out.splitlines()
     assert "0.500   expected 0.35 to 0.60: as expected" in fair and "no expectation" in none
     assert "expected 0.90 to 1.00: NOT as expected: see What can go wrong" in low
@@ -137,8 +144,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.tokenizer, self.sign, self.dummy = tokenizer, sign, torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        return self.sign * (segments[:, :, None] == segments[:, None]).sum(-1).float()  # longer is better
+    def forward(self, tokens: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+        return self.sign * (segment_ids[:, :, None] == segment_ids[:, None]).sum(-1).float()  # longer is better
 
 
 def test_reward_accuracy_counts_pairs_and_halves_ties(pipeline):
@@ -188,11 +195,11 @@ def test_the_models_own_comparisons_have_a_ceiling_too(pipeline, monkeypatch):
         width = max(map(len, ids))
         answers = torch.tensor([one + [0] * (width - len(one)) for one in ids])
         mask = torch.tensor([[True] * len(one) + [False] * (width - len(one)) for one in ids])
-        return SimpleNamespace(answers=answers, mask=mask, ended=torch.ones(len(ids), dtype=torch.bool))
+        return SimpleNamespace(responses=answers, response_mask=mask, has_eos=torch.ones(len(ids), dtype=torch.bool))
 
-    monkeypatch.setattr(reward.rollout, "play", play)
+    monkeypatch.setattr(reward.rollout, "sample_responses", play)
     model = torch.nn.Linear(1, 1)
-    config = replace(pipeline.reward, answers=3)
+    config = replace(pipeline.reward, responses_per_prompt=3)
     own = reward.sample_comparisons(model, tokenizer, prompts, config, pipeline.world.temperature, 1, pipeline.ppo)
     assert [record["prompt"] for record in own] == prompts
     for record in own:
@@ -237,12 +244,12 @@ def test_asked_as_prose_a_model_goes_on_from_the_prompt(pipeline):
         start = len(ids)
         while len(ids) < start + 12 and (len(ids) == start or ids[-1] not in ends):
             logits = model(torch.tensor([ids]))[0, -1].detach()
-            logits[list(tokenizer.banned_ids)] = -math.inf
+            logits[list(tokenizer.suppress_tokens)] = -math.inf
             ids = [*ids, int(logits.argmax())]
         expected.append(tokenizer.decode(ids[start:]).rstrip())
-    assert evaluate.prose_answers(model, tokenizer, prompts, config) == expected
+    assert evaluate.prose_responses(model, tokenizer, prompts, config) == expected
     config = replace(config, temperature=1.0)
-    drawn = [evaluate.prose_answers(model, tokenizer, prompts, config, seed) for seed in (1, 1, 2)]
+    drawn = [evaluate.prose_responses(model, tokenizer, prompts, config, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -250,26 +257,27 @@ def test_an_answer_as_prose_ends_with_the_document_the_line_or_the_turn(pipeline
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "pretrain")
     said, asked = ("It is red.\n", "It is red. The child asked: Who?", "It is red"), {}
 
-    def scripted(model, starts, **options):
-        asked.update(options, starts=starts)
+    def scripted(model, starts, sampling, special, generator, eos_ids):
+        asked.update(sampling=sampling, special=special, eos_ids=eos_ids, starts=starts)
         ids = [tokenizer.encode(text) for text in said]
         width = max(map(len, ids))
         tokens = torch.tensor([one + [tokenizer.pad_id] * (width - len(one)) for one in ids])
-        return SimpleNamespace(tokens=tokens, mask=tokens != tokenizer.pad_id)
+        mask = tokens != tokenizer.pad_id
+        return SampledTokens(tokens, torch.zeros(mask.shape), mask, torch.zeros(len(mask), dtype=torch.bool))
 
     monkeypatch.setattr(baselines, "sample", scripted)
     prompts = ["What looks red?"] * 3
-    found = evaluate.prose_answers(model, tokenizer, prompts, replace(pipeline.evaluate, temperature=0.5))
+    found = evaluate.prose_responses(model, tokenizer, prompts, replace(pipeline.evaluate, temperature=0.5))
     assert found == ["It is red.", "It is red.", "It is red"]
-    assert set(asked["eos_id"]) == {tokenizer.eos_id, tokenizer.encode("\n")[-1]} and asked["temperature"] == 0.5
+    assert set(asked["eos_ids"]) == {tokenizer.eos_id, tokenizer.encode("\n")[-1]} and asked["special"] is tokenizer
     assert asked["starts"] == [tokenizer.encode(evaluate.as_prose(prompt)) for prompt in prompts]
-    assert asked["max_new_tokens"] == pipeline.evaluate.max_new_tokens and asked["banned"] == tokenizer.banned_ids
+    assert asked["sampling"] == SamplingConfig(pipeline.evaluate.max_new_tokens, 0.5)
 
 
 def test_sampled_ids_are_those_of_the_texts(pipeline):
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
     prompts = tinychat.prompts(1, 5, split="heldout")
-    ids = generate_ids(model, tokenizer, prompts, 8, seed=3, batch_size=2)
+    ids = generate_ids(model, tokenizer, prompts, SamplingConfig(8), seed=3, batch_size=2)
     assert [tokenizer.decode(one) for one in ids] == generate(model, tokenizer, prompts, 8, seed=3, batch_size=2)
     assert all(1 <= len(one) <= 8 for one in ids)
 
@@ -277,23 +285,21 @@ def test_sampled_ids_are_those_of_the_texts(pipeline):
 def test_p38_log_probabilities_of_sampled_ids_are_the_samplers(pipeline):
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
     prompts = tinychat.prompts(1, 7, split="heldout")
-    made = sample(
-        model, [tokenizer.encode_prompt(p) for p in prompts], max_new_tokens=9, eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id, generator=torch.Generator().manual_seed(0), banned=tokenizer.banned_ids,
-    )  # fmt: skip
+    encoded, generator = [tokenizer.encode_prompt(p) for p in prompts], torch.Generator().manual_seed(0)
+    made = sample(model, encoded, SamplingConfig(9), tokenizer, generator)
     ids = [row[kept].tolist() for row, kept in zip(made.tokens, made.mask, strict=True)]
     ids[2] = [*ids[2][:3], tokenizer.eos_id]  # of another length
     found = baselines.response_logprobs(model, tokenizer, prompts, ids, batch_size=3)
     expected = made.logprobs.sum(1).tolist()
     assert found[:2] + found[3:] == pytest.approx(expected[:2] + expected[3:], abs=1e-3)
     logits = model(torch.tensor([[*tokenizer.encode_prompt(prompts[2]), *ids[2]]])).detach()[0, -5:-1]
-    logits[:, list(tokenizer.banned_ids)] = -math.inf
+    logits[:, list(tokenizer.suppress_tokens)] = -math.inf
     assert found[2] == pytest.approx(float(logits.log_softmax(-1)[range(4), ids[2]].sum()), abs=1e-3)
 
 
 def test_scores_do_not_depend_on_the_batch(pipeline):
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "reward")
-    torch.nn.init.normal_(model.scalar_head.weight)
+    torch.nn.init.normal_(model.value_head.weight)
     starts = [tokenizer.encode_prompt(prompt) for prompt in tinychat.prompts(1, 4, split="heldout")]
     texts = [["No."], ["Yes, it is.", "I do not know."], ["No.", "Yes.", "No."], ["A red ball."]]
     items = [[[*ids, *tokenizer.encode(text), tokenizer.eos_id] for text in some]
@@ -323,8 +329,7 @@ def test_best_of_n_keeps_the_response_that_the_reward_model_likes_best(pipeline,
     best = evaluate.best_of(None, tokenizer, Oracle(tokenizer, 1.0), prompts, 3, config, seed=4)
     assert best == ["a ball", "b", tokenizer.decode(endless), "cat ball"]
     assert asked["prompts"] == [prompt for prompt in prompts for _ in range(3)]
-    options = (("seed", 4), ("batch_size", 5), ("keys", ("best_of",)))
-    assert asked["arguments"] == (config.max_new_tokens, *options)  # temperature 1 by default
+    assert asked["arguments"] == (SamplingConfig(config.max_new_tokens), 4, 5, ("keys", ("best_of",)))  # temperature 1
     worst = evaluate.best_of(None, tokenizer, Oracle(tokenizer, -1.0), prompts, 3, config)
     assert worst == ["a", "b", tokenizer.decode(endless), "a"]
     with pytest.raises(UserError, match="at least 1"):
@@ -335,9 +340,9 @@ def test_the_best_of_one_is_a_sample(pipeline):
     model, tokenizer = checkpoint.load(Path(pipeline.out) / "sft")
     judge, _ = checkpoint.load(Path(pipeline.out) / "reward")
     prompts, config = tinychat.prompts(1, 4, split="heldout"), pipeline.evaluate
-    expected = evaluate.answers(model, tokenizer, prompts, config, seed=2, keys=("best_of",))
+    expected = evaluate.sample_responses(model, tokenizer, prompts, config, seed=2, keys=("best_of",))
     assert evaluate.best_of(model, tokenizer, judge, prompts, 1, config, seed=2) == expected
-    assert evaluate.answers(model, tokenizer, prompts, config, seed=2) != expected  # numbers of its own
+    assert evaluate.sample_responses(model, tokenizer, prompts, config, seed=2) != expected  # numbers of its own
 
 
 @pytest.mark.parametrize("n, nats", [(1, 0.0), (2, 0.1931), (16, 1.8351)])  # arXiv:2401.01879: log n - (n - 1) / n
@@ -430,7 +435,7 @@ def test_the_report_has_the_contracts_shape(report):
         figures = made["stages"][name]["true_reward"]
         assert set(figures) == {"mean", "low", "high", "n"} and figures["n"] == settings.evaluate.prompts
         assert 0 <= figures["low"] <= figures["mean"] <= figures["high"] <= 1
-        assert [a["prompt"] for a in made["stages"][name]["answers"]] == list(tinychat.FIXED_PROMPTS)
+        assert [a["prompt"] for a in made["stages"][name]["samples"]] == list(tinychat.FIXED_PROMPTS)
     assert_contract(made, ppo_runs=["ppo"])
     accuracy = made["stages"]["reward"]["accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
@@ -485,7 +490,8 @@ def scripted(pipeline, tmp_path, monkeypatch):
         model.stage = Path(folder).name
         return model, tokenizer
 
-    def ids(model, tokenizer, prompts, max_new_tokens, temperature, *, seed, batch_size, keys):
+    def ids(model, tokenizer, prompts, sampling, seed, batch_size, keys):
+        temperature = sampling.temperature
         temperatures.append(temperature)
         right = said.get((model.stage, temperature, keys), said[model.stage, temperature])
         texts = [tinychat.ideal(p) if right(i) else "I do not know." for i, p in enumerate(prompts)]
@@ -559,7 +565,7 @@ def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
     settings, _, _ = scripted
     folders = {name: settings.out_dir / name for name in ("sft", "ppo", "reward")}
     models = {name: checkpoint.load(folder)[0] for name, folder in folders.items()}
-    torch.nn.init.normal_(models["reward"].scalar_head.weight, std=0.2, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(models["reward"].value_head.weight, std=0.2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # a policy that is not SFT's
         models["ppo"].output.weight += 0.05 * torch.randn(480, 32, generator=torch.Generator().manual_seed(1))
     tokenizer = checkpoint.load(folders["sft"])[1]
@@ -577,14 +583,14 @@ def test_scores_and_kl_of_the_report_are_of_held_out_prompts(scripted):
         sums = []
         for name in ("ppo", "sft"):
             logits = models[name](tokens).detach()[0, len(start) - 1 : -1]
-            logits[:, list(tokenizer.banned_ids)] = -math.inf
+            logits[:, list(tokenizer.suppress_tokens)] = -math.inf
             sums.append(float(logits.log_softmax(-1)[range(len(answer)), answer].sum()))
         kls.append(sums[0] - sums[1])
     scores = [(raw - 0.25) / 2.0 for raw in raws]
     limit = float(np.median(np.abs(scores)))  # half of them are clipped
     scores = [max(-limit, min(limit, score)) if i != 1 else -4.0 for i, score in enumerate(scores)]
-    played(folders["ppo"], score_clip=limit, no_end_score=-4.0)  # the run's own, whatever is given now
-    made = evaluate.report_card(settings.replace(ppo__score_clip=1e-3, ppo__no_end_score=9.0))
+    played(folders["ppo"], score_clip=limit, missing_eos_score=-4.0)  # the run's own, whatever is given now
+    made = evaluate.report_card(settings.replace(ppo__score_clip=1e-3, ppo__missing_eos_score=9.0))
     entry = made["stages"]["ppo"]
     assert entry["best"] == checkpoint.read_info(folders["ppo"])["best"] and "score" in entry["best"]
     assert entry["score"] == pytest.approx(asdict(estimate(scores)), abs=1e-4)
@@ -607,7 +613,9 @@ def test_scores_are_of_responses_as_long_as_the_runs_own(scripted, monkeypatch):
     )
     assert stages["ppo"]["true_reward"]["mean"] == 0.75
     asked, real = [], evaluate.generate_ids
-    monkeypatch.setattr(evaluate, "generate_ids", lambda *a, **k: asked.append((a[0].stage, a[3])) or real(*a, **k))
+    monkeypatch.setattr(
+        evaluate, "generate_ids", lambda *a, **k: asked.append((a[0].stage, a[3].max_new_tokens)) or real(*a, **k)
+    )
     played(folder, max_new_tokens=60)
     evaluate.report_card(settings)
     most = settings.evaluate.max_new_tokens
@@ -647,11 +655,11 @@ def test_the_shown_answers_have_random_numbers_of_their_own(report):
     made, settings = report
     model, tokenizer = checkpoint.load(settings.out_dir / "sft")
     config = replace(settings.evaluate, temperature=1.0)
-    with_keys = evaluate.answers(
+    with_keys = evaluate.sample_responses(
         model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed, keys=("shown_answers",)
     )
-    assert [a["response"] for a in made["stages"]["sft"]["answers"]] == with_keys
-    assert evaluate.answers(model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed) != with_keys
+    assert [a["response"] for a in made["stages"]["sft"]["samples"]] == with_keys
+    assert evaluate.sample_responses(model, tokenizer, tinychat.FIXED_PROMPTS, config, settings.seed) != with_keys
 
 
 def test_sfts_perplexity_is_of_held_out_demonstrations(report):
@@ -672,7 +680,7 @@ def test_the_report_asks_the_pretrained_model_as_prose(report):
     prompts = tinychat.prompts(settings.seed, 6, split="heldout")
     for key, temperature in (("as_prose", 1.0), ("as_prose_greedy", 0.0)):
         config = replace(settings.evaluate, temperature=temperature)
-        texts = evaluate.prose_answers(model, tokenizer, prompts, config, settings.seed)
+        texts = evaluate.prose_responses(model, tokenizer, prompts, config, settings.seed)
         assert made["stages"]["pretrain"][key] == asdict(estimate(evaluate.true_rewards(prompts, texts)))
 
 
@@ -747,7 +755,7 @@ def test_the_card_of_real_data_holds_what_can_be_known(on_data):
             continue
         assert entry["perplexity"]["value"] > 1 and entry["perplexity"]["tokens"] > 0
         assert entry["against"] == "pretrain" and 0 <= entry["win_rate"]["mean"] <= 1
-        assert len(entry["answers"]) == 3
+        assert len(entry["samples"]) == 3
     same = report["stages"]["pretrain"]["win_rate"]  # against itself: a draw each time
     assert (same["mean"], same["low"], same["high"]) == (0.5, 0.5, 0.5)
     text = describe(report)
@@ -778,7 +786,7 @@ def test_a_win_is_an_answer_that_the_judge_prefers_to_the_first_stages(pipeline,
     """The judge is replaced by one that likes later stages better, and the second prompt's answers all the same."""
     shutil.copytree(pipeline.out, tmp_path / "runs")
     rated = lambda *a: [[float(i), 0.5] for i in range(len(a[-1]))]  # noqa: E731
-    monkeypatch.setattr(evaluate, "judged", rated)
+    monkeypatch.setattr(evaluate, "reward_model_scores", rated)
     prompt = [{"role": "user", "content": "What is item 3?"}]
     pairs = [{"prompt": prompt, "completions": ["It is 3.", "No."]}] * 9
     held = sources.HeldOut(comparisons=pairs, prompts=[prompt] * 2)
@@ -801,8 +809,8 @@ def test_a_long_dialog_is_asked_as_training_cuts_it(pipeline, tmp_path, monkeypa
     context, room = settings.model.max_seq_len, settings.evaluate.max_new_tokens
     assert len(tokenizer.encode_prompt(long)) > context
     hopeless = [ask("word " * context)]
-    asked, real = [], evaluate.answers
-    monkeypatch.setattr(evaluate, "answers", lambda m, t, prompts, *rest: asked.append(prompts) or real(
+    asked, real = [], evaluate.sample_responses
+    monkeypatch.setattr(evaluate, "sample_responses", lambda m, t, prompts, *rest: asked.append(prompts) or real(
         m, t, prompts, *rest))  # fmt: skip
     stages = evaluate.data_card(settings, sources.HeldOut(prompts=[short, hopeless, long]))["stages"]
     assert len(asked) == 4 and all(prompts == asked[0] for prompts in asked) and len(asked[0]) == 2
@@ -852,10 +860,10 @@ def test_perplexity_is_what_pretraining_measures(pipeline):
 
 def test_the_judge_scores_each_models_answers_in_the_prompts_order(pipeline):
     judge, tokenizer = checkpoint.load(Path(pipeline.out) / "reward")
-    torch.nn.init.normal_(judge.scalar_head.weight)
+    torch.nn.init.normal_(judge.value_head.weight)
     prompts = [[{"role": "user", "content": f"What is item {i}?"}] for i in range(3)]
     answered = [[f"It is {i}." for i in range(3)], ["No."] * 3]
-    scores = evaluate.judged(judge, tokenizer, prompts, answered)
+    scores = evaluate.reward_model_scores(judge, tokenizer, prompts, answered)
     for mine, texts in zip(scores, answered, strict=True):
         for prompt, text, score in zip(prompts, texts, mine, strict=True):
             ids = [*tokenizer.encode_prompt(prompt), *tokenizer.encode(text), tokenizer.eos_id]

@@ -13,19 +13,25 @@ from hypothesis import strategies as st
 from test_llama import SMALL, ids, make, seeded
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from instruct_llama.config import UserError
+from instruct_llama.config import SamplingConfig, UserError
 from instruct_llama.data.tokenizer import Tokenizer
+from instruct_llama.evaluation.exact import EnumerableTokens
 from instruct_llama.model.llama import Llama
-from instruct_llama.model.sampling import close_gaps, draw, evaluating, filter_logits, generate, sample, stream
+from instruct_llama.model.sampling import compact_rows, eval_mode, filter_logits, generate, sample, sample_token, stream
 
 MODEL = make()
 EOS, PAD = 1, 0
 PROMPTS = [[5], [7, 8, 9, 10], [11, 12], [13, 14, 15, 16, 17, 18, 19]]
 
 
+def special(**changes) -> EnumerableTokens:
+    return EnumerableTokens(**{"pad_id": PAD, "eos_id": EOS, "suppress_tokens": (), **changes})
+
+
 def run(model: Llama = MODEL, prompts: list[list[int]] = PROMPTS, seed: int = 3, **options):
-    defaults = {"max_new_tokens": 12, "eos_id": EOS, "pad_id": PAD, "generator": seeded(seed)}
-    return sample(model, prompts, **{**defaults, **options})
+    tokens = special(**{key: options.pop(key) for key in ("pad_id", "suppress_tokens") if key in options})
+    generator, eos_ids = options.pop("generator", seeded(seed)), options.pop("eos_ids", (EOS,))
+    return sample(model, prompts, SamplingConfig(**{"max_new_tokens": 12, **options}), tokens, generator, eos_ids)
 
 
 # ----------------------------------------------------------------------------------------------------------- filters
@@ -65,11 +71,13 @@ def test_p11_top_k_keeps_k_tokens_of_a_tie():
     assert (filter_logits(torch.zeros(9), top_k=50) > -math.inf).sum() == 9
 
 
-def test_banned_tokens_are_impossible_before_all_else():
+def test_suppressed_tokens_are_impossible_before_all_else():
     logits = probabilities(0.1, 0.4, 0.2, 0.3)
-    assert torch.allclose(filter_logits(logits, banned=(1,)).exp(), torch.tensor([1 / 6, 0.0, 2 / 6, 3 / 6]))
-    assert torch.equal(filter_logits(logits, 0.0, banned=(1, 3)).exp(), torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    assert torch.allclose(filter_logits(logits, top_k=1, banned=(1,)).exp(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    assert torch.allclose(filter_logits(logits, suppress_tokens=(1,)).exp(), torch.tensor([1 / 6, 0.0, 2 / 6, 3 / 6]))
+    assert torch.equal(filter_logits(logits, 0.0, suppress_tokens=(1, 3)).exp(), torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    assert torch.allclose(
+        filter_logits(logits, top_k=1, suppress_tokens=(1,)).exp(), torch.tensor([0.0, 0.0, 0.0, 1.0])
+    )
 
 
 @hypothesis_settings(max_examples=40)
@@ -86,20 +94,20 @@ def test_p11_filters_equal_transformers(seed, temperature, top_k, top_p):
 def test_filters_are_pure_fp32_and_differentiable():
     logits = torch.randn(4, 20, generator=seeded()).bfloat16()
     before = logits.clone()
-    filtered = filter_logits(logits, 0.7, 5, 0.9, banned=(3,))
+    filtered = filter_logits(logits, 0.7, 5, 0.9, suppress_tokens=(3,))
     assert torch.equal(logits, before) and filtered.dtype == torch.float32
     leaf = logits.float().requires_grad_()
-    filter_logits(leaf, 0.7, 5, 0.9, banned=(3,)).max(-1).values.sum().backward()
+    filter_logits(leaf, 0.7, 5, 0.9, suppress_tokens=(3,)).max(-1).values.sum().backward()
     assert torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0
 
 
 def test_draws_follow_the_distribution_and_never_take_what_was_removed():
     logprobs = probabilities(0.1, 0.0, 0.2, 0.7, 0.0).expand(20_000, 5)
-    counts = torch.bincount(draw(logprobs, seeded())[:, 0], minlength=5) / 20_000
+    counts = torch.bincount(sample_token(logprobs, seeded())[:, 0], minlength=5) / 20_000
     assert counts[1] == counts[4] == 0
     assert (counts - torch.tensor([0.1, 0.0, 0.2, 0.7, 0.0])).abs().max() < 0.015  # > 4 standard errors
     one_hot = torch.full((1000, 7), -math.inf).scatter(1, torch.arange(1000)[:, None] % 7, 0.0)
-    assert torch.equal(draw(one_hot, seeded())[:, 0], torch.arange(1000) % 7)
+    assert torch.equal(sample_token(one_hot, seeded())[:, 0], torch.arange(1000) % 7)
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -110,7 +118,7 @@ FILTERS = [
     pytest.param({"temperature": 0.6}, id="temperature"),
     pytest.param({"top_k": 4}, id="top-k"),
     pytest.param({"top_p": 0.7, "temperature": 1.5}, id="top-p"),
-    pytest.param({"top_k": 9, "top_p": 0.9, "temperature": 0.8, "banned": (PAD, 4, 5)}, id="all"),
+    pytest.param({"top_k": 9, "top_p": 0.9, "temperature": 0.8, "suppress_tokens": (PAD, 4, 5)}, id="all"),
 ]
 
 
@@ -123,14 +131,14 @@ def test_p23_sampled_log_probs_equal_those_of_the_full_forward_pass(filters):
             logits = MODEL(torch.tensor([[*prompt, *answer.tolist()]]))[0, len(prompt) - 1 : -1]  # (N, V)
         again = filter_logits(logits, **filters).gather(-1, answer[:, None])[:, 0]
         assert (made.logprobs[row][made.mask[row]] - again).abs().max() <= 1e-5
-        assert not set(answer.tolist()) & set(filters.get("banned", ()))
+        assert not set(answer.tolist()) & set(filters.get("suppress_tokens", ()))
 
 
 def test_what_sampled_holds():
     made = run(seed=1, max_new_tokens=40, prompts=PROMPTS * 4)
-    assert made.ended.any() and not made.ended.all()
-    assert made.tokens.dtype == torch.int64 and made.mask.dtype == made.ended.dtype == torch.bool
-    for tokens, logprobs, mask, ended in zip(made.tokens, made.logprobs, made.mask, made.ended, strict=True):
+    assert made.has_eos.any() and not made.has_eos.all()
+    assert made.tokens.dtype == torch.int64 and made.mask.dtype == made.has_eos.dtype == torch.bool
+    for tokens, logprobs, mask, ended in zip(made.tokens, made.logprobs, made.mask, made.has_eos, strict=True):
         n = int(mask.sum())
         assert mask[:n].all() and not mask[n:].any() and n >= 1
         assert bool(ended) == (tokens[n - 1] == EOS) and (tokens[: n - 1] != EOS).all()
@@ -171,14 +179,14 @@ def test_p31_finished_rows_leave_the_batch_and_the_cache_is_sized_to_the_need():
     model, seen, caches = make(), [], []
     hidden = model.hidden
 
-    def counting(tokens, *, segments=None, cache=None):
+    def counting(tokens, *, segment_ids=None, cache=None):
         seen.append(tokens.numel())
         caches.append(tuple(cache.keys.shape))
-        return hidden(tokens, segments=segments, cache=cache)
+        return hidden(tokens, segment_ids=segment_ids, cache=cache)
 
     model.hidden = counting
     ends = tuple(range(1, 12))
-    made = run(model, PROMPTS * 8, eos_id=ends, max_new_tokens=9)
+    made = run(model, PROMPTS * 8, eos_ids=ends, max_new_tokens=9)
     is_end = torch.isin(made.tokens, torch.tensor(ends)) & made.mask
     lengths = torch.where(is_end.any(-1), is_end.long().argmax(-1) + 1, 9)  # (B,) up to the first end
     assert torch.equal(lengths, made.mask.sum(-1)) and len(set(lengths.tolist())) > 4
@@ -191,14 +199,14 @@ def test_p31_finished_rows_leave_the_batch_and_the_cache_is_sized_to_the_need():
 
 def test_rows_fill_gaps_with_few_moves():
     ended = torch.tensor([False, True, False, True, False, False])
-    assert close_gaps(ended).tolist() == [0, 4, 2, 5]
-    assert close_gaps(torch.tensor([True, True])).tolist() == []
-    assert close_gaps(torch.tensor([True, False])).tolist() == [1]
+    assert compact_rows(ended).tolist() == [0, 4, 2, 5]
+    assert compact_rows(torch.tensor([True, True])).tolist() == []
+    assert compact_rows(torch.tensor([True, False])).tolist() == [1]
 
 
 def test_several_ends():
-    made = run(eos_id=(1, 2, 3), prompts=PROMPTS * 4, seed=5, max_new_tokens=40)
-    ends = {int(row[mask][-1]) for row, mask in zip(made.tokens[made.ended], made.mask[made.ended], strict=True)}
+    made = run(eos_ids=(1, 2, 3), prompts=PROMPTS * 4, seed=5, max_new_tokens=40)
+    ends = {int(row[mask][-1]) for row, mask in zip(made.tokens[made.has_eos], made.mask[made.has_eos], strict=True)}
     assert ends == {1, 2, 3}
 
 
@@ -206,7 +214,7 @@ def test_p24_sampling_switches_dropout_off_and_the_mode_comes_back():
     model = make(resid_dropout=0.5, attn_dropout=0.5, embed_dropout=0.5).train()
     assert torch.equal(run(model).tokens, run().tokens)
     assert model.training and all(module.training for module in model.modules())
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    with pytest.raises(ZeroDivisionError), eval_mode(model):
         assert not model.training
         raise ZeroDivisionError
     assert model.training
@@ -246,12 +254,12 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_stream_hands_out_what_sample_draws():
-    options = {"max_new_tokens": 30, "eos_id": (1, 2, 3), "pad_id": PAD, "top_k": 20}
-    made = sample(MODEL, [PROMPTS[1]], generator=seeded(8), **options)
+    how = SamplingConfig(max_new_tokens=30, top_k=20), special()
+    made = sample(MODEL, [PROMPTS[1]], *how, seeded(8), (1, 2, 3))
     expected = made.tokens[0][made.mask[0]].tolist()
-    assert made.ended.all()
-    assert list(stream(MODEL, PROMPTS[1], generator=seeded(8), **options)) == expected[:-1]
-    first = next(stream(MODEL, PROMPTS[1], generator=seeded(8), **options))
+    assert made.has_eos.all()
+    assert list(stream(MODEL, PROMPTS[1], *how, seeded(8), (1, 2, 3))) == expected[:-1]
+    first = next(stream(MODEL, PROMPTS[1], *how, seeded(8), (1, 2, 3)))
     assert first == expected[0] and torch.is_grad_enabled()
 
 

@@ -10,10 +10,10 @@ import torch
 
 from instruct_llama import presets
 from instruct_llama.config import ModelConfig, UserError
-from instruct_llama.evaluation.exact import Alphabet
+from instruct_llama.evaluation.exact import EnumerableTokens
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama
-from instruct_llama.pipeline import for_shared_base, inputs
+from instruct_llama.pipeline import for_shared_base, require_inputs
 from instruct_llama.pipeline import run as run_stage
 from instruct_llama.rlhf import ppo as algorithm
 from instruct_llama.stages import ppo
@@ -33,7 +33,7 @@ def test_p16_adapters_of_all_stages_lie_over_one_base(pipeline, tmp_path, kind):
     start = run_stage("sft", settings.replace(sft__name="sft")).folder
     judged = run_stage("reward", settings.replace(init=str(start))).folder
     assert judged.name == "reward-lora" and checkpoint.base_of(judged)[0].resolve() == Path(settings.init).resolve()
-    actors, *_ = ppo.build(settings.replace(init=str(start)), inputs("ppo", settings.replace(init=str(start))))
+    actors, *_ = ppo.build(settings.replace(init=str(start)), require_inputs("ppo", settings.replace(init=str(start))))
     tokens = torch.randint(actors.base.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
     taught, untaught = checkpoint.load(start)[0](tokens), checkpoint.load(settings.init)[0](tokens)
     for role in ("policy", "reference"):  # both start as the SFT model
@@ -71,7 +71,7 @@ def test_p16_a_base_of_another_kind_is_refused(pipeline, tmp_path):
     )  # fmt: skip
     run_stage("reward", settings)
     with pytest.raises(UserError, match="ppo.quant is nf4, but the adapters were trained over .* .none."):
-        ppo.build(settings, inputs("ppo", settings))
+        ppo.build(settings, require_inputs("ppo", settings))
 
 
 def test_p08_a_coarse_base_bears_fp32_adapters_and_heads(pipeline, tmp_path):
@@ -81,8 +81,8 @@ def test_p08_a_coarse_base_bears_fp32_adapters_and_heads(pipeline, tmp_path):
         ppo__layout="shared_base", ppo__precision="bf16", reward__loop__steps=1,
     )  # fmt: skip
     run_stage("reward", settings)
-    models = ppo.build(settings, inputs("ppo", settings))[0]
-    assert {p.dtype for p in lora.no_adapters(models.base).values()} == {torch.bfloat16}
+    models = ppo.build(settings, require_inputs("ppo", settings))[0]
+    assert {p.dtype for p in lora.base_parameters(models.base).values()} == {torch.bfloat16}
     for role in ("policy", "value"):
         assert {p.dtype for p in models.trainable(role).values()} == {torch.float32}
     trained = {id(p) for role in ("policy", "value") for p in models.trainable(role).values()}
@@ -108,19 +108,21 @@ def test_each_network_is_loaded_where_it_belongs(pipeline):
     sft_run, reward_run = (Path(pipeline.out) / stage for stage in ("sft", "reward"))
     for changes, places in (
         ({"ppo__devices": ("cpu", "meta", "cpu", "meta")}, ["cpu", "meta", "cpu", "meta"]),
-        ({"ppo__swap": True}, ["cpu"] * 4),
+        ({"ppo__offload_inactive": True}, ["cpu"] * 4),
         ({}, ["meta"] * 4),
     ):
         config = pipeline.replace(**changes).ppo
-        models = layouts.four_models(sft_run, reward_run, Alphabet(), torch.device("meta"), config)
+        models = layouts.four_models(sft_run, reward_run, EnumerableTokens(), torch.device("meta"), config)
         assert list(models.models) == ["policy", "reference", "value", "reward"]
         assert [next(model.parameters()).device.type for model in models.models.values()] == places
-        assert models.swap_to == (torch.device("meta") if "ppo__swap" in changes else None)
+        assert models.swap_to == (torch.device("meta") if "ppo__offload_inactive" in changes else None)
 
 
 def test_frozen_layers_of_the_policy_do_not_train_with_their_embeddings(pipeline):
     folders = [Path(pipeline.out) / stage for stage in ("sft", "reward")]
-    models = layouts.four_models(*folders, Alphabet(), torch.device("cpu"), pipeline.replace(ppo__freeze_layers=1).ppo)
+    models = layouts.four_models(
+        *folders, EnumerableTokens(), torch.device("cpu"), pipeline.replace(ppo__freeze_layers=1).ppo
+    )
     names = models.trainable("policy")
     assert names and all(name.startswith(("layers.1.", "norm.")) for name in names)  # the tied output is the embedding
     assert set(models.trainable("value")) == set(dict(models.models["value"].named_parameters()))
@@ -143,7 +145,7 @@ def moves(monkeypatch) -> list[tuple[str, str]]:
 
 def test_swapped_models_come_for_their_phase_and_go(pipeline, tmp_path, monkeypatch):
     """Which network is on the device when; the CPU stands for both places."""
-    settings = pipeline.replace(out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), ppo__swap=True)
+    settings = pipeline.replace(out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), ppo__offload_inactive=True)
     actors, *_ = ppo.build(settings, [Path(pipeline.out) / "sft", Path(pipeline.out) / "reward"])
     named = {id(model): role for role, model in actors.models.items()}
     seen = moves(monkeypatch)
@@ -156,14 +158,14 @@ def test_swapped_models_come_for_their_phase_and_go(pipeline, tmp_path, monkeypa
         "policy", "value", "policy", "value",  # both learn, and go
     ]  # fmt: skip
     assert actors.here == set()
-    with actors.present("policy", "value"), actors.use("policy"):
+    with actors.on_device("policy", "value"), actors.use("policy"):
         assert actors.here == {"policy", "value"}
-    with pytest.raises(RuntimeError), actors.present("reward"):
+    with pytest.raises(RuntimeError), actors.on_device("reward"):
         raise RuntimeError
     assert actors.here == set()  # also after an error
 
 
-@pytest.mark.parametrize("change", [{"ppo__swap": True}, {"ppo__devices": ("cpu",) * 4}])
+@pytest.mark.parametrize("change", [{"ppo__offload_inactive": True}, {"ppo__devices": ("cpu",) * 4}])
 def test_where_the_models_are_changes_no_number(pipeline, tmp_path, change):
     settings = pipeline.replace(init=str(Path(pipeline.out) / "sft"))
     runs = []
@@ -178,17 +180,17 @@ def test_where_the_models_are_changes_no_number(pipeline, tmp_path, change):
     ("change", "sentence"),
     [
         ({"ppo__devices": ("cpu", "cpu")}, "names four devices"),
-        ({"ppo__devices": ("cpu",) * 4, "ppo__swap": True}, "exclude each other"),
+        ({"ppo__devices": ("cpu",) * 4, "ppo__offload_inactive": True}, "exclude each other"),
     ],
 )
 def test_places_that_make_no_sense_are_refused(pipeline, tmp_path, change, sentence):
     settings = pipeline.replace(init=str(Path(pipeline.out) / "sft"), **change)
     with pytest.raises(UserError, match=sentence):
-        ppo.build(settings, inputs("ppo", settings))
+        ppo.build(settings, require_inputs("ppo", settings))
 
 
 def test_the_moments_wait_with_their_weights(pipeline, monkeypatch):
-    """With ppo.swap they are moved in for the update and out after it; without, never."""
+    """With ppo.offload_inactive they are moved in for the update and out after it; without, never."""
     for swap, expected in ((True, ["here", "cpu"]), (False, [])):
         weight = torch.nn.Parameter(torch.zeros(2, 2))
         optimizer = torch.optim.AdamW([weight])
@@ -204,7 +206,7 @@ def test_the_moments_wait_with_their_weights(pipeline, monkeypatch):
         optimizer.state[weight] = {"exp_avg": torch.zeros(2, 2).as_subclass(Moment), "step": torch.tensor(1.0)}
         table = enumerable.reward_model(enumerable.fixed())
         place = torch.device("cpu") if swap else None
-        actors = layouts.FourModels(table, table, table, table, Alphabet(), swap_to=place)
+        actors = layouts.FourModels(table, table, table, table, EnumerableTokens(), swap_to=place)
         with actors.optimizing(optimizer):
             pass
         assert asked == expected

@@ -20,10 +20,10 @@ from instruct_llama.model.llama import (
     Llama,
     RMSNorm,
     ScalarLlama,
+    apply_rope,
+    attention_mask,
     attention_weights,
-    rotary_frequencies,
-    rotate,
-    visibility,
+    rope_inv_freq,
 )
 
 SMALL = ModelConfig(vocab_size=61, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
@@ -90,7 +90,7 @@ def hugging_face(model: Llama) -> transformers.LlamaForCausalLM:
 
 # ------------------------------------------------------------------------------------------------ transformers' LLaMA
 
-SHAPES = [
+MODEL_SHAPES = [
     pytest.param({"n_kv_heads": 1, "tie_embeddings": True}, id="multi-query, tied"),
     pytest.param({"n_kv_heads": 2, "tie_embeddings": False}, id="grouped, untied"),
     pytest.param({"n_kv_heads": 4, "tie_embeddings": False, "rope_theta": 500_000.0}, id="multi-head, theta"),
@@ -99,7 +99,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("changes", SHAPES)
+@pytest.mark.parametrize("changes", MODEL_SHAPES)
 def test_logits_and_gradients_equal_transformers(changes):
     model, tokens = make(**changes), ids(3, 40)
     theirs = hugging_face(model)
@@ -115,7 +115,7 @@ def test_logits_and_gradients_equal_transformers(changes):
         assert (grad - expected).norm() <= 1e-4 * expected.norm(), name
 
 
-@pytest.mark.parametrize("changes", SHAPES)
+@pytest.mark.parametrize("changes", MODEL_SHAPES)
 def test_step_by_step_with_the_cache_equals_transformers(changes):
     model, tokens = make(**changes), ids(2, 24)
     with torch.no_grad():
@@ -135,23 +135,23 @@ def test_left_padding_equals_transformers():
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         expected = theirs(tokens, attention_mask=real.long(), position_ids=positions).logits
-        assert (model(tokens, segments=real.long()) - expected)[real].abs().max() <= 2e-5
+        assert (model(tokens, segment_ids=real.long()) - expected)[real].abs().max() <= 2e-5
 
 
 def test_rotary_frequencies_by_hand():
     config = ModelConfig(dim=8, n_heads=1, n_kv_heads=1, rope_theta=16.0)  # E = 8: 16^(-0/8), 16^(-2/8), ...
-    assert torch.allclose(rotary_frequencies(config), torch.tensor([1.0, 0.5, 0.25, 0.125]))
+    assert torch.allclose(rope_inv_freq(config), torch.tensor([1.0, 0.5, 0.25, 0.125]))
     linear = dataclasses.replace(config, rope_scaling=RopeScaling("linear", factor=2.0))
-    assert torch.allclose(rotary_frequencies(linear), torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+    assert torch.allclose(rope_inv_freq(linear), torch.tensor([0.5, 0.25, 0.125, 0.0625]))
 
 
 def test_rotation_keeps_lengths_and_sees_distances_only():
     x = torch.randn(1, 1, 2, 8, generator=seeded())  # a query and a key
-    frequencies = rotary_frequencies(ModelConfig(dim=8, n_heads=1, n_kv_heads=1))
+    frequencies = rope_inv_freq(ModelConfig(dim=8, n_heads=1, n_kv_heads=1))
 
     def score(query_at: int, key_at: int) -> torch.Tensor:
         angles = torch.tensor([query_at, key_at])[:, None] * frequencies
-        turned = rotate(x, (angles.cos()[None, None], angles.sin()[None, None]))
+        turned = apply_rope(x, (angles.cos()[None, None], angles.sin()[None, None]))
         assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
         return turned[0, 0, 0] @ turned[0, 0, 1]
 
@@ -168,13 +168,13 @@ def test_rms_norm_by_hand():
 
 
 def test_visibility_by_hand():
-    segments = torch.tensor([[0, 1, 1, 2]])
+    segment_ids = torch.tensor([[0, 1, 1, 2]])
     expected = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    assert torch.equal(visibility(segments, segments)[0], expected)
-    assert torch.equal(visibility(segments[:, 2:], segments)[0], expected[2:])
-    segments = torch.tensor([[-1, -1, 1, 1, 2, 0]])  # a shared beginning, two ways to go on, padding
+    assert torch.equal(attention_mask(segment_ids, segment_ids)[0], expected)
+    assert torch.equal(attention_mask(segment_ids[:, 2:], segment_ids)[0], expected[2:])
+    segment_ids = torch.tensor([[-1, -1, 1, 1, 2, 0]])  # a shared beginning, two ways to go on, padding
     expected = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0]]
-    assert visibility(segments, segments)[0, :5].int().tolist() == expected
+    assert attention_mask(segment_ids, segment_ids)[0, :5].int().tolist() == expected
 
 
 MODEL = make()
@@ -186,9 +186,9 @@ def test_packed_and_padded_rows_give_the_logits_of_each_text_alone(lengths, left
     texts = [ids(1, n, seed=seed + i) for i, n in enumerate(lengths)]
     pads = [ids(1, left, seed=seed + 100), ids(1, right, seed=seed + 101)]
     row = torch.cat([pads[0], *texts, pads[1]], dim=1)
-    segments = [0] * left + [i + 1 for i, n in enumerate(lengths) for _ in range(n)] + [0] * right
+    segment_ids = [0] * left + [i + 1 for i, n in enumerate(lengths) for _ in range(n)] + [0] * right
     with torch.no_grad():
-        packed = MODEL(row, segments=torch.tensor([segments]))
+        packed = MODEL(row, segment_ids=torch.tensor([segment_ids]))
         alone = torch.cat([MODEL(text) for text in texts], dim=1)
     assert torch.isfinite(packed).all()
     assert (packed[:, left : left + sum(lengths)] - alone).abs().max() <= 1e-5
@@ -205,20 +205,20 @@ def test_p37_padding_with_any_ids_on_either_side_moves_no_logit(length, padding,
         alone = MODEL(text)
         for pads in junk:
             row = torch.cat([pads, text] if side == "left" else [text, pads], dim=1)
-            padded = MODEL(row, segments=torch.tensor([mask]))[:, start : start + length]
+            padded = MODEL(row, segment_ids=torch.tensor([mask]))[:, start : start + length]
             assert (padded - alone).abs().max() <= 1e-5
 
 
 def test_left_padding_within_the_cache_and_rows_that_leave():
-    tokens, segments = ids(3, 6), torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+    tokens, segment_ids = ids(3, 6), torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
     more = ids(3, 2, seed=5)
     cache = KVCache(SMALL, 3, 8, "cpu", torch.float32)
     with torch.no_grad():
-        MODEL(tokens, segments=segments, cache=cache)
-        cache.select(torch.tensor([2, 0]))
-        first = MODEL(more[[2, 0], :1], segments=torch.ones(2, 1, dtype=torch.int64), cache=cache)
-        cache.select(torch.tensor([False, True]))
-        second = MODEL(more[[0], 1:], segments=torch.ones(1, 1, dtype=torch.int64), cache=cache)
+        MODEL(tokens, segment_ids=segment_ids, cache=cache)
+        cache.select_rows(torch.tensor([2, 0]))
+        first = MODEL(more[[2, 0], :1], segment_ids=torch.ones(2, 1, dtype=torch.int64), cache=cache)
+        cache.select_rows(torch.tensor([False, True]))
+        second = MODEL(more[[0], 1:], segment_ids=torch.ones(1, 1, dtype=torch.int64), cache=cache)
         assert cache.keys.shape[1] == 1
         for row, start, got in ((2, 1, first[0]), (0, 3, first[1])):
             alone = MODEL(torch.cat([tokens[row : row + 1, start:], more[row : row + 1, :1]], dim=1))
@@ -228,8 +228,8 @@ def test_left_padding_within_the_cache_and_rows_that_leave():
 
 
 def test_attention_weights_are_what_the_model_mixes_with():
-    tokens, segments = ids(2, 7), torch.tensor([[0, 0, 1, 1, 1, 2, 2], [1] * 7])
-    weights = attention_weights(MODEL, tokens, segments=segments)
+    tokens, segment_ids = ids(2, 7), torch.tensor([[0, 0, 1, 1, 1, 2, 2], [1] * 7])
+    weights = attention_weights(MODEL, tokens, segment_ids=segment_ids)
     assert len(weights) == 2 and weights[0].shape == (2, 4, 7, 7)
     assert torch.allclose(weights[1].sum(-1), torch.ones(2, 4, 7), atol=1e-6)
     assert weights[0][0, :, 4, :2].max() == 0 and weights[0][0, :, 5, :5].max() == 0  # pads, the other text
@@ -267,7 +267,7 @@ def test_p08_weights_are_fp32_and_stay_so_in_training():
 
 def test_casting_a_model_to_bf16_leaves_the_rotary_frequencies_exact():
     model = make().to(torch.bfloat16)
-    assert model.frequencies.dtype == torch.float32 and torch.equal(model.frequencies, MODEL.frequencies)
+    assert model.inv_freq.dtype == torch.float32 and torch.equal(model.inv_freq, MODEL.inv_freq)
     assert model(ids(1, 5)).dtype == torch.float32
 
 
@@ -282,14 +282,14 @@ def test_p24_dropout_is_off_in_eval_and_on_in_training():
             assert not torch.allclose(single(tokens), plain(tokens)), one
 
 
-@pytest.mark.parametrize("segments", [None, torch.tensor([[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1]])])
-def test_gradient_checkpointing_gives_equal_gradients(segments):
+@pytest.mark.parametrize("segment_ids", [None, torch.tensor([[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1]])])
+def test_gradient_checkpointing_gives_equal_gradients(segment_ids):
     grads = []
     for on in (False, True):
         model = make(gradient_checkpointing=on, resid_dropout=0.2, attn_dropout=0.2).train()
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            model(ids(2, 6), segments=segments).logsumexp(-1).sum().backward()
+            model(ids(2, 6), segment_ids=segment_ids).logsumexp(-1).sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -342,11 +342,11 @@ def test_the_scalar_model_has_one_number_per_position_and_starts_at_zero():
     model = ScalarLlama(SMALL, generator=seeded())
     assert torch.equal(model(ids(2, 5)), torch.zeros(2, 5))
     assert [name for name in model.state_dict() if not name.startswith(("layers", "tok_embeddings", "norm"))] == [
-        "scalar_head.weight"
+        "value_head.weight"
     ]
     model = make(kind=ScalarLlama)
     tokens = ids(2, 5)
-    expected = model.hidden(tokens) @ model.scalar_head.weight[0]
+    expected = model.hidden(tokens) @ model.value_head.weight[0]
     assert torch.allclose(model(tokens), expected, atol=1e-6)
 
 

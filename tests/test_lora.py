@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from test_llama import hf_name, hugging_face, ids, make, seeded
 from torch import nn
 
-from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, UserError
+from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, SamplingConfig, UserError
+from instruct_llama.evaluation.exact import EnumerableTokens
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama, ScalarLlama
 from instruct_llama.model.sampling import sample
 
 CONFIG = LoRAConfig(rank=3, alpha=7.0)
-ATTENTION = LoRAConfig(rank=2, alpha=4.0, targets=("wq", "wv"))
+ATTENTION = LoRAConfig(rank=2, alpha=4.0, target_modules=("wq", "wv"))
 KINDS = [QuantConfig("nf4", 64, False), QuantConfig("nf4", 64, True), QuantConfig("fp4", 64, False)]
 KINDS += [QuantConfig("fp4", 128, True)]
 KIND_IDS = ["nf4", "nf4 double", "fp4", "fp4 double, blocks of 128"]
@@ -38,7 +39,7 @@ def adapted(config: LoRAConfig = CONFIG, quant: QuantConfig | None = None, **cha
     """A model with a trained-looking, active adapter `a`."""
     model = make(**changes)
     if quant is not None:
-        lora.quantise(model, quant)
+        lora.quantize(model, quant)
     lora.add_adapter(model, "a", config, seeded())
     randomise(model, "a")
     lora.use_adapter(model, "a")
@@ -50,7 +51,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if ".A." not in name and ".B." not in name}
     for path, layer in model.named_modules():
         if isinstance(layer, lora.QuantLinear):
-            kept[path] = layer.packed.clone()
+            kept[path] = layer.qweight.clone()
     return kept
 
 
@@ -61,7 +62,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def with_peft(model, config: LoRAConfig) -> peft.PeftModel:
     """PEFT's adapter with the same weights, over Hugging Face's LLaMA with the same weights."""
     bare = make(tie_embeddings=model.config.tie_embeddings)
-    targets = [hf_name(f"layers.0.attention.{name}").rpartition(".")[2] for name in config.targets]
+    targets = [hf_name(f"layers.0.attention.{name}").rpartition(".")[2] for name in config.target_modules]
     theirs = peft.get_peft_model(
         hugging_face(bare),
         peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets, bias="none"),
@@ -88,12 +89,12 @@ def test_adapter_equals_peft_in_logits_gradients_off_and_merged(config):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     reference = dict(theirs.named_parameters())
     compared = 0
-    for path, layer in lora.adapted(model):
+    for path, layer in lora.adapted_layers(model):
         for side in "AB":
             expected = reference[f"base_model.model.{hf_name(path)}.lora_{side}.default.weight"].grad
             assert (getattr(layer, side)["a"].grad - expected).norm() <= 1e-4 * expected.norm(), (path, side)
             compared += 1
-    assert compared == 2 * 2 * len(config.targets)
+    assert compared == 2 * 2 * len(config.target_modules)
 
     with torch.no_grad(), theirs.disable_adapter(), lora.adapter(model, None):
         assert (model(tokens) - theirs(tokens).logits).abs().max() <= 2e-5
@@ -121,7 +122,7 @@ def test_p24_adapter_dropout_acts_in_training_only():
 def test_p14_a_fresh_adapter_changes_no_logit_and_alone_gets_gradients(quant):
     model, tokens = make(), ids(2, 9)
     if quant is not None:
-        lora.quantise(model, quant)
+        lora.quantize(model, quant)
     before = model(tokens)
     lora.add_adapter(model, "a", CONFIG, seeded())
     lora.use_adapter(model, "a")
@@ -171,7 +172,7 @@ def test_p15_merge_equals_the_adapter_and_leaves_the_model_bit_identical(quant):
     before, logits = base_weights(model), model(tokens)
     merged = lora.merge(model, "a")
     assert same(before, base_weights(model)) and torch.equal(model(tokens), logits)
-    assert type(merged) is type(model) and not lora.adapted(merged)
+    assert type(merged) is type(model) and not lora.adapted_layers(merged)
     assert merged.state_dict().keys() == make().state_dict().keys()
     assert all(p.requires_grad and p.dtype == torch.float32 for p in merged.parameters())
     assert (merged(tokens) - logits).abs().max() <= 2e-5
@@ -242,13 +243,18 @@ def normal_linear(outputs: int, inputs: int) -> nn.Linear:
 def test_quant_linear_equals_bitsandbytes_forward_and_backward(config):
     dense = normal_linear(48, 128)
     layer = lora.QuantLinear(dense, config)
-    options = {"blocksize": config.block_size, "compress_statistics": config.double, "quant_type": config.kind}
+    options = {"blocksize": config.block_size, "compress_statistics": config.double_quant, "quant_type": config.kind}
     packed, state = bnb.functional.quantize_4bit(dense.weight.detach(), **options)
     weight = bnb.functional.dequantize_4bit(packed, state)  # (48, 128)
-    assert torch.equal(layer.packed, packed) and torch.equal(layer.dequantise(), weight)
+    assert torch.equal(layer.qweight, packed) and torch.equal(layer.dequantize(), weight)
 
     theirs = bnb.nn.Linear4bit(
-        128, 48, bias=False, quant_type=config.kind, compute_dtype=torch.float32, compress_statistics=config.double
+        128,
+        48,
+        bias=False,
+        quant_type=config.kind,
+        compute_dtype=torch.float32,
+        compress_statistics=config.double_quant,
     )
     theirs.weight = bnb.nn.Params4bit(dense.weight.detach().clone(), requires_grad=False, **options)
     theirs.to("cpu")  # which is when it quantises
@@ -259,7 +265,7 @@ def test_quant_linear_equals_bitsandbytes_forward_and_backward(config):
     for x, output in zip(inputs[1:], outputs[1:], strict=True):
         assert torch.allclose(outputs[0], output, atol=1e-5)
         assert (inputs[0].grad - x.grad).norm() <= 1e-5 * x.grad.norm()
-    assert not list(layer.parameters()) and layer.packed.numel() == 48 * 128 / 2
+    assert not list(layer.parameters()) and layer.qweight.numel() == 48 * 128 / 2
 
 
 @pytest.mark.parametrize("config", KINDS, ids=KIND_IDS)
@@ -272,23 +278,23 @@ def test_a_weight_is_its_blocks_scale_times_the_nearest_of_sixteen_numbers(confi
     code = bnb.functional.get_4bit_type(config.kind, device="cpu")  # (16,)
     nearest = code[(blocks[..., None] / scales[..., None] - code).abs().argmin(-1)] * scales
     expected = nearest.flatten()[: flat.numel()].view(shape)
-    got = lora.QuantLinear(dense, config).dequantise()
+    got = lora.QuantLinear(dense, config).dequantize()
     assert got.shape == shape and got.dtype == torch.float32
-    assert (got - expected).abs().max() <= (2e-3 if config.double else 1e-6)  # double: scales in 8 bits
+    assert (got - expected).abs().max() <= (2e-3 if config.double_quant else 1e-6)  # double: scales in 8 bits
     assert 0.05 < (got - dense.weight).norm() / dense.weight.norm() < 0.15
 
 
 def test_quantise_replaces_the_projections_and_nothing_else():
     model = make()
     embeddings, wq = model.tok_embeddings.weight.clone(), model.layers[0].attention.wq.weight.clone()
-    lora.quantise(model, QuantConfig("none"))
+    lora.quantize(model, QuantConfig("none"))
     assert type(model.layers[0].attention.wq) is nn.Linear
-    lora.quantise(model, QuantConfig("nf4"))
+    lora.quantize(model, QuantConfig("nf4"))
     assert sum(isinstance(layer, lora.QuantLinear) for layer in model.modules()) == 2 * 7
     assert torch.equal(model.tok_embeddings.weight, embeddings) and type(model.output) is nn.Linear
-    assert (model.layers[0].attention.wq.dequantise() - wq).abs().max() < 0.1
+    assert (model.layers[0].attention.wq.dequantize() - wq).abs().max() < 0.1
     with pytest.raises(UserError, match="layers.0.attention.wq is a QuantLinear"):
-        lora.quantise(model, QuantConfig("nf4"))
+        lora.quantize(model, QuantConfig("nf4"))
 
 
 def test_quant_linear_under_autocast():
@@ -302,18 +308,20 @@ def test_quant_linear_under_autocast():
 
 
 def test_p17_a_4_bit_layer_refuses_to_move_and_ignores_casts():
-    model, tokens = adapted(CONFIG, QuantConfig("nf4", double=True)), ids(2, 9)
-    before, packed = model(tokens), model.layers[0].attention.wq.base.packed.clone()
-    scales = copy.deepcopy(model.layers[0].attention.wq.base.scales)
+    model, tokens = adapted(CONFIG, QuantConfig("nf4", double_quant=True)), ids(2, 9)
+    before, packed = model(tokens), model.layers[0].attention.wq.base.qweight.clone()
+    scales = copy.deepcopy(model.layers[0].attention.wq.base.quant_state)
     with pytest.raises(RuntimeError, match="cannot move from cpu to meta.*quantise it there"):
         model.layers[0].attention.wq.to("meta")
     with pytest.raises(RuntimeError, match="cannot move"):
         model.layers.to("meta")
-    model = adapted(CONFIG, QuantConfig("nf4", double=True)).to("cpu").bfloat16().half().float().double()
+    model = adapted(CONFIG, QuantConfig("nf4", double_quant=True)).to("cpu").bfloat16().half().float().double()
     layer = model.layers[0].attention.wq.base
-    assert torch.equal(layer.packed, packed) and layer.scales == scales and layer.scales.dtype == torch.float32
-    assert layer.scales.state2.absmax.dtype == torch.float32 and layer.dequantise().dtype == torch.float32
-    assert torch.equal(adapted(CONFIG, QuantConfig("nf4", double=True)).to("cpu")(tokens), before)
+    assert (
+        torch.equal(layer.qweight, packed) and layer.quant_state == scales and layer.quant_state.dtype == torch.float32
+    )
+    assert layer.quant_state.state2.absmax.dtype == torch.float32 and layer.dequantize().dtype == torch.float32
+    assert torch.equal(adapted(CONFIG, QuantConfig("nf4", double_quant=True)).to("cpu")(tokens), before)
 
 
 def test_p17_a_state_dict_holds_no_4_bit_data():
@@ -330,7 +338,7 @@ def test_an_adapter_saved_and_loaded_under_another_name_is_the_same():
     state = {key: value.clone() for key, value in lora.adapter_state(model, "a").items()}
     assert list(state)[:2] == ["layers.0.attention.wq.A", "layers.0.attention.wq.B"] and len(state) == 28
     other = make()
-    lora.quantise(other, QuantConfig("nf4"))  # the base is quantised again, to the same bits
+    lora.quantize(other, QuantConfig("nf4"))  # the base is quantised again, to the same bits
     lora.add_adapter(other, "policy", CONFIG, seeded(5))
     lora.load_adapter(other, "policy", state)
     lora.use_adapter(other, "policy")
@@ -365,7 +373,7 @@ def test_wrong_names_ranks_and_orders_are_refused():
     with pytest.raises(UserError, match="rank 0"):
         lora.add_adapter(model, "b", LoRAConfig(rank=0), seeded())
     with pytest.raises(UserError, match="LoRALinear"):
-        lora.quantise(model, QuantConfig("nf4"))
+        lora.quantize(model, QuantConfig("nf4"))
 
 
 def test_adapters_come_from_their_generator_alone():
@@ -384,29 +392,29 @@ def test_adapters_come_from_their_generator_alone():
 
 def test_sampling_makes_4_bit_weights_dense_once_and_changes_no_token(monkeypatch):
     model = Llama(ModelConfig(vocab_size=60, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=48, max_seq_len=64))
-    lora.quantise(model, QuantConfig(kind="nf4"))
+    lora.quantize(model, QuantConfig(kind="nf4"))
     lora.add_adapter(model, "a", LoRAConfig(rank=2), torch.Generator().manual_seed(0))
-    layers = [layer.base for _, layer in lora.adapted(model)]
+    layers = [layer.base for _, layer in lora.adapted_layers(model)]
     counted = []
     for layer in layers:
-        layer.undo = lambda *args, undo=layer.undo: counted.append(1) or undo(*args)
-    options = {"max_new_tokens": 12, "eos_id": 59, "pad_id": 0, "temperature": 0.0}
-    drawn = sample(model, [[1, 2, 3]], **options)
-    assert len(counted) == len(layers) and all(layer.kept is None for layer in layers)
-    monkeypatch.setattr("instruct_llama.model.sampling.kept_dense", lambda model: contextlib.nullcontext())
-    assert torch.equal(sample(model, [[1, 2, 3]], **options).tokens, drawn.tokens)
+        layer.dequantize_4bit = lambda *args, undo=layer.dequantize_4bit: counted.append(1) or undo(*args)
+    options = SamplingConfig(max_new_tokens=12, temperature=0.0), EnumerableTokens(0, 59, ())
+    drawn = sample(model, [[1, 2, 3]], *options)
+    assert len(counted) == len(layers) and all(layer.cached_dense is None for layer in layers)
+    monkeypatch.setattr("instruct_llama.model.sampling.cache_dense_weights", lambda model: contextlib.nullcontext())
+    assert torch.equal(sample(model, [[1, 2, 3]], *options).tokens, drawn.tokens)
     assert len(counted) > 10 * len(layers)
-    with pytest.raises(RuntimeError), lora.kept_dense(model):
+    with pytest.raises(RuntimeError), lora.cache_dense_weights(model):
         raise RuntimeError
-    assert all(layer.kept is None for layer in layers)  # also after an error
+    assert all(layer.cached_dense is None for layer in layers)  # also after an error
 
 
 def test_on_a_gpu_sampling_goes_on_in_4_bits():
     """Dense copies of 7 B weights would take the memory that 4 bits save: only the CPU keeps them while it samples."""
     model = make()
-    lora.quantise(model, QuantConfig("nf4"))
+    lora.quantize(model, QuantConfig("nf4"))
     here, there = (layer for _, layer in lora.projections(model)[:2])
-    there.packed = there.packed.to("meta")  # as if it were on another device
-    with lora.kept_dense(model):
-        assert here.kept is not None and there.kept is None
-    assert here.kept is None
+    there.qweight = there.qweight.to("meta")  # as if it were on another device
+    with lora.cache_dense_weights(model):
+        assert here.cached_dense is not None and there.cached_dense is None
+    assert here.cached_dense is None

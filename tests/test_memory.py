@@ -9,7 +9,7 @@ import torch
 
 from instruct_llama import presets
 from instruct_llama.config import LoRAConfig, ModelConfig, QuantConfig, RopeScaling, Settings, UserError
-from instruct_llama.evaluation.exact import Alphabet
+from instruct_llama.evaluation.exact import EnumerableTokens
 from instruct_llama.model import lora
 from instruct_llama.model.llama import KVCache, Llama, ScalarLlama
 from instruct_llama.pipeline import run as run_stage
@@ -25,9 +25,9 @@ PUBLISHED = {  # the number of parameters that each model's own page gives (the 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", presets.SHAPES)
+@pytest.mark.parametrize("name", presets.MODEL_SHAPES)
 def test_p13_shapes_have_the_published_number_of_parameters(name):
-    shape = presets.SHAPES[name]
+    shape = presets.MODEL_SHAPES[name]
     assert memory.parameter_count(shape) == PUBLISHED[name]
     with torch.device("meta"):
         model = Llama(shape)  # the model itself, without memory
@@ -44,17 +44,17 @@ SETTINGS = {  # of each model's config.json: heads, key/value heads, context, ro
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", presets.SHAPES)
+@pytest.mark.parametrize("name", presets.MODEL_SHAPES)
 def test_p13_what_no_number_of_parameters_shows_is_as_published(name):
     """As many weights make other models: with other heads, other rotary frequencies, another epsilon."""
-    shape, factor = presets.SHAPES[name], SETTINGS[name][-1]
+    shape, factor = presets.MODEL_SHAPES[name], SETTINGS[name][-1]
     found = (shape.n_heads, shape.n_kv_heads, shape.max_seq_len, shape.rope_theta)
     assert found == SETTINGS[name][:-1] and shape.norm_eps == 1e-5
     assert shape.rope_scaling == (RopeScaling("llama3", factor, 1.0, 4.0, 8192) if factor else RopeScaling())
 
 
 def test_every_shape_has_a_published_number():
-    assert set(PUBLISHED) == set(presets.SHAPES) == set(SETTINGS)
+    assert set(PUBLISHED) == set(presets.MODEL_SHAPES) == set(SETTINGS)
 
 
 def saved_bytes(config: ModelConfig, lora_config: LoRAConfig, precision: str, tokens: int) -> int:
@@ -120,7 +120,7 @@ def test_weights_gradients_and_moments_are_those_of_the_tensors(kind, optimizer)
         model=shape, qlora__lora=LoRAConfig(rank=16), qlora__quant__kind=kind, qlora__optim__kind=optimizer
     )
     config, model = settings.qlora, Llama(shape)
-    lora.quantise(model, config.quant)
+    lora.quantize(model, config.quant)
     lora.add_adapter(model, "a", config.lora, torch.Generator())
     lora.use_adapter(model, "a")
     optimiser = optim.make_optimizer([(list(model.parameters()), 1e-3)], config.optim)
@@ -129,8 +129,8 @@ def test_weights_gradients_and_moments_are_those_of_the_tensors(kind, optimizer)
     weights = sum(p.nbytes for p in set(model.parameters()))
     for _, layer in lora.projections(model):
         if isinstance(layer.base, lora.QuantLinear):
-            scales = layer.base.scales
-            weights += layer.base.packed.nbytes + scales.absmax.nbytes + scales.state2.absmax.nbytes
+            scales = layer.base.quant_state
+            weights += layer.base.qweight.nbytes + scales.absmax.nbytes + scales.state2.absmax.nbytes
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     state = [v for s in optimiser.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.numel() > 256]
     found = memory.estimate(settings, "qlora").parts
@@ -145,7 +145,7 @@ UNTIED = ModelConfig(vocab_size=90, dim=32, n_layers=4, n_heads=4, n_kv_heads=2,
 
 
 def networks(shape: ModelConfig) -> FourModels:
-    return FourModels(Llama(shape), Llama(shape), ScalarLlama(shape), ScalarLlama(shape), Alphabet())
+    return FourModels(Llama(shape), Llama(shape), ScalarLlama(shape), ScalarLlama(shape), EnumerableTokens())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -169,7 +169,7 @@ def test_ppo_counts_the_weights_and_moments_of_its_networks():
     trained = sum(p.numel() for role in ("policy", "value") for p in models.trainable(role).values())
     assert parts["weights"] == pytest.approx(everything, rel=0.01)
     assert parts["gradients and optimizer"] == pytest.approx(12 * trained, rel=0.01)
-    swapped = memory.estimate(settings.replace(ppo__swap=True), "ppo").parts
+    swapped = memory.estimate(settings.replace(ppo__offload_inactive=True), "ppo").parts
     assert swapped["weights"] == parts["weights"] / 2
 
 
@@ -188,7 +188,8 @@ def test_a_shared_base_counts_four_adapters_and_trains_two():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_answering_needs_the_cache_that_sampling_makes(precision):
     """Keys and values of every layer, for each row to the end of the context, beside the logits of one step."""
-    settings = Settings().replace(model=UNTIED, ppo__rollout_batch=50, ppo__micro_batch=1, ppo__max_new_tokens=8,
+    settings = Settings().replace(model=UNTIED, ppo__generation_batch_size=50, ppo__micro_batch_size=1,
+                                  ppo__max_new_tokens=8,
                                   ppo__seq_len=1000, ppo__precision=precision)  # fmt: skip
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     cache = KVCache(UNTIED, 50, UNTIED.max_seq_len, "cpu", dtype)
@@ -211,7 +212,7 @@ def test_logits_and_working_space_by_hand():
     """fp32: logits, log-probabilities and their gradient; a comparison's row holds two answers and no logits."""
     settings = Settings().replace(model=UNTIED, sft__seq_len=32, sft__loop__batch_size=2, reward__seq_len=32,
                                   reward__loop__batch_size=2, sft__quant__kind="nf4", sft__lora__rank=4,
-                                  ppo__rollout_batch=1)  # fmt: skip
+                                  ppo__generation_batch_size=1)  # fmt: skip
     parts, reward = (memory.estimate(settings, stage).parts for stage in ("sft", "reward"))
     assert parts["logits"] == 3 * 4 * 2 * 32 * 90 and reward["logits"] == 0
     assert parts["working space"] == 2 * 4 * 32 * 48 and reward["working space"] == 0
@@ -224,7 +225,7 @@ def test_by_hand():
     assert memory.projection_count(shape) == 2 * (32 + 16 + 96)
     assert memory.parameter_count(shape) == 288 + 2 * 40 + 5 * 4
     assert memory.adapter_count(shape, LoRAConfig(rank=3)) == 2 * 3 * (8 + 6 + 6 + 8 + 12 + 12 + 12)
-    assert memory.adapter_count(shape, LoRAConfig(rank=3, targets=("wq",))) == 2 * 3 * 8
+    assert memory.adapter_count(shape, LoRAConfig(rank=3, target_modules=("wq",))) == 2 * 3 * 8
     nf4 = QuantConfig(kind="nf4")
     assert memory.base_bytes(shape, LoRAConfig(), nf4, "bf16") == 288 * (0.5 + (1 + 4 / 256) / 64) + 2 * 100
     assert memory.base_bytes(shape, LoRAConfig(rank=0), QuantConfig(), "bf16") == 4 * 388  # P08: what trains is fp32
@@ -261,14 +262,14 @@ def test_a_process_never_has_less_than_a_row_or_a_batch_of_prompts(stage):
 
 def test_the_answers_that_fit_the_scores_scale_are_counted():
     """Before a reward model learns, a batch of PPO's prompts is answered at once, as PPO will answer it."""
-    settings = presets.get("llama2_7b").replace(ppo__seq_len=600, ppo__rollout_batch=20)
+    settings = presets.get("llama2_7b").replace(ppo__seq_len=600, ppo__generation_batch_size=20)
     cache = 2 * 2 * 32 * 4096 * 20 * 600  # keys and values, two bytes, 32 layers of width 4096, 20 rows of 600 tokens
     logits = 4 * 4 * 32_000 * 20  # of one step, in fp32, four copies
     for changed in (settings, settings.replace(reward__seq_len=300, ppo__precision="fp32")):
         assert memory.estimate(changed, "reward").parts["answering"] == cache + logits
-    whole = settings.replace(ppo__seq_len=0, ppo__rollout_batch=3)  # all of the context
+    whole = settings.replace(ppo__seq_len=0, ppo__generation_batch_size=3)  # all of the context
     assert memory.estimate(whole, "reward").parts["answering"] == 2 * 2 * 32 * 4096 * 3 * 4096 + 4 * 4 * 32_000 * 3
-    few = memory.estimate(settings.replace(ppo__rollout_batch=1), "reward").parts
+    few = memory.estimate(settings.replace(ppo__generation_batch_size=1), "reward").parts
     assert "answering" not in few and few["activations"] > 0
 
 
@@ -283,7 +284,7 @@ def test_every_stage_of_a_preset_fits_the_card_that_it_is_for(preset, card):
 def test_the_shape_is_that_of_the_presets_weights():
     """The gpu preset pretrains a vocabulary of its own; its other stages have SmolLM2's, three times as large."""
     settings = presets.get("gpu")
-    small = memory.parameter_count(presets.SHAPES["smollm2-135m"])
+    small = memory.parameter_count(presets.MODEL_SHAPES["smollm2-135m"])
     assert memory.estimate(settings, "sft").parts["weights"] == 4 * small
     assert memory.estimate(settings, "pretrain").parts["weights"] == 4 * memory.parameter_count(settings.model)
     folders = memory.disk_bytes(settings)  # three trained in full, PPO's value model too; adapters; the hub's files
@@ -295,8 +296,8 @@ def test_less_memory_for_each_thing_that_saves_it():
     for stage, changes in (
         ("sft", {"model__gradient_checkpointing": True}), ("sft", {"sft__loop__batch_size": 2}),
         ("sft", {"sft__freeze_layers": 10}), ("sft", {"sft__lora__rank": 8}),
-        ("sft", {"sft__optim__kind": "adamw_8bit"}), ("ppo", {"ppo__swap": True}),
-        ("ppo", {"ppo__layout": "shared_base"}), ("ppo", {"ppo__micro_batch": 1}),
+        ("sft", {"sft__optim__kind": "adamw_8bit"}), ("ppo", {"ppo__offload_inactive": True}),
+        ("ppo", {"ppo__layout": "shared_base"}), ("ppo", {"ppo__micro_batch_size": 1}),
         ("ppo", {"ppo__freeze_layers": 10}), ("reward", {"reward__seq_len": 128}),
     ):  # fmt: skip
         less = memory.estimate(settings.replace(**changes), stage).total
@@ -355,12 +356,12 @@ def test_small_runs_say_nothing(capsys):
 
 def test_the_shape_is_the_checkpoints_not_the_presets(monkeypatch, capsys):
     monkeypatch.setattr(memory, "memory_available", lambda device: 10**15)
-    memory.check_room(presets.get("laptop"), "sft", "cpu", presets.SHAPES["smollm2-1.7b"])
+    memory.check_room(presets.get("laptop"), "sft", "cpu", presets.MODEL_SHAPES["smollm2-1.7b"])
     said = capsys.readouterr().out
-    large = presets.get("laptop").replace(model=presets.SHAPES["smollm2-1.7b"])
+    large = presets.get("laptop").replace(model=presets.MODEL_SHAPES["smollm2-1.7b"])
     assert f"sft needs about {memory.estimate(large, 'sft')}" in said
     recomputing = large.replace(model__gradient_checkpointing=True)  # which no checkpoint knows
-    memory.check_room(recomputing, "sft", "cpu", presets.SHAPES["smollm2-1.7b"])
+    memory.check_room(recomputing, "sft", "cpu", presets.MODEL_SHAPES["smollm2-1.7b"])
     assert f"sft needs about {memory.estimate(recomputing, 'sft')}" in capsys.readouterr().out
     assert memory.estimate(recomputing, "sft").total < memory.estimate(large, "sft").total
     assert dataclasses.is_dataclass(memory.estimate(large, "sft"))

@@ -71,7 +71,7 @@ def closing(notebook: dict, name: str) -> list[str]:
     text = "\n".join(cells(notebook, "markdown"))
     if text.count("<details>") < 3 or text.count("<details>") != text.count("</details>"):
         wrong.append("fewer than three folded answers, or one that is not closed")
-    if not any("check_off(" in code for code in cells(notebook, "code")):
+    if not any("compare_with_expected(" in code for code in cells(notebook, "code")):
         wrong.append("the figures are not compared with their expected range")
     following = sorted(n for n in NAMES if n > name)
     if following and following[0] not in cells(notebook, "markdown")[-1]:
@@ -253,8 +253,8 @@ PLANTED = [
     (no_widget_state, with_cell(shown({"application/vnd.jupyter.widget-view+json": {}}))),
     (no_widget_state, lambda notebook: notebook["metadata"].update(widgets={})),
     (no_times, with_cell(code_cell("x", metadata={"execution": {"iopub.execute_input": "2020"}}))),
-    (no_absolute_paths, with_cell(code_cell('open("/ho'+'me/me/x")'))),
-    (no_absolute_paths, with_cell(shown({"text/plain": "saved in /" "tmp/runs/sft"}))),
+    (no_absolute_paths, with_cell(code_cell('open("/ho' + 'me/me/x")'))),
+    (no_absolute_paths, with_cell(shown({"text/plain": "saved in /" + "tmp/runs/sft"}))),
     (no_absolute_paths, with_cell(shown({"text/plain": "C:\\Users\\me"}))),
     (small_pictures, with_cell(shown({"image/png": base64.b64encode(bytes(300_000)).decode()}))),
     (nothing_left_to_fill_in, with_cell(text_cell("{{minutes}}"))),

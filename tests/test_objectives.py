@@ -33,9 +33,9 @@ def test_masked_sums_and_means_by_hand():
     x, mask = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]]), ragged(2, 1, width=3)
     assert o.masked_sum(x, mask) == 7.0
     assert o.masked_mean(x, mask) == pytest.approx(7 / 3)
-    assert o.answer_sum(x, mask).tolist() == [3.0, 4.0]
-    assert o.answer_mean(x, mask).tolist() == [1.5, 4.0]
-    assert o.answer_mean(x, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
+    assert o.response_sum(x, mask).tolist() == [3.0, 4.0]
+    assert o.response_mean(x, mask).tolist() == [1.5, 4.0]
+    assert o.response_mean(x, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
     assert o.masked_mean(x, torch.zeros_like(mask)) == 0.0
 
 
@@ -157,9 +157,9 @@ def test_p19_ranking_loss_does_not_depend_on_the_order_of_the_batch(order):
 
 def test_p19_the_score_is_read_at_the_end_token():
     scores, ends = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 5.0, 99.0, 99.0]]), torch.tensor([2, 1])
-    assert o.score_at_end(scores, ends).tolist() == [3.0, 5.0]
-    assert o.score_at_end(F.pad(scores, (0, 9), value=-99.0), ends).tolist() == [3.0, 5.0]  # more padding
-    assert o.score_at_end(F.pad(scores, (6, 0), value=-99.0), ends + 6).tolist() == [3.0, 5.0]  # on the other side
+    assert o.pool_last_token(scores, ends).tolist() == [3.0, 5.0]
+    assert o.pool_last_token(F.pad(scores, (0, 9), value=-99.0), ends).tolist() == [3.0, 5.0]  # more padding
+    assert o.pool_last_token(F.pad(scores, (6, 0), value=-99.0), ends + 6).tolist() == [3.0, 5.0]  # on the other side
     assert o.normalise_score(torch.tensor([3.0, 5.0]), 1.0, 2.0).tolist() == [1.0, 2.0]
 
 
@@ -206,12 +206,12 @@ def answer_policy() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_p29_the_penalty_in_the_reward_has_the_gradient_of_the_kl():
     parameters, logprobs, ref = answer_policy()
-    answer_logprobs, mask = logprobs.sum(1), torch.ones_like(logprobs, dtype=torch.bool)
-    kl = (answer_logprobs.exp() * (answer_logprobs - ref.sum(1))).sum()
+    gather_logprobs, mask = logprobs.sum(1), torch.ones_like(logprobs, dtype=torch.bool)
+    kl = (gather_logprobs.exp() * (gather_logprobs - ref.sum(1))).sum()
     (exact,) = torch.autograd.grad(0.7 * kl, parameters, retain_graph=True)
 
     def score_function_gradient(rewards: torch.Tensor) -> torch.Tensor:
-        surrogate = -(answer_logprobs.exp().detach() * rewards.sum(1) * answer_logprobs).sum()
+        surrogate = -(gather_logprobs.exp().detach() * rewards.sum(1) * gather_logprobs).sum()
         return torch.autograd.grad(surrogate, parameters, retain_graph=True)[0]
 
     ours = o.penalised_rewards(torch.zeros(27), logprobs, ref, mask, 0.7)
@@ -309,8 +309,8 @@ def test_policy_loss_by_hand():
     advantages, mask = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), ragged(4)
     # clipped to 1.2 * 2; the worse of -3 and -2.4; the worse of 1 and 1.6; clipped to -0.8 * 2
     assert o.policy_loss(new, old, advantages, mask, 0.2).item() == pytest.approx(-(2.4 - 3.0 + 1.0 - 1.6))
-    assert o.clip_fraction(new, old, mask, 0.2) == 1.0 and o.clip_fraction(new, old, mask, 0.6) == 0.0
-    assert o.ratio_error(new, old, mask).item() == pytest.approx(0.5)
+    assert o.clip_frac(new, old, mask, 0.2) == 1.0 and o.clip_frac(new, old, mask, 0.6) == 0.0
+    assert o.ratio_abs_error(new, old, mask).item() == pytest.approx(0.5)
 
 
 def test_policy_loss_at_ratio_1_has_the_policy_gradient():
@@ -342,15 +342,15 @@ def test_p40_the_log_ratio_is_clamped_before_exp():
 
 
 def test_p40_the_alarm_says_which_cause_to_look_for():
-    assert o.ppo_alarm(1e-6, 0.0, 0.0, 0.0) == []
-    assert o.ppo_alarm(1e-6, -0.2, 0.1, 0.3) == []
-    (ratio,) = o.ppo_alarm(0.4, 1.0, 0.1, 0.1)
+    assert o.ppo_warnings(1e-6, 0.0, 0.0, 0.0) == []
+    assert o.ppo_warnings(1e-6, -0.2, 0.1, 0.3) == []
+    (ratio,) = o.ppo_warnings(0.4, 1.0, 0.1, 0.1)
     assert "temperature" in ratio
-    (negative,) = o.ppo_alarm(0.0, -1.0, 0.1, 0.1)
+    (negative,) = o.ppo_warnings(0.0, -1.0, 0.1, 0.1)
     assert "below 0" in negative and "10.0 standard errors" in negative
-    (clipped,) = o.ppo_alarm(0.0, 1.0, 0.1, 0.6)
+    (clipped,) = o.ppo_warnings(0.0, 1.0, 0.1, 0.6)
     assert "learning rate" in clipped
-    assert len(o.ppo_alarm(math.nan, -9.0, 0.1, 0.9)) == 3
+    assert len(o.ppo_warnings(math.nan, -9.0, 0.1, 0.9)) == 3
 
 
 def test_p40_the_mean_ratio_would_miss_another_temperature():
@@ -360,17 +360,17 @@ def test_p40_the_mean_ratio_would_miss_another_temperature():
     old, new = logits.log_softmax(0)[drawn], (logits / 1.5).log_softmax(0)[drawn]
     mask = torch.ones_like(drawn, dtype=torch.bool)
     assert o.masked_mean((new - old).exp(), mask).item() == pytest.approx(1, abs=0.01)
-    error = o.ratio_error(new, old, mask).item()
-    assert error > 0.2 and o.ppo_alarm(error, 0.0, 0.0, 0.0)
+    error = o.ratio_abs_error(new, old, mask).item()
+    assert error > 0.2 and o.ppo_warnings(error, 0.0, 0.0, 0.0)
 
 
 def test_value_loss_by_hand():
     values, old = torch.tensor([[1.0, 2.0, 7.0]]), torch.tensor([[0.0, 2.0, 7.0]])
     returns = torch.tensor([[1.0, 0.0, 0.0]])
     mask = ragged(2, width=3)
-    assert o.value_loss(values, old, returns, mask, clip=0.0).item() == pytest.approx(0.5 * (0 + 4))
+    assert o.value_loss(values, old, returns, mask, cliprange_value=0.0).item() == pytest.approx(0.5 * (0 + 4))
     # the first value moved by 1 from its old estimate: with clip 0.2 it is held at 0.2, 0.8 short of its return
-    assert o.value_loss(values, old, returns, mask, clip=0.2).item() == pytest.approx(0.5 * (0.64 + 4))
+    assert o.value_loss(values, old, returns, mask, cliprange_value=0.2).item() == pytest.approx(0.5 * (0.64 + 4))
 
 
 def test_entropy_loss_by_hand():
@@ -408,7 +408,7 @@ def episode(lengths: tuple[int, ...], pad: int, filling: float, seed: int) -> di
 METRICS = {
     "masked_sum": lambda e: o.masked_sum(e["values"], e["mask"]),
     "masked_mean": lambda e: o.masked_mean(e["values"], e["mask"]),
-    "kl": lambda e: o.answer_sum(o.kl_k1(e["logprobs"], e["ref"]), e["mask"]),
+    "kl": lambda e: o.response_sum(o.kl_k1(e["logprobs"], e["ref"]), e["mask"]),
     "kl_k2": lambda e: o.masked_mean(o.kl_k2(e["logprobs"], e["ref"]), e["mask"]),
     "kl_k3": lambda e: o.masked_mean(o.kl_k3(e["logprobs"], e["ref"]), e["mask"]),
     "rewards": lambda e: o.penalised_rewards(e["scores"], e["logprobs"], e["ref"], e["mask"], 0.3)[:, :N_TOKENS],
@@ -419,8 +419,8 @@ METRICS = {
     "value_loss": lambda e: o.value_loss(e["values"], e["old_values"], e["returns"], e["mask"], 0.2),
     "value_loss_unclipped": lambda e: o.value_loss(e["values"], e["old_values"], e["returns"], e["mask"], 0.0),
     "entropy_loss": lambda e: o.entropy_loss(e["full"], e["mask"]),
-    "clip_fraction": lambda e: o.clip_fraction(e["logprobs"], e["old"], e["mask"], 0.2),
-    "ratio_error": lambda e: o.ratio_error(e["logprobs"], e["old"], e["mask"]),
+    "clip_frac": lambda e: o.clip_frac(e["logprobs"], e["old"], e["mask"], 0.2),
+    "ratio_abs_error": lambda e: o.ratio_abs_error(e["logprobs"], e["old"], e["mask"]),
     "explained_variance": lambda e: o.explained_variance(e["values"], e["returns"], e["mask"]),
 }
 LENGTHS = st.lists(st.integers(1, N_TOKENS), min_size=1, max_size=4).map(tuple)

@@ -138,7 +138,7 @@ def one_and_two(two, stage: str, settings, tmp_path: Path):
 
 
 def test_pretrain(two, micro, tmp_path):
-    settings = micro(tmp_path, pretrain__loop__accumulate=2, pretrain__loop__batch_size=3)
+    settings = micro(tmp_path, pretrain__loop__gradient_accumulation_steps=2, pretrain__loop__batch_size=3)
     alone, together = one_and_two(two, "pretrain", settings, tmp_path)
     assert alone.samples == together.samples
 
@@ -176,7 +176,12 @@ def test_reward(two, pipeline, tmp_path, rank):
 
 
 PPO = {
-    "four_models": {"ppo__rollouts": 5, "ppo__rollout_batch": 2, "ppo__ptx_coef": 0.1, "ppo__minibatch": 3},
+    "four_models": {
+        "ppo__rollouts_per_iteration": 5,
+        "ppo__generation_batch_size": 2,
+        "ppo__ptx_coef": 0.1,
+        "ppo__mini_batch_size": 3,
+    },
     "shared_base": {"ppo__layout": "shared_base", "ppo__quant__kind": "nf4", "ppo__lora__rank": 2},
 }
 
@@ -282,7 +287,7 @@ def start_of(settings, folder: Path) -> int:
 
 
 def rows_of(world_rows: int) -> tuple[list[int], int]:
-    return distributed.deal(range(world_rows))
+    return distributed.shard_rows(range(world_rows))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
@@ -295,7 +300,7 @@ def test_p01_no_row_is_dealt_twice_or_lost(two, n):
 
 
 def turns_of(n: int) -> list[int]:
-    return distributed.turns(n)
+    return distributed.tasks_for_rank(n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -307,7 +312,7 @@ def test_turns_cover_every_task_and_are_equally_many(two, n):
 def rows_learned(settings) -> list[int]:
     """The answers in each batch that this process learns from: pass by pass, those that count."""
 
-    seen, real = [], distributed.deal
+    seen, real = [], distributed.shard_rows
 
     def deal(rows):
         mine, counts = real(rows)
@@ -315,25 +320,25 @@ def rows_learned(settings) -> list[int]:
         return mine, counts
 
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(distributed, "deal", deal)
+        monkey.setattr(distributed, "shard_rows", deal)
         run_stage("sft", settings)
     return seen
 
 
 def test_p36_batches_of_one_keep_every_process_busy(two, pipeline, tmp_path):
     """A preset's batch of 1 row, accumulated: the rows of a step are shared out, not done by one process for all."""
-    batch = {"sft__loop__batch_size": 1, "sft__loop__accumulate": 5, "sft__loop__steps": 2}
+    batch = {"sft__loop__batch_size": 1, "sft__loop__gradient_accumulation_steps": 5, "sft__loop__steps": 2}
     settings = beside(pipeline, tmp_path, "pretrain").replace(**batch)
     assert two(rows_learned, settings.replace(out=str(tmp_path / "two"))) == [[1, 1, 1] * 2, [1, 1, 0] * 2]
     assert rows_learned(settings.replace(out=str(tmp_path / "one"))) == [1] * 10
 
 
 def passes_of(group: list[list[int]]) -> list[list[int]]:
-    return distributed.passes(group)
+    return distributed.regroup_microbatches(group)
 
 
 def test_passes_by_hand(two):
-    assert distributed.passes([[1], [2], [3]]) == [[1], [2], [3]]
+    assert distributed.regroup_microbatches([[1], [2], [3]]) == [[1], [2], [3]]
     for found in two(passes_of, [[1], [2], [3]]):
         assert found == [[1, 2], [3]]
     for found in two(passes_of, [[5], [1, 2], [3, 4]]):  # a short one among batches of two
@@ -421,16 +426,16 @@ def test_p35_the_environment_is_read_when_the_group_starts(micro, tmp_path, monk
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)  # no MASTER_ADDR: not torchrun's
     with distributed.session(micro(tmp_path)):
-        assert (distributed.rank(), distributed.world()) == (0, 1)
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert (distributed.rank(), distributed.world()) == (0, 1)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
     other = distributed.session(micro(tmp_path, device="cuda:1"))
     with pytest.raises(UserError, match="--device cuda:1 under torchrun"), other:
         pass
 
 
 def ranks_and_prints() -> tuple[int, int, bool]:
-    return distributed.rank(), distributed.world(), sys.stdout.name == os.devnull
+    return distributed.rank(), distributed.world_size(), sys.stdout.name == os.devnull
 
 
 def test_p35_the_main_process_alone_prints(two):

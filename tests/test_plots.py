@@ -16,7 +16,7 @@ HISTORY = [
     | ({"val/loss": 6.0 / step, "val/accuracy": step / 40} if step % 10 == 0 else {})
     for step in range(1, 31)
 ]
-PPO_KEYS = "score penalised true_reward kl kl_k3 length entropy clip_fraction explained_variance ratio".split()
+PPO_KEYS = "score penalised true_reward kl kl_k3 length entropy clip_frac explained_variance ratio".split()
 PPO = [{"step": step} | {f"ppo/{key}": math.sin(step + i) for i, key in enumerate(PPO_KEYS)} for step in range(1, 13)]
 WALK = [{"step": i, "j": 0.1 * i, "kl": 0.05 * i, "reward": 0.12 * i} for i in range(9)]
 ROWS = {"sft": {"mean": 0.5, "low": 0.48, "high": 0.52, "n": 512}, "ppo": {"mean": 0.92, "low": 0.9, "high": 0.94}}

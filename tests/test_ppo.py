@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from instruct_llama import presets
-from instruct_llama.config import LoRAConfig, ModelConfig, OptimConfig, PPOConfig, UserError
+from instruct_llama.config import LoRAConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig, UserError
 from instruct_llama.data.batching import ranked_batch
 from instruct_llama.evaluation import exact
 from instruct_llama.model import lora
 from instruct_llama.model.llama import Llama, ScalarLlama
-from instruct_llama.pipeline import inputs, require
+from instruct_llama.pipeline import require, require_inputs
 from instruct_llama.pipeline import run as run_stage
 from instruct_llama.rlhf import losses, ppo, rollout
-from instruct_llama.rlhf.rollout import Episodes
+from instruct_llama.rlhf.rollout import Rollouts
 from instruct_llama.stages import ppo as ppo_stage
 from instruct_llama.stages import reward as stage
 from instruct_llama.training import actors as layouts
@@ -39,7 +39,7 @@ ITERATIONS = {"fixed": 80, "variable": 40}
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("language", [enumerable.fixed(), enumerable.variable()], ids=lambda language: language.name)
 def test_p00_ppo_closes_98_percent_of_the_gap(language, seed):
-    points = exact.walk(language, exact.config_for(language, ITERATIONS[language.name]), seed)
+    points = exact.train_table_policy(language, exact.config_for(language, ITERATIONS[language.name]), seed)
     assert points[0]["gap_closed"] == pytest.approx(0.0, abs=1e-5)
     assert points[-1]["gap_closed"] >= 0.98
     assert points[-1]["gap_closed"] <= 1 + 1e-5  # nothing is better than the best
@@ -50,28 +50,28 @@ def test_p00_ppo_closes_98_percent_of_the_gap(language, seed):
 def test_p00_p42_small_generation_batches_close_the_gap_as_well(seed):
     """Batches that draw the same random numbers make 24 of 384 responses, 16 times: they close about half of it."""
     language = enumerable.variable()
-    config = replace(exact.config_for(language, 40), rollouts=384, rollout_batch=24)
-    assert exact.walk(language, config, seed)[-1]["gap_closed"] >= 0.98
+    config = replace(exact.config_for(language, 40), rollouts_per_iteration=384, generation_batch_size=24)
+    assert exact.train_table_policy(language, config, seed)[-1]["gap_closed"] >= 0.98
 
 
 def test_p42_generation_batches_of_an_iteration_draw_different_numbers():
-    config = replace(SMALL, rollouts=512, max_new_tokens=4)
-    setups = [setup_of(config=replace(config, rollout_batch=size, micro_batch=512)) for size in (512, 64)]
+    config = replace(SMALL, rollouts_per_iteration=512, max_new_tokens=4)
+    setups = [setup_of(config=replace(config, generation_batch_size=size, micro_batch_size=512)) for size in (512, 64)]
     whole, parts = (ppo.sample_rollouts(*setup, [[BOS, 3, 4]] * 512, seed=1, iteration=0) for setup in setups)
-    distinct = [len({tuple(ids) for ids in episodes.answers.tolist()}) for episodes in (whole, parts)]
+    distinct = [len({tuple(ids) for ids in rollouts.responses.tolist()}) for rollouts in (whole, parts)]
     assert distinct[0] > 150 and distinct[1] == pytest.approx(distinct[0], rel=0.15)
     again, other = (ppo.sample_rollouts(*setups[1], [[BOS, 3, 4]] * 512, seed=1, iteration=i) for i in (0, 1))
-    assert torch.equal(again.answers, parts.answers) and not torch.equal(other.answers, parts.answers)
+    assert torch.equal(again.responses, parts.responses) and not torch.equal(other.responses, parts.responses)
 
 
 def _outputs_shifted_by_one(patch):
-    real = rollout.answer_outputs
-    patch.setattr(rollout, "answer_outputs", lambda x, starts, n: real(x, starts + 1, n))
+    real = rollout.gather_response_positions
+    patch.setattr(rollout, "gather_response_positions", lambda x, starts, n: real(x, starts + 1, n))
 
 
 def _score_read_at_the_first_token(patch):
-    real = rollout.score_at_end
-    patch.setattr(rollout, "score_at_end", lambda scores, ends: real(scores, torch.ones_like(ends)))
+    real = rollout.pool_last_token
+    patch.setattr(rollout, "pool_last_token", lambda scores, ends: real(scores, torch.ones_like(ends)))
 
 
 def _gae_without_the_next_value(patch):
@@ -111,45 +111,45 @@ def _k3_as_penalty(patch):
 
 
 def _another_temperature(patch):
-    real = rollout.distribution
+    real = rollout.sampling_logprobs
 
-    def distribution(model, episodes, config, banned):
-        return real(model, episodes, replace(config, temperature=2.0), banned)
+    def distribution(model, rollouts, sampling, suppress):
+        return real(model, rollouts, replace(sampling, temperature=2.0), suppress)
 
-    patch.setattr(rollout, "distribution", distribution)
+    patch.setattr(rollout, "sampling_logprobs", distribution)
 
 
 def _no_end_score_forgotten(patch):
-    real = rollout.score
+    real = rollout.response_scores
 
-    def score(model, episodes, config, mean, scale):
-        return real(model, replace(episodes, ended=torch.ones_like(episodes.ended)), config, mean, scale)
+    def score(model, rollouts, config, mean, scale):
+        return real(model, replace(rollouts, has_eos=torch.ones_like(rollouts.has_eos)), config, mean, scale)
 
-    patch.setattr(rollout, "score", score)
+    patch.setattr(rollout, "response_scores", score)
 
 
 def _kl_over_padding(patch):
     real = rollout.penalised_rewards
 
-    def logprobs_of(logprobs_full, episodes):  # a pad is read as another end token
-        return losses.token_logprobs(logprobs_full, torch.where(episodes.mask, episodes.answers, EOS))
+    def logprobs_of(logprobs_full, rollouts):  # a pad is read as another end token
+        return losses.token_logprobs(logprobs_full, torch.where(rollouts.response_mask, rollouts.responses, EOS))
 
     def rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
         kl_of_padding = ((logprobs - ref_logprobs) * ~mask).sum(1)
         return real(scores - kl_coef * kl_of_padding, logprobs, ref_logprobs, mask, kl_coef)
 
-    patch.setattr(rollout, "answer_logprobs", logprobs_of)
+    patch.setattr(rollout, "gather_logprobs", logprobs_of)
     patch.setattr(rollout, "penalised_rewards", rewards)
 
 
 def _end_token_untrained(patch):
-    real = rollout.answer_logprobs
+    real = rollout.gather_logprobs
 
-    def logprobs_of(logprobs_full, episodes):
-        logprobs = real(logprobs_full, episodes)
-        return torch.where(episodes.answers == EOS, logprobs.detach(), logprobs)
+    def logprobs_of(logprobs_full, rollouts):
+        logprobs = real(logprobs_full, rollouts)
+        return torch.where(rollouts.responses == EOS, logprobs.detach(), logprobs)
 
-    patch.setattr(rollout, "answer_logprobs", logprobs_of)
+    patch.setattr(rollout, "gather_logprobs", logprobs_of)
 
 
 # (mistake, language, iterations). The right code stands at 0.98 of the variable language after 15 iterations. Measured:
@@ -173,7 +173,7 @@ MISTAKES = [
 def test_p00_a_planted_mistake_does_not(mistake, name, iterations, monkeypatch):
     language = getattr(enumerable, name)()
     mistake(monkeypatch)
-    points = exact.walk(language, exact.config_for(language, iterations), seed=0)
+    points = exact.train_table_policy(language, exact.config_for(language, iterations), seed=0)
     assert points[-1]["gap_closed"] <= 0.92
 
 
@@ -183,7 +183,8 @@ SHAPE = ModelConfig(
     vocab_size=12, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=24, max_seq_len=32, init_std=0.3
 )
 SMALL = PPOConfig(
-    iterations=2, rollouts=6, rollout_batch=4, max_new_tokens=5, epochs=2, minibatch=3, micro_batch=2,
+    iterations=2, rollouts_per_iteration=6, generation_batch_size=4, max_new_tokens=5, num_ppo_epochs=2,
+    mini_batch_size=3, micro_batch_size=2,
     optim=OptimConfig(lr=1e-2, warmup_steps=0, weight_decay=0.0), value_lr=1e-2,
 )  # fmt: skip
 PROMPTS = [[BOS, 3, 4], [BOS, 5], [BOS, 6, 7, 8], [BOS, 9], [BOS, 3], [BOS, 10, 11]]
@@ -200,14 +201,14 @@ def llama(seed=0, shape=SHAPE):
 def scalar(seed, shape=SHAPE):
     model = ScalarLlama(shape, generator=seeded(seed))
     with torch.no_grad():
-        model.scalar_head.weight.normal_(generator=seeded(seed))
+        model.value_head.weight.normal_(generator=seeded(seed))
     return model
 
 
 def four(shape=SHAPE, tokenizer=None):
     """Policy and reference alike, as at the start of PPO."""
     models = llama(0, shape), llama(0, shape), scalar(1, shape), scalar(2, shape)
-    return layouts.FourModels(*models, tokenizer or exact.Alphabet())
+    return layouts.FourModels(*models, tokenizer or exact.EnumerableTokens())
 
 
 def shared():
@@ -219,7 +220,7 @@ def shared():
             heads[name].weight.normal_(generator=seeded(5))
             for parameter in lora.adapter_parameters(base, name):
                 parameter.normal_(std=0.1, generator=seeded(7))  # reward and value start alike
-    return layouts.SharedBase(base, LoRAConfig(rank=2, alpha=4.0), heads, seeded(9), exact.Alphabet())
+    return layouts.SharedBase(base, LoRAConfig(rank=2, alpha=4.0), heads, seeded(9), exact.EnumerableTokens())
 
 
 class Setup(NamedTuple):
@@ -233,18 +234,18 @@ def setup_of(actors=None, config=SMALL):
     return Setup(actors or four(), config)
 
 
-def logprobs_of(setup, episodes):
+def logprobs_of(setup, rollouts):
     """What the policy gives the sampled tokens (B, N), and all tokens (B, N, V)."""
     policy = setup.actors.models["policy"]
-    return rollout.response_logprobs(policy, episodes, setup.config, setup.actors.tokenizer)
+    return rollout.response_logprobs(policy, rollouts, setup.config.sampling, setup.actors.tokenizer)
 
 
 def judged(setup, prompts=PROMPTS, seed=0):
     """Phases 2 to 4."""
-    episodes = ppo.generate_responses(*setup, prompts, seeded(seed))
-    ppo.score_rollouts(*setup, episodes)
-    rollout.compute_advantages(episodes, setup.config, setup.config.kl_coef)
-    return episodes
+    rollouts = ppo.generate_responses(*setup, prompts, seeded(seed))
+    ppo.score_rollouts(*setup, rollouts)
+    rollout.compute_advantages(rollouts, setup.config, setup.config.kl_coef)
+    return rollouts
 
 
 def test_p19_answers_that_share_a_row_score_and_teach_as_each_alone():
@@ -256,7 +257,7 @@ def test_p19_answers_that_share_a_row_score_and_teach_as_each_alone():
     together, apart = scalar(1), scalar(1)
     batch = ranked_batch(items, PAD)
     assert batch.tokens.shape == (3, 2 + 3 + 2 + 4)  # instead of seven rows of up to 6
-    scores = rollout.answer_scores(together, batch)
+    scores = rollout.completion_scores(together, batch)
     alone = torch.stack([apart(torch.tensor([ids]))[0, -1] for item in items for ids in item])
     torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
     for found in (scores, alone):
@@ -267,13 +268,13 @@ def test_p19_answers_that_share_a_row_score_and_teach_as_each_alone():
 
 def by_hand():
     """Two episodes of unequal prompts and answers: the first of three tokens, the second of two."""
-    return Episodes(
+    return Rollouts(
         prompts=[[BOS, 5, 5], [BOS]],
         tokens=torch.tensor([[BOS, 5, 5, 3, 4, EOS], [BOS, 3, EOS, PAD, PAD, PAD]]),
-        starts=torch.tensor([3, 1]),
-        answers=torch.tensor([[3, 4, EOS], [3, EOS, PAD]]),
-        mask=torch.tensor([[True, True, True], [True, True, False]]),
-        ended=torch.tensor([True, True]),
+        prompt_lengths=torch.tensor([3, 1]),
+        responses=torch.tensor([[3, 4, EOS], [3, EOS, PAD]]),
+        response_mask=torch.tensor([[True, True, True], [True, True, False]]),
+        has_eos=torch.tensor([True, True]),
         sampled_logprobs=torch.zeros(2, 3),
     )
 
@@ -285,7 +286,7 @@ class Table(nn.Module):
         super().__init__()
         self.table = table
 
-    def hidden(self, tokens, segments=None, cache=None):
+    def hidden(self, tokens, segment_ids=None, cache=None):
         return self.table
 
     def head(self, hidden):
@@ -299,14 +300,14 @@ class Table(nn.Module):
 
 
 def test_p22_every_quantity_of_a_token_stands_at_its_index():
-    episodes = by_hand()
+    rollouts = by_hand()
     logits = torch.randn(2, 6, 7, generator=seeded(0))
-    full = rollout.distribution(Table(logits), episodes, PPOConfig(), banned=())
+    full = rollout.sampling_logprobs(Table(logits), rollouts, SamplingConfig(), suppress=())
     expected = logits.log_softmax(-1)
     # the token at position s of a row is decided by the output at position s - 1
     torch.testing.assert_close(full[0], expected[0, 2:5])
     torch.testing.assert_close(full[1, :2], expected[1, 0:2])
-    logprobs = rollout.answer_logprobs(full, episodes)
+    logprobs = rollout.gather_logprobs(full, rollouts)
     by_index = [
         [expected[0, 2, 3], expected[0, 3, 4], expected[0, 4, EOS]],
         [expected[1, 0, 3], expected[1, 1, EOS], 0],
@@ -314,16 +315,16 @@ def test_p22_every_quantity_of_a_token_stands_at_its_index():
     torch.testing.assert_close(logprobs, torch.tensor(by_index))
 
     positions = torch.tensor([[0.0, 1, 2, 3, 4, 5], [100, 101, 102, 103, 104, 105]])
-    values = rollout.answer_values(Table(positions), episodes)
-    assert values[episodes.mask].tolist() == [2, 3, 4, 100, 101]
-    scores = rollout.score(Table(positions), episodes, PPOConfig(score_clip=0.0), mean=1.0, scale=2.0)
+    values = rollout.response_values(Table(positions), rollouts)
+    assert values[rollouts.response_mask].tolist() == [2, 3, 4, 100, 101]
+    scores = rollout.response_scores(Table(positions), rollouts, PPOConfig(score_clip=0.0), mean=1.0, scale=2.0)
     assert scores.tolist() == [(5 - 1) / 2, (102 - 1) / 2]  # read at the end token itself
 
-    episodes.logprobs, episodes.ref_logprobs = logprobs, logprobs - torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 9.0]])
-    episodes.values, episodes.scores = torch.zeros(2, 3), torch.tensor([2.0, 5.0])
-    rollout.compute_advantages(episodes, PPOConfig(whiten=False, gamma=1.0, lam=1.0), kl_coef=1.0)
-    torch.testing.assert_close(episodes.rewards, torch.tensor([[-0.1, -0.2, 1.7], [-0.4, 4.5, 0.0]]))
-    torch.testing.assert_close(episodes.advantages, torch.tensor([[1.4, 1.5, 1.7], [4.1, 4.5, 0.0]]))
+    rollouts.logprobs, rollouts.ref_logprobs = logprobs, logprobs - torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 9.0]])
+    rollouts.values, rollouts.scores = torch.zeros(2, 3), torch.tensor([2.0, 5.0])
+    rollout.compute_advantages(rollouts, PPOConfig(whiten_advantages=False, gamma=1.0, lam=1.0), kl_coef=1.0)
+    torch.testing.assert_close(rollouts.rewards, torch.tensor([[-0.1, -0.2, 1.7], [-0.4, 4.5, 0.0]]))
+    torch.testing.assert_close(rollouts.advantages, torch.tensor([[1.4, 1.5, 1.7], [4.1, 4.5, 0.0]]))
 
 
 @pytest.mark.parametrize(
@@ -331,30 +332,30 @@ def test_p22_every_quantity_of_a_token_stands_at_its_index():
 )
 def test_p23_training_recomputes_the_distribution_that_was_sampled_from(change):
     setup = setup_of(config=replace(SMALL, **change))
-    episodes = judged(setup)
-    torch.testing.assert_close(episodes.logprobs, episodes.sampled_logprobs, rtol=0, atol=1e-5)
-    assert rollout.rollout_metrics(episodes, setup.config, 0.1)["ppo/sampling_gap"] < 1e-5
+    rollouts = judged(setup)
+    torch.testing.assert_close(rollouts.logprobs, rollouts.sampled_logprobs, rtol=0, atol=1e-5)
+    assert rollout.rollout_metrics(rollouts, setup.config, 0.1)["ppo/sampling_gap"] < 1e-5
     # and the reference, which nobody samples from, has the same temperature but no filter: all finite
-    assert torch.isfinite(episodes.ref_logprobs).all()
+    assert torch.isfinite(rollouts.ref_logprobs).all()
 
 
 @pytest.mark.parametrize("layout", [four, shared])
 def test_p24_before_the_first_update_ratio_is_one_and_kl_is_zero(layout):
     setup = setup_of(layout())
-    episodes = judged(setup)
-    assert episodes.kl().abs().max() < 1e-5
-    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
-    assert figures["ratio"] < 1e-5
-    assert figures["clip_fraction"] == 0
-    stats = ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
-    assert stats["first_ratio"] < 1e-5
-    assert stats["ratio"] > 1e-4  # the mean over all mini-batches: later ones have moved
+    rollouts = judged(setup)
+    assert rollouts.kl().abs().max() < 1e-5
+    figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
+    assert figures["ratio_abs_error"] < 1e-5
+    assert figures["clip_frac"] == 0
+    stats = ppo.update(*setup, rollouts, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
+    assert stats["first_ratio_abs_error"] < 1e-5
+    assert stats["ratio_abs_error"] > 1e-4  # the mean over all mini-batches: later ones have moved
 
 
 def test_p24_dropout_is_off():
     shape = replace(SHAPE, embed_dropout=0.3, attn_dropout=0.3, resid_dropout=0.3)
     setup = setup_of(four(shape))
-    assert ppo.minibatch_gradients(*setup, judged(setup), seed=0)["ratio"] < 1e-5
+    assert ppo.minibatch_gradients(*setup, judged(setup), seed=0)["ratio_abs_error"] < 1e-5
 
 
 def always(token):
@@ -373,21 +374,21 @@ def test_p25_an_empty_answer_is_kept_scored_and_trained():
     models = four()
     models.models["policy"] = always(EOS)
     setup = setup_of(models, replace(SMALL, score_clip=0.0))
-    episodes = judged(setup)
-    assert len(episodes) == len(PROMPTS)
-    assert episodes.answers.tolist() == [[EOS]] * len(PROMPTS)
-    assert episodes.mask.all() and episodes.ended.all()
+    rollouts = judged(setup)
+    assert len(rollouts) == len(PROMPTS)
+    assert rollouts.responses.tolist() == [[EOS]] * len(PROMPTS)
+    assert rollouts.response_mask.all() and rollouts.has_eos.all()
     raw = [models.models["reward"](torch.tensor([[*prompt, EOS]]))[0, -1] for prompt in PROMPTS]
-    torch.testing.assert_close(episodes.scores, torch.stack(raw), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollouts.scores, torch.stack(raw), rtol=0, atol=1e-5)
 
 
 def test_p25_the_end_token_is_an_action_like_any_other():
-    setup = setup_of(config=replace(SMALL, value_coef=0.0))
-    episodes = by_hand()
-    episodes.logprobs, _ = (x.detach() for x in logprobs_of(setup, episodes))
-    episodes.values = episodes.returns = torch.zeros(2, 3)
-    episodes.advantages = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])  # only the first answer's end counts
-    ppo.minibatch_gradients(*setup, episodes, seed=0)
+    setup = setup_of(config=replace(SMALL, vf_coef=0.0))
+    rollouts = by_hand()
+    rollouts.logprobs, _ = (x.detach() for x in logprobs_of(setup, rollouts))
+    rollouts.values = rollouts.returns = torch.zeros(2, 3)
+    rollouts.advantages = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])  # only the first answer's end counts
+    ppo.minibatch_gradients(*setup, rollouts, seed=0)
     grads = [p.grad for p in setup.actors.trainable("policy").values()]
     assert max(float(grad.abs().max()) for grad in grads) > 1e-4
 
@@ -395,13 +396,13 @@ def test_p25_the_end_token_is_an_action_like_any_other():
 def test_p25_an_answer_without_end_gets_its_stated_score_and_the_limit_holds():
     models = four()
     models.models["policy"] = always(5)
-    setup = setup_of(models, replace(SMALL, no_end_score=-1.25))
+    setup = setup_of(models, replace(SMALL, missing_eos_score=-1.25))
     setup.actors.reward_mean, setup.actors.reward_scale = 3.0, 0.5
-    episodes = judged(setup)
-    assert episodes.answers.tolist() == [[5] * SMALL.max_new_tokens] * len(PROMPTS)
-    assert not episodes.ended.any()
-    assert episodes.scores.tolist() == [-1.25] * len(PROMPTS)  # neither normalised nor the reward model's
-    assert rollout.rollout_metrics(episodes, setup.config, 0.0)["ppo/ended"] == 0
+    rollouts = judged(setup)
+    assert rollouts.responses.tolist() == [[5] * SMALL.max_new_tokens] * len(PROMPTS)
+    assert not rollouts.has_eos.any()
+    assert rollouts.scores.tolist() == [-1.25] * len(PROMPTS)  # neither normalised nor the reward model's
+    assert rollout.rollout_metrics(rollouts, setup.config, 0.0)["ppo/eos_rate"] == 0
 
 
 def test_p31_rows_that_have_ended_cost_nothing_more(monkeypatch):
@@ -413,13 +414,13 @@ def test_p31_rows_that_have_ended_cost_nothing_more(monkeypatch):
         return real(self, tokens, **rest)
 
     monkeypatch.setattr(enumerable.PrefixTable, "hidden", counted)
-    config = replace(SMALL, max_new_tokens=language.max_new_tokens, rollout_batch=300)
-    episodes = rollout.play(policy, [language.prompt] * 300, language, config, seeded(0))
-    assert rows == episodes.mask.sum(0).tolist()  # a forward pass of as many rows as tokens were drawn
+    config = replace(SMALL, max_new_tokens=language.max_new_tokens, generation_batch_size=300)
+    rollouts = rollout.sample_responses(policy, [language.prompt] * 300, config.sampling, language, seeded(0), 300)
+    assert rows == rollouts.response_mask.sum(0).tolist()  # a forward pass of as many rows as tokens were drawn
     assert rows[0] == 300 and rows[-1] < rows[0]
 
 
-class NoText(exact.Alphabet):
+class NoText(exact.EnumerableTokens):
     """An alphabet without text: whoever encodes or decodes in training fails."""
 
     def decode(self, ids):
@@ -438,22 +439,24 @@ def test_p38_sampled_ids_are_what_is_trained_on(monkeypatch):
     drawn = [ids[keep].tolist() for part in sampled for ids, keep in zip(part.tokens, part.mask, strict=True)]
     wanted = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, drawn, strict=True)}
     assert len(seen) == 4
-    for episodes in seen:
-        for i, prompt in enumerate(episodes.prompts):
+    for rollouts in seen:
+        for i, prompt in enumerate(rollouts.prompts):
             answer = wanted[tuple(prompt)]
-            assert episodes.answers[i][episodes.mask[i]].tolist() == answer
-            row = episodes.tokens[i].tolist()
+            assert rollouts.responses[i][rollouts.response_mask[i]].tolist() == answer
+            row = rollouts.tokens[i].tolist()
             assert row[: len(prompt) + len(answer)] == [*prompt, *answer]
             assert set(row[len(prompt) + len(answer) :]) <= {PAD}
 
 
 def test_p36_a_rollout_of_two_and_an_answer_of_one_token():
-    for rollouts in (1, 2):
-        setup = setup_of(config=replace(SMALL, rollouts=rollouts, max_new_tokens=1, minibatch=32, micro_batch=32))
+    for n in (1, 2):
+        setup = setup_of(
+            config=replace(SMALL, rollouts_per_iteration=n, max_new_tokens=1, mini_batch_size=32, micro_batch_size=32)
+        )
         optimizer = setup.actors.make_optimizer(setup.config)
-        episodes, stats = ppo.run_iteration(*setup, PROMPTS[:rollouts], optimizer, 0.1, seed=0, iteration=0)
-        assert episodes.answers.shape == (rollouts, 1)
-        figures = {**rollout.rollout_metrics(episodes, setup.config, 0.1), **stats}
+        rollouts, stats = ppo.run_iteration(*setup, PROMPTS[:n], optimizer, 0.1, seed=0, iteration=0)
+        assert rollouts.responses.shape == (n, 1)
+        figures = {**rollout.rollout_metrics(rollouts, setup.config, 0.1), **stats}
         assert all(math.isfinite(value) for value in figures.values())
         assert all(torch.isfinite(p).all() for p in setup.actors.trainable("policy").values())
 
@@ -464,7 +467,7 @@ def test_p36_the_standard_error_of_one_answer_is_a_number():
 
 
 def test_all_prompts_come_up_before_any_comes_up_again():
-    config = replace(SMALL, rollouts=4)
+    config = replace(SMALL, rollouts_per_iteration=4)
     drawn = [prompt for i in range(3) for prompt in ppo.draw_prompts(PROMPTS, config, seed=3, iteration=i)]
     assert len(drawn) == 12
     for epoch in (drawn[:6], drawn[6:]):
@@ -486,40 +489,42 @@ def gradients(setup):
 
 def moved_on(setup):
     """Judged episodes of a policy that has since moved, so that ratios, clips and value clips all play a part."""
-    episodes = judged(setup)
-    assert len(set(episodes.mask.sum(1).tolist())) > 1  # unequal lengths, or a mean of means would look right
-    episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - 0.1, 0.0)
-    return episodes
+    rollouts = judged(setup)
+    assert len(set(rollouts.response_mask.sum(1).tolist())) > 1  # unequal lengths, or a mean of means would look right
+    rollouts.logprobs = torch.where(rollouts.response_mask, rollouts.logprobs - 0.1, 0.0)
+    return rollouts
 
 
 def test_p27_parts_hold_every_episode_once_without_padding_and_change_nothing():
     setup = setup_of()
-    episodes = judged(setup)
-    parts = episodes.parts(2)
-    assert sorted(row for rows in parts for row in rows) == list(range(len(episodes)))
-    lengths = [episodes.lengths[row].item() for rows in parts for row in rows]
+    rollouts = judged(setup)
+    parts = rollouts.micro_batches(2)
+    assert sorted(row for rows in parts for row in rows) == list(range(len(rollouts)))
+    lengths = [rollouts.lengths[row].item() for rows in parts for row in rows]
     assert lengths == sorted(lengths) and max(map(len, parts)) == 2
     for rows in parts:
-        part = episodes.select(rows)
-        assert part.tokens.shape[1] == int(part.lengths.max()) and part.mask.shape[1] == int(part.mask.sum(1).max())
+        part = rollouts.select(rows)
+        assert part.tokens.shape[1] == int(part.lengths.max()) and part.response_mask.shape[1] == int(
+            part.response_mask.sum(1).max()
+        )
         for name in ("logprobs", "ref_logprobs", "values", "advantages"):
-            whole, cut = getattr(episodes, name)[rows], getattr(part, name)
-            assert torch.equal(whole[episodes.mask[rows]], cut[part.mask])
+            whole, cut = getattr(rollouts, name)[rows], getattr(part, name)
+            assert torch.equal(whole[rollouts.response_mask[rows]], cut[part.response_mask])
         with setup.actors.use("policy"):
             again = logprobs_of(setup, part)[0]
-        assert torch.allclose(again[part.mask], part.logprobs[part.mask], atol=1e-5)
+        assert torch.allclose(again[part.response_mask], part.logprobs[part.response_mask], atol=1e-5)
 
 
 def test_p27_gradients_do_not_depend_on_the_micro_batches():
     config = replace(SMALL, entropy_coef=0.01)
     setup = setup_of(config=config)
-    episodes = moved_on(setup)
-    setup = setup._replace(config=replace(config, micro_batch=len(PROMPTS)))
-    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+    rollouts = moved_on(setup)
+    setup = setup._replace(config=replace(config, micro_batch_size=len(PROMPTS)))
+    figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
     whole = gradients(setup)
     for size in (1, 2, 4, 5):
-        setup = setup._replace(config=replace(config, micro_batch=size))
-        parts = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        setup = setup._replace(config=replace(config, micro_batch_size=size))
+        parts = ppo.minibatch_gradients(*setup, rollouts, seed=0)
         for key, gradient in gradients(setup).items():
             torch.testing.assert_close(gradient, whole[key], rtol=1e-4, atol=1e-6)
         for key, value in figures.items():
@@ -528,11 +533,11 @@ def test_p27_gradients_do_not_depend_on_the_micro_batches():
 
 @pytest.mark.parametrize(("n", "minibatch", "sizes"), [(6, 3, [3, 3]), (5, 4, [5]), (6, 4, [3, 3]), (2, 8, [2])])
 def test_p27_a_ragged_tail_takes_no_full_step(n, minibatch, sizes, monkeypatch):
-    setup = setup_of(config=replace(SMALL, minibatch=minibatch, epochs=2))
-    episodes, seen = judged(setup, PROMPTS[:n]), []
+    setup = setup_of(config=replace(SMALL, mini_batch_size=minibatch, num_ppo_epochs=2))
+    rollouts, seen = judged(setup, PROMPTS[:n]), []
     real = ppo.minibatch_gradients
     monkeypatch.setattr(ppo, "minibatch_gradients", lambda a, c, e, *at: seen.append(e.prompts) or real(a, c, e, *at))
-    ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
+    ppo.update(*setup, rollouts, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
     assert [len(part) for part in seen] == sizes * 2
     for epoch in (seen[: len(sizes)], seen[len(sizes) :]):
         assert sorted(prompt for part in epoch for prompt in part) == sorted(PROMPTS[:n])  # each once an epoch
@@ -540,44 +545,44 @@ def test_p27_a_ragged_tail_takes_no_full_step(n, minibatch, sizes, monkeypatch):
 
 def test_p40_a_policy_far_from_the_old_one_stays_finite_and_is_told():
     setup = setup_of()
-    episodes = judged(setup)
-    episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - 500.0, 0.0)
-    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
-    assert math.isfinite(figures["loss"]) and math.isfinite(figures["ratio"])
+    rollouts = judged(setup)
+    rollouts.logprobs = torch.where(rollouts.response_mask, rollouts.logprobs - 500.0, 0.0)
+    figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
+    assert math.isfinite(figures["loss"]) and math.isfinite(figures["ratio_abs_error"])
     assert all(torch.isfinite(gradient).all() for gradient in gradients(setup).values())
-    stats = ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
-    alarms = losses.ppo_alarm(stats["first_ratio"], 0.0, 0.1, stats["clip_fraction"])
+    stats = ppo.update(*setup, rollouts, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
+    alarms = losses.ppo_warnings(stats["first_ratio_abs_error"], 0.0, 0.1, stats["clip_frac"])
     assert "Compare temperature" in alarms[0] and "clipped" in alarms[1]
 
 
 def test_p40_the_first_ratio_is_the_first_mini_batches():
     setup = setup_of()
-    episodes = judged(setup)
-    episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - math.log(1.5), 0.0)
-    stats = ppo.update(*setup, episodes, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
-    assert stats["first_ratio"] == pytest.approx(0.5, abs=1e-4)
-    assert abs(stats["ratio"] - 0.5) > 1e-3  # the mean over all of them is another figure
+    rollouts = judged(setup)
+    rollouts.logprobs = torch.where(rollouts.response_mask, rollouts.logprobs - math.log(1.5), 0.0)
+    stats = ppo.update(*setup, rollouts, setup.actors.make_optimizer(setup.config), seed=0, iteration=0)
+    assert stats["first_ratio_abs_error"] == pytest.approx(0.5, abs=1e-4)
+    assert abs(stats["ratio_abs_error"] - 0.5) > 1e-3  # the mean over all of them is another figure
 
 
 # ------------------------------------------------------------------------------------------------ phase 7, the curves
 
 
 def test_p29_p30_score_and_penalised_reward_are_two_curves_and_the_kl_is_signed():
-    setup, episodes = setup_of(config=replace(SMALL, score_clip=2.0)), by_hand()
-    episodes.logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
-    episodes.ref_logprobs = torch.tensor([[-0.5, -1.0, -2.5], [-1.5, -1.25, -7.0]])  # k1 of each answer: -2, 0.75
-    episodes.values = torch.zeros(2, 3)
-    episodes.scores = torch.tensor([2.0, -0.5])
-    rollout.compute_advantages(episodes, setup.config, kl_coef=0.4)
-    figures = rollout.rollout_metrics(episodes, setup.config, 0.4)
+    setup, rollouts = setup_of(config=replace(SMALL, score_clip=2.0)), by_hand()
+    rollouts.logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
+    rollouts.ref_logprobs = torch.tensor([[-0.5, -1.0, -2.5], [-1.5, -1.25, -7.0]])  # k1 of each answer: -2, 0.75
+    rollouts.values = torch.zeros(2, 3)
+    rollouts.scores = torch.tensor([2.0, -0.5])
+    rollout.compute_advantages(rollouts, setup.config, kl_coef=0.4)
+    figures = rollout.rollout_metrics(rollouts, setup.config, 0.4)
     assert figures["ppo/score"] == pytest.approx(0.75)
     assert figures["ppo/kl"] == pytest.approx((-2 + 0.75) / 2)  # below 0: an estimate may be, and is not clamped
-    assert figures["ppo/penalised"] == pytest.approx(0.75 + 0.4 * 0.625)  # a refund
+    assert figures["ppo/rlhf_reward"] == pytest.approx(0.75 + 0.4 * 0.625)  # a refund
     k3 = [math.expm1(r) - r for r in (0.5, 1.0, 0.5, -0.5, -0.25)]
     assert figures["ppo/kl_k3"] == pytest.approx(sum(k3) / 2, rel=1e-5)
     assert figures["ppo/kl_coef"] == 0.4
-    assert figures["ppo/length"] == 2.5
-    assert figures["ppo/ended"] == 1
+    assert figures["ppo/response_length"] == 2.5
+    assert figures["ppo/eos_rate"] == 1
     assert figures["ppo/score_clipped"] == 0.5  # one of two sits at the bound
     assert "ppo/true_reward" not in figures
 
@@ -617,7 +622,7 @@ def test_an_update_moves_policy_and_value_and_nothing_else(layout):
     setup, before = setup_of(models), outputs(models, tokens)
     started = {(role, name): p.detach().clone() for role in ("policy", "value")
                for name, p in models.trainable(role).items()}  # fmt: skip
-    assert ("value", "scalar_head.weight") in started
+    assert ("value", "value_head.weight") in started
     ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), 0.1, seed=0, iteration=0)
     for (role, name), old in started.items():  # each of them: half of a network that learns still moves its outputs
         assert not torch.equal(models.trainable(role)[name], old), (role, name)
@@ -664,7 +669,7 @@ def test_adapters_do_not_leak_from_role_to_role():
 
 def test_both_layouts_play_the_same_first_episodes():
     one, other = judged(setup_of(four())), judged(setup_of(shared()))
-    assert torch.equal(one.answers, other.answers)
+    assert torch.equal(one.responses, other.responses)
     torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(one.ref_logprobs, other.ref_logprobs, rtol=0, atol=1e-5)
 
@@ -681,8 +686,9 @@ def micro(tmp_path_factory):
     return presets.get("tiny").replace(
         out=str(tmp_path_factory.mktemp("runs")), device="cpu", model__dim=16, model__n_layers=1, model__ffn_dim=24,
         tokenizer__max_chars=30_000, reward__normalise_samples=8, reward__lora=LoRAConfig(rank=2, alpha=4.0),
-        ppo__layout="shared_base", ppo__lora=LoRAConfig(rank=2, alpha=4.0), ppo__iterations=2, ppo__rollouts=4,
-        ppo__max_new_tokens=4, ppo__minibatch=4, ppo__eval_prompts=3, ppo__eval_every=1,
+        ppo__layout="shared_base", ppo__lora=LoRAConfig(rank=2, alpha=4.0), ppo__iterations=2,
+        ppo__rollouts_per_iteration=4,
+        ppo__max_new_tokens=4, ppo__mini_batch_size=4, ppo__eval_prompts=3, ppo__eval_every=1,
         **{f"world__{key}": value for key, value in world.items()}, **changes,
     )  # fmt: skip
 
@@ -697,7 +703,7 @@ def test_shared_base_end_to_end(micro):
     before = digest(base)
     norm = json.loads((reward / "config.json").read_text())["reward"]
     assert norm["scale"] > 0 and math.isfinite(norm["mean"])
-    actors, *_ = ppo_stage.build(micro, inputs("ppo", micro))
+    actors, *_ = ppo_stage.build(micro, require_inputs("ppo", micro))
     assert (actors.reward_mean, actors.reward_scale) == (norm["mean"], norm["scale"])  # P21: fitted once, saved, read
 
     # steps that can be measured
@@ -709,11 +715,11 @@ def test_shared_base_end_to_end(micro):
     assert lora.active_adapter(policy) == "policy"
     assert result.steps == 2 and len(result.history) == 2
     for record in result.history:  # P30: three curves
-        score, penalised = record["ppo/score"], record["ppo/penalised"]
+        score, penalised = record["ppo/score"], record["ppo/rlhf_reward"]
         assert penalised == pytest.approx(score - record["ppo/kl_coef"] * record["ppo/kl"], abs=1e-5)
         assert 0 <= record["ppo/true_reward"] <= 1
         assert record["ppo/sampling_gap"] < 1e-4
-        assert record["ppo/first_ratio"] < 1e-4
+        assert record["ppo/first_ratio_abs_error"] < 1e-4
     assert result.history[0]["ppo/kl"] == pytest.approx(0.0, abs=1e-5)  # P24, over a trained base
     assert result.history[0]["ppo/kl_k3"] == pytest.approx(0.0, abs=1e-9)  # never negative, 0 for one policy only
     assert result.history[1]["ppo/kl_k3"] > 1e-4
@@ -726,26 +732,26 @@ def test_p21_the_normaliser_is_fitted_on_the_reference_policys_answers(micro, mo
     prompts, config = PROMPTS * 6, replace(micro.reward, normalise_samples=36, seq_len=20)
     monkeypatch.setattr(stage, "fit_prompt", lambda tokenizer, ids, room: ids)
     played = []
-    real = rollout.play
-    monkeypatch.setattr(rollout, "play", lambda *a: played.append((a[0], real(*a))) or played[-1][1])
+    real = rollout.sample_responses
+    monkeypatch.setattr(rollout, "sample_responses", lambda *a: played.append((a[0], real(*a))) or played[-1][1])
     play = replace(SMALL, max_new_tokens=12)  # so short that some answers do not end
-    responses = stage.reference_answers(policy, exact.Alphabet(), prompts, config, 0, play)
+    responses = stage.reference_responses(policy, exact.EnumerableTokens(), prompts, config, 0, play)
     norm = stage.fit_normaliser(model, responses)
-    ((who, episodes),) = played
-    assert who is policy and len(episodes) == 36
+    ((who, rollouts),) = played
+    assert who is policy and len(rollouts) == 36
     with torch.no_grad():
         raw = torch.stack(
             [
                 model(torch.tensor([[*prompt, *ids[keep].tolist()]]))[0, -1]
-                for prompt, ids, keep in zip(episodes.prompts, episodes.answers, episodes.mask, strict=True)
+                for prompt, ids, keep in zip(rollouts.prompts, rollouts.responses, rollouts.response_mask, strict=True)
             ]
         )
-    ended = raw[episodes.ended]  # the others never show the reward model's score
+    ended = raw[rollouts.has_eos]  # the others never show the reward model's score
     assert 0 < len(ended) < len(raw)
     assert norm["mean"] == pytest.approx(float(ended.mean()), abs=1e-5)
     assert norm["scale"] == pytest.approx(float(ended.std(correction=0)), abs=1e-5)
-    play = replace(SMALL, score_clip=0.0, no_end_score=0.0)
-    scores = rollout.score(model, episodes, play, norm["mean"], norm["scale"])[episodes.ended]
+    play = replace(SMALL, score_clip=0.0, missing_eos_score=0.0)
+    scores = rollout.response_scores(model, rollouts, play, norm["mean"], norm["scale"])[rollouts.has_eos]
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
 
@@ -755,25 +761,25 @@ def test_p21_the_normaliser_does_not_drift_with_the_policy():
     setup.actors.reward_mean, setup.actors.reward_scale = 0.7, 2.0
     optimizer = setup.actors.make_optimizer(setup.config)
     for iteration in range(2):
-        episodes, _ = ppo.run_iteration(*setup, PROMPTS, optimizer, 0.1, seed=0, iteration=iteration)
-        raw = rollout.score(setup.actors.models["reward"], episodes, replace(SMALL, score_clip=0.0), 0.0, 1.0)
-        expected = torch.where(episodes.ended, (raw - 0.7) / 2.0, SMALL.no_end_score)
-        torch.testing.assert_close(episodes.scores, expected.detach(), rtol=0, atol=1e-5)
+        rollouts, _ = ppo.run_iteration(*setup, PROMPTS, optimizer, 0.1, seed=0, iteration=iteration)
+        raw = rollout.response_scores(setup.actors.models["reward"], rollouts, replace(SMALL, score_clip=0.0), 0.0, 1.0)
+        expected = torch.where(rollouts.has_eos, (raw - 0.7) / 2.0, SMALL.missing_eos_score)
+        torch.testing.assert_close(rollouts.scores, expected.detach(), rtol=0, atol=1e-5)
     assert (setup.actors.reward_mean, setup.actors.reward_scale) == (0.7, 2.0)
 
 
 def test_shared_base_refuses_a_reward_model_that_is_no_adapter(micro):
     sft, reward = require("sft", micro), require("reward-lora", micro)
     with pytest.raises(UserError, match="needs a reward adapter"):
-        layouts.shared_base(sft, sft, exact.Alphabet(), CPU, micro.ppo, 0)
-    assert isinstance(layouts.shared_base(sft, reward, exact.Alphabet(), CPU, micro.ppo, 0), layouts.SharedBase)
+        layouts.shared_base(sft, sft, exact.EnumerableTokens(), CPU, micro.ppo, 0)
+    assert isinstance(layouts.shared_base(sft, reward, exact.EnumerableTokens(), CPU, micro.ppo, 0), layouts.SharedBase)
     tensors, metadata = checkpoint.read_tensors(sft / "model.safetensors")
     checkpoint.write_tensors(sft / "model.safetensors", {k: t + 1e-3 for k, t in tensors.items()}, metadata)
     with pytest.raises(UserError, match="no longer those that the adapter in .*reward-lora was trained over"):
-        layouts.shared_base(sft, reward, exact.Alphabet(), CPU, micro.ppo, 0)
+        layouts.shared_base(sft, reward, exact.EnumerableTokens(), CPU, micro.ppo, 0)
 
 
 def test_scores_at_the_bound_are_clipped():
-    model, episodes = Table(torch.full((2, 6), 50.0)), by_hand()
-    assert rollout.score(model, episodes, replace(SMALL, score_clip=5.0), 0.0, 1.0).tolist() == [5.0, 5.0]
-    assert rollout.score(model, episodes, replace(SMALL, score_clip=0.0), 0.0, 1.0).tolist() == [50.0, 50.0]
+    model, rollouts = Table(torch.full((2, 6), 50.0)), by_hand()
+    assert rollout.response_scores(model, rollouts, replace(SMALL, score_clip=5.0), 0.0, 1.0).tolist() == [5.0, 5.0]
+    assert rollout.response_scores(model, rollouts, replace(SMALL, score_clip=0.0), 0.0, 1.0).tolist() == [50.0, 50.0]

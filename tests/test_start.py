@@ -88,7 +88,7 @@ def test_p48_a_refused_option_leaves_the_finished_run_whole(runs, capsys, asked,
 
 @pytest.mark.parametrize("stage, option", [
     ("pretrain", ["--pretrain.loop.steps", "5"]), ("sft", ["--sft.optim.lr", "0.5"]), ("sft", ["--seed", "2"]),
-    ("reward", ["--reward.answers", "2"]), ("ppo", ["--ppo.kl-coef", "0.1"]),
+    ("reward", ["--reward.responses-per-prompt", "2"]), ("ppo", ["--ppo.kl-coef", "0.1"]),
 ])  # fmt: skip
 def test_p48_other_settings_are_refused_and_named(runs, capsys, stage, option):
     out, args = runs
@@ -104,7 +104,7 @@ def test_p48_other_settings_are_refused_and_named(runs, capsys, stage, option):
 def test_where_ppos_networks_are_kept_does_not_make_it_another_run(runs, capsys):
     out, args = runs
     before = everything(out)
-    for more in (["--ppo.devices", "cpu", "cpu", "cpu", "cpu"], ["--ppo.swap"]):
+    for more in (["--ppo.devices", "cpu", "cpu", "cpu", "cpu"], ["--ppo.offload-inactive"]):
         assert main(["ppo", *args, *more]) == 0
         assert "nothing to do" in capsys.readouterr().out and everything(out) == before
 
@@ -154,7 +154,14 @@ def test_ppos_demonstrations_count_where_they_are_mixed_in(pipeline):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("temperature", 0.5), ("top_k", 5), ("top_p", 0.5), ("max_new_tokens", 9), ("seq_len", 50), ("rollout_batch", 3)],
+    [
+        ("temperature", 0.5),
+        ("top_k", 5),
+        ("top_p", 0.5),
+        ("max_new_tokens", 9),
+        ("seq_len", 50),
+        ("generation_batch_size", 3),
+    ],
 )
 def test_how_ppo_samples_makes_it_another_reward_model(runs, pipeline, field, value):
     """Its comparisons and its normaliser are of responses that are sampled as PPO will sample them."""
@@ -263,7 +270,7 @@ def test_p48_an_interrupted_overwriting_run_goes_on(pipeline, runs, more):
     result = run_stage("sft", settings.replace(resume=True, **more), lambda record: steps.append(record["step"]))
     assert steps == [4] and [record["step"] for record in result.history] == [1, 2, 3, 4]
     assert (out / "sft/model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
-    assert not folders.beside(out / "sft").exists()
+    assert not folders.replacement_path(out / "sft").exists()
 
 
 def test_p48_resume_goes_on_with_an_overwriting_run_only_from_a_saved_state(pipeline, runs):
@@ -272,7 +279,7 @@ def test_p48_resume_goes_on_with_an_overwriting_run_only_from_a_saved_state(pipe
     settings, before = pipeline.replace(out=str(out)), everything(out / "sft")
     with pytest.raises(Crash):
         run_stage("sft", settings.replace(overwrite=True, seed=2), crash)
-    assert folders.beside(out / "sft").is_dir()
+    assert folders.replacement_path(out / "sft").is_dir()
     with pytest.raises(UserError, match="--resume: .*holds a finished run of other settings"):
         run_stage("sft", settings.replace(resume=True, sft__optim__lr=0.5))
     assert everything(out / "sft") == before
@@ -333,7 +340,7 @@ def test_p48_a_kill_while_the_new_run_takes_its_place(runs, function, nth, monke
     """At any of the renames and removals: a reader finds the old run or the new one, the next command the new one."""
     out, _ = runs
     folder, old = out / "sft", everything(out / "sft")
-    shutil.copytree(out / "reward", folders.beside(folder))  # a finished run, told apart by what it is
+    shutil.copytree(out / "reward", folders.replacement_path(folder))  # a finished run, told apart by what it is
     new = everything(out / "reward")
     child = os.fork()
     if child == 0:
@@ -347,7 +354,7 @@ def test_p48_a_kill_while_the_new_run_takes_its_place(runs, function, nth, monke
             return real(*args)
 
         setattr(place, function, killed)
-        folders.swap(folder)
+        folders.replace_folder(folder)
         os._exit(0)
     os.waitpid(child, 0)
     shown = [path for path in out.iterdir() if path.name == ".sft.old"]
@@ -356,37 +363,37 @@ def test_p48_a_kill_while_the_new_run_takes_its_place(runs, function, nth, monke
     assert everything(folder) in (old, new)
     with folders.stage_lock(folder):
         assert everything(folder) == new
-    assert not folders.beside(folder).exists() and not (out / ".sft.old").exists()
+    assert not folders.replacement_path(folder).exists() and not (out / ".sft.old").exists()
 
 
 def test_p48_a_reader_before_the_first_rename_does_not_lose_the_new_run(runs, monkeypatch):
-    """It puts the new run in its place just before `swap` looks there."""
+    """It puts the new run in its place just before `replace_folder` looks there."""
     out, _ = runs
     folder, new = out / "sft", everything(out / "reward")
-    (out / "sft").rename(folders.beside(folder))
-    shutil.rmtree(folders.beside(folder))
-    shutil.copytree(out / "reward", folders.beside(folder))
+    (out / "sft").rename(folders.replacement_path(folder))
+    shutil.rmtree(folders.replacement_path(folder))
+    shutil.copytree(out / "reward", folders.replacement_path(folder))
     remove = folders.remove
 
     def removed(path: Path) -> None:
         remove(path)
-        folders.find(folder)
+        folders.recover_for_reading(folder)
 
     monkeypatch.setattr(folders, "remove", removed)
-    folders.swap(folder)
+    folders.replace_folder(folder)
     assert everything(folder) == new
 
 
 def test_the_folder_beside_this_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert folders.beside(Path(".")) == tmp_path.parent / f".{tmp_path.name}.new"
+    assert folders.replacement_path(Path(".")) == tmp_path.parent / f".{tmp_path.name}.new"
 
 
 def test_a_swap_that_a_kill_cut_is_undone_where_the_new_folder_is_not_whole(tmp_path):
     (tmp_path / ".x.old").mkdir()
     (tmp_path / ".x.new").mkdir()
     (tmp_path / ".x.old" / "file").write_text("mine", encoding="utf-8")
-    folders.settle(tmp_path / "x")
+    folders.recover(tmp_path / "x")
     assert (tmp_path / "x" / "file").read_text(encoding="utf-8") == "mine" and not (tmp_path / ".x.old").exists()
 
 

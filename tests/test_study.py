@@ -49,7 +49,7 @@ def test_each_seed_is_trained_once_and_leaves_one_line(trained, capsys):
         report = json.loads((settings.out_dir / "seeds" / str(line["seed"]) / "report.json").read_text())
         assert report["seed"] == line["seed"] and set(line["seconds"]) == {*report["stages"], "evaluate"}
         for name, entry in report["stages"].items():
-            entry.pop("answers", None)
+            entry.pop("samples", None)
             assert line["stages"][name] == entry
     assert "ppo-kl0" in lines[0]["stages"] and "ppo-kl0" not in lines[2]["stages"]
     assert study.run(settings, (1, 2, 7), results) == results and len(study.read(results)) == 3 and len(done) == 17

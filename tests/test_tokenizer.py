@@ -261,9 +261,7 @@ def test_llama2_prompts_are_those_of_its_makers(llama2: Tokenizer) -> None:
     ]  # fmt: skip
     parts = framed(llama2.chat, messages)
     frames = "".join(f"{before} {text}{'' if answer else ' '}{after}" for before, text, after, answer in parts)
-    assert frames == (
-        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHello [/INST] Hi </s><s>[INST] Bye [/INST]"
-    )
+    assert frames == ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHello [/INST] Hi </s><s>[INST] Bye [/INST]")
     turns, encode = messages[1:], llama2.encode  # each exchange is tokenised whole, between <s> and </s>
     first, last = encode("[INST] Hello [/INST] Hi "), encode("[INST] Bye [/INST]")
     assert llama2.encode_prompt(turns) == [1, *first, 2, 1, *last]
@@ -367,7 +365,7 @@ def test_p04_the_mask_of_a_json_tokenizer_is_the_answers_and_their_ends(from_jso
 def test_p37_a_json_tokenizer_never_pads_with_its_end(from_json: JsonTokenizer):
     """SmolLM2's tokenizer_config.json declares its end token as padding."""
     assert from_json.pad_id != from_json.eos_id and from_json.eos_id == from_json.specials[from_json.chat.end]
-    assert from_json.pad_id in from_json.banned_ids and from_json.eos_id not in from_json.banned_ids
+    assert from_json.pad_id in from_json.suppress_tokens and from_json.eos_id not in from_json.suppress_tokens
     assert set(from_json.end_ids) == {from_json.specials[n] for n in (from_json.chat.end, *from_json.chat.other_ends)
                                       if n in from_json.specials}  # fmt: skip
 

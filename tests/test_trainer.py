@@ -28,7 +28,7 @@ from instruct_llama.stages import pretrain, records, sft
 from instruct_llama.stages.pretrain import language_model_loss
 from instruct_llama.training import actors, checkpoint, run_log
 from instruct_llama.training import loop as trainer
-from instruct_llama.training.loop import Supervised, fit
+from instruct_llama.training.loop import TrainJob, fit
 from instruct_llama.training.optim import NonFinite, freeze_first, learning_rate, make_optimizer, optimizer_step
 from instruct_llama.training.run_log import Interrupted, RunLog, optimizer_tensors, restore_optimizer
 from instruct_llama.worlds import enumerable
@@ -56,7 +56,7 @@ def train(folder: Path, items=range(5), make=dialogs_of, optim=None, loss=langua
         checkpoint.write_info(folder, {"kind": "lm", "model": {}})
 
     losses = itertools.chain(held_out, itertools.repeat(1.0))
-    stage = Supervised(
+    stage = TrainJob(
         "toy", model, optim or OptimConfig(), loop, len(items), None,
         lambda epoch, rows: make([items[i] for i in rows]), loss, lambda: {"loss": next(losses)}, lambda: [], save,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def test_p07_a_step_is_independent_of_padding(tmp_path):
 
 
 def test_p07_the_loss_is_a_mean_over_real_targets(tmp_path):
-    result, _ = train(tmp_path, optim=SGD_LIKE, steps=1, batch_size=2, accumulate=3)
+    result, _ = train(tmp_path, optim=SGD_LIKE, steps=1, batch_size=2, gradient_accumulation_steps=3)
     model, total, count = llama(), 0.0, 0
     for dialog in DIALOGS:
         ids, mask = dialog
@@ -124,7 +124,9 @@ def test_p07_the_loss_is_a_mean_over_real_targets(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3])  # 5 records: the last micro-batch is incomplete, of 1 or 2
 def test_p09_accumulation_equals_one_big_batch(tmp_path, size):
-    small, a = train(tmp_path / "a", optim=SGD_LIKE, epochs=2, batch_size=size, accumulate=-(-5 // size))
+    small, a = train(
+        tmp_path / "a", optim=SGD_LIKE, epochs=2, batch_size=size, gradient_accumulation_steps=-(-5 // size)
+    )
     large, b = train(tmp_path / "b", optim=SGD_LIKE, epochs=2, batch_size=5)
     assert small.steps == large.steps == 2
     for one, other in zip(small.history, large.history, strict=True):
@@ -135,7 +137,9 @@ def test_p09_accumulation_equals_one_big_batch(tmp_path, size):
 
 def test_p09_the_last_group_is_incomplete_and_its_step_is_whole(tmp_path):
     """Three micro-batches in groups of two: the second group has one, and divides by its own targets alone."""
-    lone, a = train(tmp_path / "a", items=[0, 0, 0], optim=SGD_LIKE, epochs=1, batch_size=1, accumulate=2)
+    lone, a = train(
+        tmp_path / "a", items=[0, 0, 0], optim=SGD_LIKE, epochs=1, batch_size=1, gradient_accumulation_steps=2
+    )
     single, b = train(tmp_path / "b", items=[0], optim=SGD_LIKE, epochs=2, batch_size=1)
     assert lone.steps == 2 and largest_difference(a, b) < 1e-6
     for key in ("train/loss", "train/grad_norm"):  # Adam hides the size of a gradient, its norm does not
@@ -144,7 +148,7 @@ def test_p09_the_last_group_is_incomplete_and_its_step_is_whole(tmp_path):
 
 def test_p09_schedules_count_optimizer_steps(tmp_path):
     optim = OptimConfig(lr=1e-2, warmup_steps=2)
-    result, _ = train(tmp_path, optim=optim, epochs=3, batch_size=1, accumulate=2)
+    result, _ = train(tmp_path, optim=optim, epochs=3, batch_size=1, gradient_accumulation_steps=2)
     assert result.steps == 9  # three epochs of five micro-batches in groups of two
     assert [r["train/lr"] for r in result.history] == [learning_rate(step, 9, optim) for step in range(9)]
 
@@ -152,7 +156,7 @@ def test_p09_schedules_count_optimizer_steps(tmp_path):
 @pytest.mark.parametrize("bucket_steps", [1, 2])
 @pytest.mark.parametrize("lengths", [None, [5, 1, 4, 2, 3, 9, 8]])
 def test_every_record_comes_once_an_epoch(lengths, bucket_steps):
-    loop = LoopConfig(batch_size=2, accumulate=3)
+    loop = LoopConfig(batch_size=2, gradient_accumulation_steps=3)
     stage = types.SimpleNamespace(name="sft", n_items=7, lengths=lengths, loop=loop, bucket_steps=bucket_steps)
     orders = [trainer.epoch_groups(stage, 1, epoch) for epoch in range(3)]
     for groups in orders:
@@ -186,7 +190,7 @@ def test_p27_a_step_is_a_random_draw_whatever_the_lengths():
     """Steps of like length would count a long response's tokens for less than a short one's (each step divides by its
     own tokens), and a model would learn short responses more often than they come. Micro-batches may be alike."""
     lengths = [10] * 500 + [40] * 500
-    loop = LoopConfig(batch_size=5, accumulate=4)
+    loop = LoopConfig(batch_size=5, gradient_accumulation_steps=4)
     stage = types.SimpleNamespace(name="sft", n_items=1000, lengths=lengths, loop=loop, bucket_steps=1)
     groups = trainer.epoch_groups(stage, 1, 0)
     long_share = [sum(lengths[i] == 40 for micro in group for i in micro) / 20 for group in groups]
@@ -378,7 +382,9 @@ def beside(pipeline, tmp_path: Path, *stages: str):
 
 
 def test_p32_resume_equals_the_unbroken_run_pretrain(micro, tmp_path):
-    settings = micro(tmp_path, model__resid_dropout=0.1, pretrain__loop__steps=5, pretrain__loop__accumulate=2)
+    settings = micro(
+        tmp_path, model__resid_dropout=0.1, pretrain__loop__steps=5, pretrain__loop__gradient_accumulation_steps=2
+    )
     resumed_equals_unbroken("pretrain", settings, press_ctrl_c(3), Interrupted)
 
 
@@ -522,15 +528,15 @@ def test_p34_the_optimizer_is_untouched():
 
 
 def test_p34_ppo_stops_before_its_optimizer_steps(monkeypatch):
-    monkeypatch.setattr(algorithm, "minibatch_gradients", lambda *_: {"loss": float("nan"), "ratio": 0.0})
+    monkeypatch.setattr(algorithm, "minibatch_gradients", lambda *_: {"loss": float("nan"), "ratio_abs_error": 0.0})
     monkeypatch.setattr(actors, "scaled_step", lambda *_: pytest.fail("it stepped"))
-    config = dataclasses.replace(presets.get("tiny").ppo, minibatch=2, epochs=1)
-    episodes = type("Four", (), {"__len__": lambda self: 4, "select": lambda self, rows: None})()
+    config = dataclasses.replace(presets.get("tiny").ppo, mini_batch_size=2, num_ppo_epochs=1)
+    rollouts = type("Four", (), {"__len__": lambda self: 4, "select": lambda self, rows: None})()
     table = enumerable.reward_model(enumerable.fixed())
-    networks = actors.FourModels(table, table, table, table, exact.Alphabet())
+    networks = actors.FourModels(table, table, table, table, exact.EnumerableTokens())
     cleared = types.SimpleNamespace(zero_grad=lambda set_to_none: None)
-    with pytest.raises(NonFinite, match=r"nan at iteration 3, episodes \["):
-        algorithm.update(networks, config, episodes, cleared, 1, 2)
+    with pytest.raises(NonFinite, match=r"nan at iteration 3, rollouts \["):
+        algorithm.update(networks, config, rollouts, cleared, 1, 2)
 
 
 # ---------------------------------------------------------------- logs
@@ -557,7 +563,8 @@ def test_the_stages_log_what_the_contract_names(pipeline):
     common = {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "val/loss", "val/accuracy"}
     assert common | {"val/perplexity", "train/accuracy"} <= keys("sft")
     assert common | {"val/gap", "val/chosen_mean", "val/chosen_std", "val/rejected_mean"} <= keys("reward")
-    named = "score penalised true_reward kl kl_k3 length entropy clip_fraction explained_variance ratio kl_coef ended"
+    named = "score rlhf_reward true_reward kl kl_k3 response_length entropy clip_frac explained_variance ratio kl_coef"
+    named += " eos_rate approx_kl ratio_abs_error first_ratio_abs_error"
     assert {f"ppo/{name}" for name in named.split()} | {"val/true_reward"} <= keys("ppo")
 
 

@@ -23,7 +23,7 @@ NASTY = '<script>alert("x")</script> & <b>'
 class Words:
     """A tokenizer of 40 words."""
 
-    bos_id, eos_id, pad_id, special_ids, banned_ids = 1, 2, 0, (0, 1, 2, 3), (0, 1, 3)
+    bos_id, eos_id, pad_id, special_ids, suppress_tokens = 1, 2, 0, (0, 1, 2, 3), (0, 1, 3)
 
     def encode(self, text):
         return [4 + sum(map(ord, word)) % 36 for word in text.split()]
@@ -198,7 +198,7 @@ def test_training_memory_by_hand(model):
 
 
 def test_episode_page_tells_scores_and_tokens():
-    page = widgets.episode_page(episode(3))
+    page = widgets.rollout_page(episode(3))
     assert repr(page).splitlines()[0] == "iteration 3, score 1.25, true reward 0.75, KL 0.25 nats, 3 tokens"
     assert "▁Cold                  +0.50       -0.10" in repr(page)
     assert repr(page).splitlines()[-1].split() == ["</s>", "+0.00", "+1.50"]
@@ -207,7 +207,7 @@ def test_episode_page_tells_scores_and_tokens():
 
 
 def test_episode_page_of_a_sparse_record():
-    page = widgets.episode_page({"prompt": [{"role": "user", "content": "Hi"}], "response": "Hello you",
+    page = widgets.rollout_page({"prompt": [{"role": "user", "content": "Hi"}], "response": "Hello you",
                                  "true_reward": None}, tokenizer=Words())  # fmt: skip
     assert "prompt: Hi\nanswer: Hello you" in repr(page)
 

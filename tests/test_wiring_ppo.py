@@ -17,7 +17,15 @@ import torch
 from test_ppo import by_hand, four, gradients, judged, llama, logprobs_of, moved_on, scalar, seeded, setup_of, shared
 
 from instruct_llama import presets
-from instruct_llama.config import LoRAConfig, OptimConfig, PPOConfig, QuantConfig, RewardConfig, UserError
+from instruct_llama.config import (
+    LoRAConfig,
+    OptimConfig,
+    PPOConfig,
+    QuantConfig,
+    RewardConfig,
+    SamplingConfig,
+    UserError,
+)
 from instruct_llama.data.batching import dialog_batch, ranked_batch
 from instruct_llama.evaluation import exact
 from instruct_llama.model import lora
@@ -36,7 +44,7 @@ from instruct_llama.training.run_log import RunLog, read_jsonl
 
 BOS, EOS, PAD, CPU, PROMPTS = test_ppo.BOS, test_ppo.EOS, test_ppo.PAD, test_ppo.CPU, test_ppo.PROMPTS
 SHAPE, SMALL = test_ppo.SHAPE, test_ppo.SMALL
-ODD = replace(SMALL, gamma=0.9, lam=0.6, temperature=1.3, top_k=5, top_p=0.8, score_clip=1.0, no_end_score=-0.7)
+ODD = replace(SMALL, gamma=0.9, lam=0.6, temperature=1.3, top_k=5, top_p=0.8, score_clip=1.0, missing_eos_score=-0.7)
 
 
 def of_role(found, role):
@@ -58,61 +66,66 @@ def largest(found):
 
 def test_sampling_settings_reach_the_sampler(monkeypatch):
     asked, real = [], rollout.sample
-    monkeypatch.setattr(rollout, "sample", lambda *a, **k: asked.append((len(a[1]), k)) or real(*a, **k))
+    monkeypatch.setattr(rollout, "sample", lambda *a, **k: asked.append((len(a[1]), a[2])) or real(*a, **k))
     ppo.generate_responses(*setup_of(config=ODD), PROMPTS, seeded(0))
     assert [rows for rows, _ in asked] == [4, 2]  # generation batches of 4
     for _, given in asked:
-        found = {key: given[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-        assert found == {"max_new_tokens": 5, "temperature": 1.3, "top_k": 5, "top_p": 0.8}
+        assert given == SamplingConfig(max_new_tokens=5, temperature=1.3, top_k=5, top_p=0.8)
 
 
 def test_the_reference_has_the_temperature_but_not_the_filters():
     setup = setup_of(four(), ODD)
-    episodes = judged(setup)
+    rollouts = judged(setup)
     for name, model, filters in (("ref_logprobs", "reference", {}), ("logprobs", "policy", {"top_k": 5, "top_p": 0.8})):
-        for i, prompt in enumerate(episodes.prompts):
-            answer = episodes.answers[i][episodes.mask[i]]
+        for i, prompt in enumerate(rollouts.prompts):
+            answer = rollouts.responses[i][rollouts.response_mask[i]]
             logits = setup.actors.models[model](torch.tensor([[*prompt, *answer.tolist()]]))[0, len(prompt) - 1 : -1]
-            full = filter_logits(logits, 1.3, banned=exact.Alphabet().banned_ids, **filters)
+            full = filter_logits(logits, 1.3, suppress_tokens=exact.EnumerableTokens().suppress_tokens, **filters)
             expected = full.gather(1, answer[:, None])[:, 0].detach()
-            torch.testing.assert_close(getattr(episodes, name)[i][episodes.mask[i]], expected, rtol=1e-4, atol=1e-5)
-    assert float((episodes.logprobs - episodes.ref_logprobs)[episodes.mask].min()) > 0.01  # the filters' gain in mass
+            torch.testing.assert_close(
+                getattr(rollouts, name)[i][rollouts.response_mask[i]], expected, rtol=1e-4, atol=1e-5
+            )
+    assert (
+        float((rollouts.logprobs - rollouts.ref_logprobs)[rollouts.response_mask].min()) > 0.01
+    )  # the filters' gain in mass
 
 
 def test_scores_are_normalised_clipped_and_stated_where_there_is_no_end():
     setup = setup_of(four(), ODD)
     setup.actors.reward_mean, setup.actors.reward_scale = 0.4, 3.0
-    episodes = judged(setup, PROMPTS * 4)
+    rollouts = judged(setup, PROMPTS * 4)
     reward = setup.actors.models["reward"]
     expected = []
-    for prompt, ids, keep, ended in zip(episodes.prompts, episodes.answers, episodes.mask, episodes.ended, strict=True):
+    for prompt, ids, keep, ended in zip(
+        rollouts.prompts, rollouts.responses, rollouts.response_mask, rollouts.has_eos, strict=True
+    ):
         raw = float(reward(torch.tensor([[*prompt, *ids[keep].tolist()]]))[0, -1])
         expected.append(max(-1.0, min(1.0, (raw - 0.4) / 3.0)) if ended else -0.7)
     normal = {score for score in expected if abs(score) < 1 and score != -0.7}
     assert normal and -0.7 in expected and {-1.0, 1.0} & set(expected)  # all three cases come up
-    torch.testing.assert_close(episodes.scores, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollouts.scores, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("whiten", [True, False])
 def test_returns_come_from_the_advantages_before_whitening(whiten):
-    episodes = by_hand()
-    episodes.logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
-    episodes.ref_logprobs = torch.tensor([[-0.5, -1.0, -2.5], [-1.5, -1.25, 0.0]])
-    episodes.values = torch.tensor([[0.5, -0.25, 1.0], [2.0, 0.75, 0.0]])
-    episodes.scores = torch.tensor([3.0, -1.0])
-    rollout.compute_advantages(episodes, replace(SMALL, gamma=0.9, lam=0.6, whiten=whiten), kl_coef=0.4)
+    rollouts = by_hand()
+    rollouts.logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
+    rollouts.ref_logprobs = torch.tensor([[-0.5, -1.0, -2.5], [-1.5, -1.25, 0.0]])
+    rollouts.values = torch.tensor([[0.5, -0.25, 1.0], [2.0, 0.75, 0.0]])
+    rollouts.scores = torch.tensor([3.0, -1.0])
+    rollout.compute_advantages(rollouts, replace(SMALL, gamma=0.9, lam=0.6, whiten_advantages=whiten), kl_coef=0.4)
     rewards = torch.tensor([[0.2, 0.4, 0.2 + 3.0], [-0.2, -0.1 - 1.0, 0.0]])
     last = (3.2 - 1.0, -1.1 - 0.75)  # delta of each answer's last token
     one = (0.2 + 0.9 * -0.25 - 0.5, 0.4 + 0.9 * 1.0 + 0.25)
     middle = one[1] + 0.54 * last[0]  # gamma * lambda = 0.54
     advantages = [[one[0] + 0.54 * middle, middle, last[0]], [-0.2 + 0.9 * 0.75 - 2.0 + 0.54 * last[1], last[1], 0.0]]
-    torch.testing.assert_close(episodes.rewards, rewards)
+    torch.testing.assert_close(rollouts.rewards, rewards)
     expected = torch.tensor(advantages)
-    torch.testing.assert_close(episodes.returns, torch.where(episodes.mask, expected + episodes.values, 0.0))
+    torch.testing.assert_close(rollouts.returns, torch.where(rollouts.response_mask, expected + rollouts.values, 0.0))
     if whiten:
-        real = expected[episodes.mask]
-        expected = torch.where(episodes.mask, (expected - real.mean()) / real.std(correction=0), 0.0)
-    torch.testing.assert_close(episodes.advantages, expected, rtol=1e-4, atol=1e-5)
+        real = expected[rollouts.response_mask]
+        expected = torch.where(rollouts.response_mask, (expected - real.mean()) / real.std(correction=0), 0.0)
+    torch.testing.assert_close(rollouts.advantages, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_iterate_penalises_with_the_coefficient_it_is_given():
@@ -120,10 +133,10 @@ def test_iterate_penalises_with_the_coefficient_it_is_given():
         models = four()
         models.models["policy"] = llama(3)
         setup = setup_of(models)
-        episodes, _ = ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), kl_coef, 0, 0)
-        total = objectives.answer_sum(episodes.rewards, episodes.mask)
-        torch.testing.assert_close(total, episodes.scores - kl_coef * episodes.kl(), rtol=1e-4, atol=1e-4)
-        assert float(episodes.kl().abs().max()) > 0.1
+        rollouts, _ = ppo.run_iteration(*setup, PROMPTS, setup.actors.make_optimizer(setup.config), kl_coef, 0, 0)
+        total = objectives.response_sum(rollouts.rewards, rollouts.response_mask)
+        torch.testing.assert_close(total, rollouts.scores - kl_coef * rollouts.kl(), rtol=1e-4, atol=1e-4)
+        assert float(rollouts.kl().abs().max()) > 0.1
 
 
 # ------------------------------------------------------------------------------------------------ phase 5
@@ -132,7 +145,7 @@ def test_iterate_penalises_with_the_coefficient_it_is_given():
 def test_value_coef_multiplies_the_gradient_of_the_value_and_of_nothing_else():
     found = {}
     for coefficient in (1.0, 7.0):
-        setup = setup_of(config=replace(SMALL, value_coef=coefficient))
+        setup = setup_of(config=replace(SMALL, vf_coef=coefficient))
         figures = ppo.minibatch_gradients(*setup, moved_on(setup), seed=0)
         found[coefficient] = gradients(setup)
         assert figures["loss"] == pytest.approx(figures["policy_loss"] + coefficient * figures["value_loss"])
@@ -144,14 +157,14 @@ def test_entropy_coef_adds_the_gradient_of_the_entropy():
     found = {}
     for coefficient in (0.0, 3.0):
         setup = setup_of(config=replace(SMALL, entropy_coef=coefficient))
-        episodes = moved_on(setup)
-        figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        rollouts = moved_on(setup)
+        figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
         found[coefficient] = of_role(gradients(setup), "policy")
     assert figures["loss"] == pytest.approx(
         figures["policy_loss"] + 0.5 * figures["value_loss"] - 3.0 * figures["entropy"], rel=1e-5
     )
-    full = logprobs_of(setup, episodes)[1]
-    (objectives.entropy_loss(full, episodes.mask) / episodes.mask.sum()).backward()
+    full = logprobs_of(setup, rollouts)[1]
+    (objectives.entropy_loss(full, rollouts.response_mask) / rollouts.response_mask.sum()).backward()
     entropy = {name: p.grad for name, p in setup.actors.trainable("policy").items()}
     assert_alike({name: found[3.0][name] - found[0.0][name] for name in entropy}, entropy, 3.0)
     assert largest(entropy) > 1e-3
@@ -178,11 +191,11 @@ def test_ptx_coef_adds_the_gradient_of_the_demonstrations(monkeypatch):
 def test_p42_every_mini_batch_has_demonstrations_of_its_own(monkeypatch):
     drawn = []
     monkeypatch.setattr(ppo, "dialog_batch", lambda rows, pad: drawn.append(rows) or dialog_batch(rows, pad))
-    setup = setup_of(config=replace(SMALL, ptx_coef=1.0, epochs=2, minibatch=2))
+    setup = setup_of(config=replace(SMALL, ptx_coef=1.0, num_ppo_epochs=2, mini_batch_size=2))
     optimizer = setup.actors.make_optimizer(setup.config)
-    episodes = judged(setup)
+    rollouts = judged(setup)
     for seed, iteration in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        ppo.update(*setup, episodes, optimizer, seed, iteration, DIALOGS)
+        ppo.update(*setup, rollouts, optimizer, seed, iteration, DIALOGS)
     batches = [tuple(map(str, rows)) for rows in drawn]
     assert [len(rows) for rows in drawn] == [2] * 24
     assert len(set(batches[:18])) == 18 and batches[18:] == batches[:6]
@@ -191,41 +204,45 @@ def test_p42_every_mini_batch_has_demonstrations_of_its_own(monkeypatch):
 
 def test_clip_stops_the_policys_gradient_and_is_reported():
     for clip, stopped in ((0.2, True), (0.5, False)):
-        setup = setup_of(config=replace(SMALL, clip=clip))
-        episodes = judged(setup)
-        episodes.logprobs = torch.where(episodes.mask, episodes.logprobs - float(np.log(1.3)), 0.0)  # the ratio is 1.3
-        episodes.advantages = episodes.mask.float()
-        figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        setup = setup_of(config=replace(SMALL, cliprange=clip))
+        rollouts = judged(setup)
+        rollouts.logprobs = torch.where(
+            rollouts.response_mask, rollouts.logprobs - float(np.log(1.3)), 0.0
+        )  # the ratio is 1.3
+        rollouts.advantages = rollouts.response_mask.float()
+        figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
         assert (largest(of_role(gradients(setup), "policy")) < 1e-7) is stopped
-        assert figures["clip_fraction"] == float(stopped) and figures["ratio"] == pytest.approx(0.3, abs=1e-4)
+        assert figures["clip_frac"] == float(stopped) and figures["ratio_abs_error"] == pytest.approx(0.3, abs=1e-4)
 
 
 def test_value_clip_stops_the_values_gradient():
     for clip, stopped in ((0.2, True), (0.5, False), (0.0, False)):
-        setup = setup_of(config=replace(SMALL, value_clip=clip))
-        episodes = judged(setup)
-        episodes.returns = torch.where(episodes.mask, episodes.values + 1.0, 0.0)
-        episodes.values = torch.where(episodes.mask, episodes.values - 0.3, 0.0)  # it has moved by 0.3 towards it
-        figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+        setup = setup_of(config=replace(SMALL, cliprange_value=clip))
+        rollouts = judged(setup)
+        rollouts.returns = torch.where(rollouts.response_mask, rollouts.values + 1.0, 0.0)
+        rollouts.values = torch.where(
+            rollouts.response_mask, rollouts.values - 0.3, 0.0
+        )  # it has moved by 0.3 towards it
+        figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
         assert (largest(of_role(gradients(setup), "value")) < 1e-7) is stopped
         assert figures["value_loss"] == pytest.approx(0.5 * 1.1**2 if stopped else 0.5, rel=1e-3)
 
 
 def test_p42_mini_batches_are_others_in_every_epoch_and_iteration(monkeypatch):
-    seen, setup = [], setup_of(config=replace(SMALL, epochs=2, minibatch=3))
+    seen, setup = [], setup_of(config=replace(SMALL, num_ppo_epochs=2, mini_batch_size=3))
 
     def gradients_of(actors, config, part, *at):
         seen.append(part.tokens[:, 1].tolist())
-        return {"loss": 0.0, "ratio": 0.0}
+        return {"loss": 0.0, "ratio_abs_error": 0.0}
 
     monkeypatch.setattr(ppo, "minibatch_gradients", gradients_of)
     monkeypatch.setattr(layouts, "scaled_step", lambda *_: (0.0, 0.0))
     tokens = torch.tensor([[BOS, number] for number in range(24)])
     ones = torch.ones(24, 1, dtype=torch.bool)
     starts = torch.ones(24).long()
-    episodes = rollout.Episodes([[BOS]] * 24, tokens, starts, tokens[:, 1:], ones, ones[:, 0], ones.float())
+    rollouts = rollout.Rollouts([[BOS]] * 24, tokens, starts, tokens[:, 1:], ones, ones[:, 0], ones.float())
     for seed, iteration in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        ppo.update(*setup, episodes, torch.optim.SGD([torch.zeros(1)]), seed, iteration)
+        ppo.update(*setup, rollouts, torch.optim.SGD([torch.zeros(1)]), seed, iteration)
     assert len(seen) == 4 * 16 and {len(rows) for rows in seen} == {3}  # 2 epochs of 8 mini-batches of 3
     epochs = [sum(seen[i : i + 8], []) for i in range(0, 64, 8)]
     assert all(sorted(rows) == list(range(24)) for rows in epochs)
@@ -233,22 +250,22 @@ def test_p42_mini_batches_are_others_in_every_epoch_and_iteration(monkeypatch):
 
 
 def test_micro_batch_bounds_every_forward_pass(monkeypatch):
-    setup, rows = setup_of(config=replace(SMALL, micro_batch=2)), []
-    episodes = judged(setup)
-    real = rollout.distribution
-    monkeypatch.setattr(rollout, "distribution", lambda m, e, *rest: rows.append(len(e)) or real(m, e, *rest))
-    ppo.minibatch_gradients(*setup, episodes, seed=0)
+    setup, rows = setup_of(config=replace(SMALL, micro_batch_size=2)), []
+    rollouts = judged(setup)
+    real = rollout.sampling_logprobs
+    monkeypatch.setattr(rollout, "sampling_logprobs", lambda m, e, *rest: rows.append(len(e)) or real(m, e, *rest))
+    ppo.minibatch_gradients(*setup, rollouts, seed=0)
     assert rows == [2, 2, 2]
 
 
 def test_rollouts_prompts_are_drawn_and_each_comes_before_any_comes_again():
     prompts = [[BOS, i] for i in range(20)]
-    drawn = [ppo.draw_prompts(prompts, replace(SMALL, rollouts=5), 1, i) for i in range(8)]
+    drawn = [ppo.draw_prompts(prompts, replace(SMALL, rollouts_per_iteration=5), 1, i) for i in range(8)]
     assert [len(part) for part in drawn] == [5] * 8
     first, second = sum(drawn[:4], []), sum(drawn[4:], [])
     assert sorted(first) == sorted(second) == prompts and first != second
-    assert drawn == [ppo.draw_prompts(prompts, replace(SMALL, rollouts=5), 1, i) for i in range(8)]
-    assert drawn[0] != ppo.draw_prompts(prompts, replace(SMALL, rollouts=5), 2, 0)
+    assert drawn == [ppo.draw_prompts(prompts, replace(SMALL, rollouts_per_iteration=5), 1, i) for i in range(8)]
+    assert drawn[0] != ppo.draw_prompts(prompts, replace(SMALL, rollouts_per_iteration=5), 2, 0)
 
 
 # ------------------------------------------------------------------------------------------------ the optimizer
@@ -265,9 +282,9 @@ def test_each_network_has_its_rate_and_the_optimizer_its_settings():
         assert {group["peak"] for group in groups} == {rate}
         assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.75), 1e-3)}
         assert {group["weight_decay"] for group in groups} == {0.25, 0.0}
-    episodes = judged(setup)
+    rollouts = judged(setup)
     for iteration in range(6):
-        ppo.update(*setup, episodes, optimizer, 0, iteration)
+        ppo.update(*setup, rollouts, optimizer, 0, iteration)
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(optim_.learning_rate(iteration, 6, optim, group["peak"]))
 
@@ -291,7 +308,7 @@ def test_a_huge_gradient_of_the_value_does_not_shorten_the_policys_step(layout):
     for factor in (1.0, 1e6):
         # with so large an eps, AdamW's step depends on the gradient's length
         optim = OptimConfig(lr=0.01, warmup_steps=0, weight_decay=0.0, eps=1.0, grad_clip=1e-3)
-        setup = setup_of(layout(), replace(SMALL, value_coef=factor, epochs=1, minibatch=6, optim=optim))
+        setup = setup_of(layout(), replace(SMALL, vf_coef=factor, num_ppo_epochs=1, mini_batch_size=6, optim=optim))
         norms[factor] = ppo.update(*setup, judged(setup), setup.actors.make_optimizer(setup.config), 0, 0)
         left[factor] = {name: p.detach().clone() for name, p in setup.actors.trainable("policy").items()}
     for name, weight in left[1.0].items():
@@ -301,7 +318,7 @@ def test_a_huge_gradient_of_the_value_does_not_shorten_the_policys_step(layout):
 
 
 def test_grad_clip_bounds_each_networks_gradient(monkeypatch):
-    setup = setup_of(config=replace(SMALL, epochs=1, minibatch=6, optim=OptimConfig(grad_clip=0.01)))
+    setup = setup_of(config=replace(SMALL, num_ppo_epochs=1, mini_batch_size=6, optim=OptimConfig(grad_clip=0.01)))
     optimizer, seen = setup.actors.make_optimizer(setup.config), {}
 
     def step():
@@ -330,18 +347,18 @@ def test_a_sampled_token_stays_possible_when_rounding_moves_it_over_the_filters_
     assert kept[[0, 1, 2]].isfinite().all() and kept[3] == -torch.inf
     assert float(kept[1] - kept[0]) == pytest.approx(-1.0, abs=1e-5)
     assert torch.equal(filter_logits(drawn_from, **filters, sampled=sampled), before)  # nothing else changes a bit
-    banned = filter_logits(again, **filters, banned=(1,), sampled=sampled)
+    banned = filter_logits(again, **filters, suppress_tokens=(1,), sampled=sampled)
     assert banned[1] == -torch.inf  # padding is not brought back
 
 
 def test_p23_training_keeps_a_sampled_token_that_the_filter_would_now_remove():
     """An update after rounding: finite log-probabilities, ratio and gradient."""
     setup = setup_of(config=replace(SMALL, top_k=2))
-    episodes = judged(setup)
-    full = logprobs_of(setup, episodes)[1]
-    episodes.answers[0, 0] = episodes.tokens[0, int(episodes.starts[0])] = int(full[0, 0, 3:].argmin()) + 3
-    assert full[0, 0, episodes.answers[0, 0]] == -torch.inf
-    figures = ppo.minibatch_gradients(*setup, episodes, seed=0)
+    rollouts = judged(setup)
+    full = logprobs_of(setup, rollouts)[1]
+    rollouts.responses[0, 0] = rollouts.tokens[0, int(rollouts.prompt_lengths[0])] = int(full[0, 0, 3:].argmin()) + 3
+    assert full[0, 0, rollouts.responses[0, 0]] == -torch.inf
+    figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
     assert all(np.isfinite(value) for value in figures.values())
     assert all(gradient.isfinite().all() for gradient in gradients(setup).values())
 
@@ -373,7 +390,7 @@ def test_the_value_starts_in_the_unit_of_the_rewards(layout, monkeypatch):
     with torch.no_grad(), actors.use("reward") as model:
         assert torch.equal(model(tokens), raw_reward)
     trained = actors.trainable("value")
-    assert {"scalar_head.weight", "scalar_head.bias"} <= set(trained)  # so a resumed run has them too
+    assert {"value_head.weight", "value_head.bias"} <= set(trained)  # so a resumed run has them too
     assert all(p.requires_grad for p in trained.values())
 
 
@@ -382,12 +399,12 @@ def test_over_a_shared_base_reward_and_value_are_two_heads_and_two_adapters(monk
     source, config = llama(0), LoRAConfig(rank=2, alpha=4.0)
     lora.add_adapter(source, "reward", config, seeded(1))
     state = lora.adapter_state(source, "reward")
-    state["scalar_head.weight"] = torch.randn(1, SHAPE.dim, generator=seeded(2))
+    state["value_head.weight"] = torch.randn(1, SHAPE.dim, generator=seeded(2))
     over = {Path("sft"): None, Path("reward"): (config, state, QuantConfig())}
     monkeypatch.setattr(checkpoint, "base_of", lambda folder: (Path("base"), over[folder]))
-    monkeypatch.setattr(checkpoint, "load_plain", lambda *_, **__: (llama(0), None))
-    models = layouts.shared_base(*over, exact.Alphabet(), CPU, replace(SMALL, lora=config), seed=1)
-    weights = [models.heads[role].scalar_head.weight for role in ("reward", "value")]
+    monkeypatch.setattr(checkpoint, "load_full", lambda *_, **__: (llama(0), None))
+    models = layouts.shared_base(*over, exact.EnumerableTokens(), CPU, replace(SMALL, lora=config), seed=1)
+    weights = [models.heads[role].value_head.weight for role in ("reward", "value")]
     assert torch.equal(*weights) and weights[0] is not weights[1] and weights[0].data_ptr() != weights[1].data_ptr()
     tokens = torch.tensor([[BOS, 4, 5, 6]])
 
@@ -472,7 +489,7 @@ def test_the_best_policy_is_the_best_by_score_less_todays_kl_penalty(
 def test_the_loop_hands_its_settings_on(monkeypatch, tmp_path):
     _, seen = looped(
         monkeypatch, tmp_path, [(1.0, 0.0, 0.0)] * 3, iterations=5, eval_every=2, eval_prompts=7, kl_coef=0.3,
-        kl_target=0.01, kl_horizon=2, rollouts=4,
+        kl_target=0.01, kl_horizon=2, rollouts_per_iteration=4,
     )  # fmt: skip
     assert [n for n, _ in seen["evaluated"]] == [7] * 3  # after 2, 4 and the last
     assert len(seen["kl_coef"]) == 5 and [len(prompts) for prompts in seen["drawn"]] == [4] * 5
@@ -505,7 +522,7 @@ def test_p42_validation_samples_from_a_stream_of_its_own(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the reward stage
 
 
-class Letters(exact.Alphabet):
+class Letters(exact.EnumerableTokens):
     """An alphabet that writes ids as letters, and has every prompt as it is."""
 
     def encode_prompt(self, prompt):
@@ -520,12 +537,12 @@ def sampled(monkeypatch):
     """What the sampler is asked for, and the first numbers of its generator."""
     asked, real = [], rollout.sample
 
-    def sample(policy, prompts, **given):
-        state = given["generator"].get_state()
-        first = float(torch.rand((), generator=given["generator"]))
-        given["generator"].set_state(state)
-        asked.append(dict(given, rows=len(prompts), first=first))
-        return real(policy, prompts, **given)
+    def sample(policy, prompts, sampling, special, generator):
+        state = generator.get_state()
+        first = float(torch.rand((), generator=generator))
+        generator.set_state(state)
+        asked.append({"sampling": sampling, "rows": len(prompts), "first": first})
+        return real(policy, prompts, sampling, special, generator)
 
     monkeypatch.setattr(rollout, "sample", sample)
     monkeypatch.setattr(stage, "fit_prompt", lambda tokenizer, ids, room: ids if len(ids) <= room else None)
@@ -552,7 +569,7 @@ def test_each_loss_of_the_reward_model_reaches_the_gradient_by_its_weight():
     batch = ranked_batch(RANKED, PAD)
     for setting, name in (("token_coef", "token_loss"), ("lm_coef", "lm_loss")):
         model = scalar(2)
-        hidden = model.hidden(batch.tokens, segments=batch.segments)
+        hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids)
         extra = stage.token_loss(model.head(hidden), batch)
         if name == "lm_loss":
             extra = stage.lm_loss(model, hidden, batch)
@@ -570,7 +587,7 @@ def test_each_loss_of_the_reward_model_reaches_the_gradient_by_its_weight():
 def test_the_token_loss_ranks_the_mean_over_each_answers_own_tokens():
     """By hand: (1 + 2 + 3) / 3 = 2 above (4 - 2 - 2 + 0) / 4 = 0 above (-1 - 1) / 2 = -1; padding counts nothing."""
     batch = ranked_batch(RANKED[:1], PAD)
-    assert batch.segments.tolist() == [[-1, -1, 1, 1, 1, 2, 2, 2, 2, 3, 3]]
+    assert batch.segment_ids.tolist() == [[-1, -1, 1, 1, 1, 2, 2, 2, 2, 3, 3]]
     per_token = torch.tensor([[9.0, 9, 1, 2, 3, 4, -2, -2, 0, -1, -1]])
     expected = sum(np.log1p(np.exp(-gap)) for gap in (2, 3, 1)) / 3
     assert float(stage.token_loss(per_token, batch)) == pytest.approx(expected, abs=1e-6)
@@ -582,14 +599,14 @@ def test_the_token_loss_ranks_the_mean_over_each_answers_own_tokens():
 def test_the_lm_loss_is_the_surprise_of_each_prompts_best_answer_and_of_no_other():
     model, batch = scalar(2), ranked_batch(RANKED, PAD)
     policy = llama(0)
-    policy.load_state_dict({k: v for k, v in model.state_dict().items() if k != "scalar_head.weight"}, strict=False)
+    policy.load_state_dict({k: v for k, v in model.state_dict().items() if k != "value_head.weight"}, strict=False)
     policy.output.weight = policy.tok_embeddings.weight
     expected = 0.0
     for best, common in ((RANKED[0][0], 2), (RANKED[1][0], 2)):
         logprobs = policy(torch.tensor([best]))[0].log_softmax(-1)
         told = range(common + 1, len(best))  # the first of its own tokens follows what all answers share
         expected -= sum(float(logprobs[t - 1, best[t]]) for t in told) / len(told)
-    found = stage.lm_loss(model, model.hidden(batch.tokens, segments=batch.segments), batch)
+    found = stage.lm_loss(model, model.hidden(batch.tokens, segment_ids=batch.segment_ids), batch)
     assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
@@ -655,20 +672,18 @@ def test_the_reward_model_starts_where_it_is_told_and_is_compared_by_the_sft_mod
     assert read == wanted
 
 
-PLAY = PPOConfig(max_new_tokens=6, rollout_batch=10, temperature=1.4, top_k=7, top_p=0.85)
+PLAY = PPOConfig(max_new_tokens=6, generation_batch_size=10, temperature=1.4, top_k=7, top_p=0.85)
 
 
 def test_the_normaliser_is_fitted_on_responses_sampled_as_ppo_samples(sampled):
     config = RewardConfig(normalise_samples=24)
     prompts = [[BOS] * n for n in (1, 2, 3, 26, 27)] * 6  # with 6 more tokens, 26 fill the context of 32
-    episodes = stage.reference_answers(llama(0), Letters(), prompts, config, 1, PLAY)
-    assert len(episodes) == 24 and max(map(len, episodes.prompts)) == 26
+    rollouts = stage.reference_responses(llama(0), Letters(), prompts, config, 1, PLAY)
+    assert len(rollouts) == 24 and max(map(len, rollouts.prompts)) == 26
     assert [given["rows"] for given in sampled] == [10, 10, 4]
     for given in sampled:
-        assert {key: given[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")} == {
-            "max_new_tokens": 6, "temperature": 1.4, "top_k": 7, "top_p": 0.85,
-        }  # fmt: skip
-    shorter = stage.reference_answers(llama(0), Letters(), prompts, config, 1, replace(PLAY, seq_len=9))
+        assert given["sampling"] == SamplingConfig(max_new_tokens=6, temperature=1.4, top_k=7, top_p=0.85)
+    shorter = stage.reference_responses(llama(0), Letters(), prompts, config, 1, replace(PLAY, seq_len=9))
     assert max(map(len, shorter.prompts)) == 3
 
 
@@ -678,28 +693,33 @@ def test_comparisons_are_sampled_as_ppo_samples_and_ranked_by_a_labeller_of_thei
         (temperature, rng.random())) or texts)  # fmt: skip
     monkeypatch.setattr(stage.tinychat, "true_reward", lambda *_: SimpleNamespace(total=0.0))  # of no question
     monkeypatch.setattr(stage.tinychat, "utility", lambda *_: 0.0)
-    config = RewardConfig(answers=4)
+    config = RewardConfig(responses_per_prompt=4)
     for seed in (1, 2, 1):
         stage.sample_comparisons(llama(0), Letters(), [[BOS, 3], [BOS, 4]] * 4, config, 0.15, seed, PLAY)
     assert [given["rows"] for given in sampled] == [10, 10, 10, 2] * 3  # 4 responses to each of 8 prompts
-    assert {(g["max_new_tokens"], g["temperature"], g["top_k"], g["top_p"]) for g in sampled} == {(6, 1.4, 7, 0.85)}
+    assert {given["sampling"] for given in sampled} == {SamplingConfig(6, 1.4, 7, 0.85)}
     assert {temperature for temperature, _ in orders} == {0.15}  # the labeller's, not the policy's
     third = len(orders) // 3
     assert len({draw for _, draw in orders}) > third  # the labeller of another seed draws other numbers
     assert sampled[0]["first"] == sampled[8]["first"] != sampled[4]["first"]
-    stage.reference_answers(llama(0), Letters(), [[BOS, 3]] * 8, config, 1, PLAY)
+    stage.reference_responses(llama(0), Letters(), [[BOS, 3]] * 8, config, 1, PLAY)
     assert sampled[-1]["first"] != sampled[0]["first"]  # two uses of one seed
 
 
 def test_the_reward_stage_hands_ppos_settings_to_both_of_its_samplers(pipeline, tmp_path, monkeypatch):
-    played, real = [], stage.rollout.play
-    monkeypatch.setattr(stage.rollout, "play", lambda p, ids, tok, config, g: played.append(config) or real(
-        p, ids, tok, config, g))  # fmt: skip
+    played, real = [], stage.rollout.sample_responses
+    monkeypatch.setattr(stage.rollout, "sample_responses", lambda p, ids, how, tok, g, size: played.append(
+        (how, size)) or real(p, ids, how, tok, g, size))  # fmt: skip
     settings = pipeline.replace(
-        out=str(tmp_path), init=str(pipeline.out_dir / "sft"), ppo__top_p=0.8, ppo__temperature=1.3
+        out=str(tmp_path),
+        init=str(pipeline.out_dir / "sft"),
+        ppo__top_p=0.8,
+        ppo__temperature=1.3,
+        ppo__generation_batch_size=3,
     )
     run_stage("reward", settings)
-    assert played == [settings.ppo, settings.ppo]  # own comparisons, and the reference responses of the normaliser
+    # its own comparisons, and the reference responses of the normaliser
+    assert played == 2 * [(settings.ppo.sampling, settings.ppo.generation_batch_size)]
 
 
 def test_the_reward_stage_hands_the_worlds_temperature_to_the_labeller_of_its_own_samples(
@@ -718,10 +738,10 @@ def test_the_reward_stage_hands_the_worlds_temperature_to_the_labeller_of_its_ow
 
 
 def test_the_normaliser_ignores_answers_without_end_unless_none_ends():
-    model, episodes = scalar(3), by_hand()
-    raw = [float(model(episodes.tokens[i : i + 1])[0, n - 1]) for i, n in enumerate((6, 3))]
+    model, rollouts = scalar(3), by_hand()
+    raw = [float(model(rollouts.tokens[i : i + 1])[0, n - 1]) for i, n in enumerate((6, 3))]
     for ended, counted in (((True, True), raw), ((True, False), raw[:1]), ((False, False), raw)):
-        norm = stage.fit_normaliser(model, replace(episodes, ended=torch.tensor(ended)), size=1)
+        norm = stage.fit_normaliser(model, replace(rollouts, has_eos=torch.tensor(ended)), size=1)
         assert norm["mean"] == pytest.approx(float(np.mean(counted)), abs=1e-5)
         assert norm["scale"] == pytest.approx(max(1e-3, float(np.std(counted))), abs=1e-5)
 
@@ -729,10 +749,10 @@ def test_the_normaliser_ignores_answers_without_end_unless_none_ends():
 def test_the_saved_normaliser_is_that_of_the_saved_weights(pipeline, tmp_path, monkeypatch):
     """Fitted anew at every save: one of the first save would not fit the later, better weights."""
     losses, fits, kept = iter((3.0, 2.0, 1.0)), [], []
-    real_metrics, real_fit, real_answers = stage.reward_metrics, stage.fit_normaliser, stage.reference_answers
+    real_metrics, real_fit, real_answers = stage.reward_metrics, stage.fit_normaliser, stage.reference_responses
     monkeypatch.setattr(stage, "reward_metrics", lambda *a: real_metrics(*a) | {"loss": next(losses)})
     monkeypatch.setattr(stage, "fit_normaliser", lambda *a: fits.append(real_fit(*a)) or fits[-1])
-    monkeypatch.setattr(stage, "reference_answers", lambda *a: kept.append((a[-1], real_answers(*a))) or kept[-1][1])
+    monkeypatch.setattr(stage, "reference_responses", lambda *a: kept.append((a[-1], real_answers(*a))) or kept[-1][1])
     loop = replace(pipeline.reward.loop, steps=3, eval_every=1)
     settings = pipeline.replace(
         out=str(tmp_path), init=str(Path(pipeline.out) / "sft"), reward__loop=loop, reward__sample_share=0.0,

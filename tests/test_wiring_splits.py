@@ -147,17 +147,23 @@ def test_p06_sft_trains_and_validates_on_demonstrations_of_their_own(pipeline, t
 def test_p06_the_reward_model_trains_and_validates_on_prompts_of_their_own(pipeline, tmp_path, seen, monkeypatch):
     """Also the comparisons of SFT's own samples, and the responses that the normaliser is fitted on."""
     watched(reward, seen, monkeypatch)
-    for function in ("sample_comparisons", "reference_answers"):
+    for function in ("sample_comparisons", "reference_responses"):
         monkeypatch.setattr(reward, function, seen.phased(function, getattr(reward, function)))
     made, real = [], reward.sample_comparisons
     monkeypatch.setattr(reward, "sample_comparisons", lambda *a, **k: made.extend(real(*a, **k)) or made)
     settings = copied(
-        pipeline, tmp_path, "pretrain", "sft", reward__sample_share=0.5, reward__answers=3, reward__loop__steps=10
+        pipeline,
+        tmp_path,
+        "pretrain",
+        "sft",
+        reward__sample_share=0.5,
+        reward__responses_per_prompt=3,
+        reward__loop__steps=10,
     )
     seen.tokenizer = Tokenizer.load(Path(pipeline.out) / "pretrain")
     run_stage("reward", settings)
     assert seen.splits("train") == {"train"} and seen.splits("validate") == {"valid"}
-    assert seen.splits("sample_comparisons") == {"train"} == seen.splits("reference_answers")
+    assert seen.splits("sample_comparisons") == {"train"} == seen.splits("reference_responses")
     assert seen.splits("save") == {"train"}  # the normaliser: responses of the reference policy to training prompts
     assert {tinychat.split_of(record["prompt"]) for record in made} <= {"train"}
 
@@ -166,9 +172,7 @@ def test_p06_ppo_plays_training_prompts_and_chooses_by_validation_prompts(pipeli
     settings = copied(pipeline, tmp_path, "pretrain", "sft", "reward", ppo__ptx_coef=0.5, ppo__iterations=3)
     seen.tokenizer = Tokenizer.load(Path(pipeline.out) / "sft")
     monkeypatch.setattr(algorithm, "run_iteration", seen.phased("iterate", algorithm.run_iteration))
-    monkeypatch.setattr(
-        algorithm, "_demonstration_gradients", seen.phased("ptx", algorithm._demonstration_gradients)
-    )
+    monkeypatch.setattr(algorithm, "_demonstration_gradients", seen.phased("ptx", algorithm._demonstration_gradients))
     monkeypatch.setattr(ppo, "evaluate_policy", seen.phased("validate", ppo.evaluate_policy))
     run_stage("ppo", settings)
     assert seen.splits("iterate") == {"train"} == seen.splits("ptx") and seen.splits("validate") == {"valid"}
@@ -184,7 +188,7 @@ def test_p06_the_report_card_asks_held_out_prompts_whatever_it_measures(pipeline
     told, as_prose = [], baselines.as_prose
     monkeypatch.setattr(baselines, "as_prose", lambda prompt: told.append(prompt) or as_prose(prompt))
     parts = ("generate_ids", "reward_accuracy", "kind_accuracy", "perplexity", "best_of", "response_logprobs",
-             "raw_scores", "answers")  # fmt: skip
+             "raw_scores", "sample_responses")  # fmt: skip
     for part in parts:
         monkeypatch.setattr(report, part, seen.phased(part, getattr(report, part)))
     report.report_card(settings)

@@ -40,7 +40,7 @@ def export(
     if to == "gguf":
         _check_file(target, overwrite)
     else:
-        folders.check_target(target, overwrite, checkpoint.read_from(source))
+        folders.check_target(target, overwrite, checkpoint.read_folders(source))
     if to == "peft":
         return export_peft(source, info, target)
     lines: list[str] = []
@@ -96,7 +96,7 @@ def export_peft(source: Path, info: dict[str, Any], target: Path) -> list[str]:
     """
     check("adapter" in info, f"{source} has no adapter: export it with --to hf.")
     config, state = checkpoint.read_adapter(source, info)
-    layers = {path.rpartition(".")[0] for path in state if path not in info["beside"]}
+    layers = {path.rpartition(".")[0] for path in state if path not in info["modules_to_save"]}
     renamed = {}
     for path in sorted(layers):
         for side in "AB":
@@ -105,13 +105,13 @@ def export_peft(source: Path, info: dict[str, Any], target: Path) -> list[str]:
     base = target / "base"
     dtype = checkpoint.stored_dtype(source / info["base"])
     original, tokenizer = checkpoint.load(source / info["base"], dtype=dtype)
-    beside = {key: state[key] for key in info["beside"]}
+    beside = {key: state[key] for key in info["modules_to_save"]}
     if original.config.tie_embeddings and "tok_embeddings.weight" in beside:  # PEFT unties what it trains
         beside["output.weight"] = beside["tok_embeddings.weight"].clone()
     renamed |= {f"base_model.model.{foreign_key(key, 'hf')}": tensor for key, tensor in beside.items()}
     quant = QuantConfig(**info["quant"])
     for _, layer in lora.projections(original) if quant.kind != "none" else ():
-        layer.weight = torch.nn.Parameter(lora.QuantLinear(layer, quant).dequantise().to(dtype))
+        layer.weight = torch.nn.Parameter(lora.QuantLinear(layer, quant).dequantize().to(dtype))
     with folders.replacing(target) as new:
         write_folder(original, tokenizer, new / "base")
         checkpoint.write_tensors(new / "adapter_model.safetensors", renamed, {"format": "pt"})
@@ -124,7 +124,7 @@ def export_peft(source: Path, info: dict[str, Any], target: Path) -> list[str]:
 
 def _peft_config(config: Any, beside: list[str], base: Path) -> dict[str, Any]:
     saved = [foreign(key.rpartition(".")[0], "hf").rpartition(".")[2] for key in beside]
-    targets = [foreign(f"layers.0.{path}", "hf").rpartition(".")[2] for path in _paths(config.targets)]
+    targets = [foreign(f"layers.0.{path}", "hf").rpartition(".")[2] for path in _paths(config.target_modules)]
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": config.rank,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(targets),

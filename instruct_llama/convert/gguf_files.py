@@ -17,7 +17,7 @@ import torch
 from ..config import ModelConfig, RopeScaling, UserError, check
 from ..data.files import atomic
 from ..data.tokenizer import Tokenizer
-from ..model.llama import Llama, rotary_frequencies
+from ..model.llama import Llama, rope_inv_freq
 from ..training import checkpoint
 from . import vocabulary
 from .names import Foreign, foreign_key, halves_to_neighbours, neighbours_to_halves, our_shapes, turns
@@ -108,8 +108,8 @@ def _scaling(field: dict[str, Any], given: dict[str, Any], width: int, theta: fl
         divisors = torch.from_numpy(np.array(given["rope_freqs.weight"].data)).float()  # (E/2,)
         scaling = RopeScaling("llama3", float(divisors.max()), 1.0, 4.0, 8192)
         shape = {"dim": width, "n_heads": 1, "n_kv_heads": 1, "rope_theta": theta}
-        plain = rotary_frequencies(ModelConfig(**shape))
-        ours = plain / rotary_frequencies(ModelConfig(**shape, rope_scaling=scaling))
+        plain = rope_inv_freq(ModelConfig(**shape))
+        ours = plain / rope_inv_freq(ModelConfig(**shape, rope_scaling=scaling))
         check(torch.allclose(ours, divisors, rtol=1e-3), f"{path} stretches positions in a way unknown here.")
         return scaling
     kind = field.get("rope.scaling.type", "none")
@@ -139,8 +139,8 @@ def write(model: Llama, tokenizer: Tokenizer, path: Path, quant: Quant = "auto")
             tensor = halves_to_neighbours(tensor, config) if turns(key) else tensor
             _add(writer, foreign_key(key, "gguf"), tensor, kind, sixteen)
         if config.rope_scaling.kind == "llama3":
-            stretched = rotary_frequencies(config)
-            plain = rotary_frequencies(replace(config, rope_scaling=RopeScaling()))
+            stretched = rope_inv_freq(config)
+            plain = rope_inv_freq(replace(config, rope_scaling=RopeScaling()))
             _add(writer, "rope_freqs.weight", plain / stretched)  # (E/2,)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

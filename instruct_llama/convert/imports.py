@@ -127,7 +127,7 @@ def _check_hash(file: Path, wanted: str, kind: str) -> None:
 
 
 def _check_fit(source: str, found: Foreign) -> None:
-    problems = lora.misfits(our_shapes(found.config), found.shapes)
+    problems = lora.state_dict_mismatches(our_shapes(found.config), found.shapes)
     more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
     check(not problems, f"{source} is not the LLaMA its settings describe: {'; '.join(problems[:20])}{more}.")
     check(

@@ -54,9 +54,9 @@ def merge_run(source: Path, target: Path, into: Into = "dequantised", overwrite:
     again = False
     with contextlib.suppress(UserError):  # not ours, or nothing there
         again = checkpoint.read_info(target).get("merged_from") == origin
-    folders.check_target(target, overwrite or again, checkpoint.read_from(source))
+    folders.check_target(target, overwrite or again, checkpoint.read_folders(source))
     model, tokenizer, lines = merged(source, into)
-    parts = ("base", "fingerprint", "adapter", "beside", "lora", "quant", "model", "kind", "settings")
+    parts = ("base", "fingerprint", "adapter", "modules_to_save", "lora", "quant", "model", "kind", "settings")
     kept = {key: value for key, value in info.items() if key not in parts}
     with folders.replacing(target) as new:
         checkpoint.save_full(new, model, tokenizer, {**kept, "merged_from": origin})

@@ -125,7 +125,7 @@ class Batch:
     tokens: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64
     loss_mask: torch.Tensor  # (B, T) bool
-    segments: torch.Tensor | None = None  # (B, T) int64: what may attend to what; None: one sequence a row
+    segment_ids: torch.Tensor | None = None  # (B, T) int64: what may attend to what; None: one sequence a row
 
     @property
     def weight(self) -> int:
@@ -138,7 +138,7 @@ class Batch:
             tokens=self.tokens.to(device),
             targets=self.targets.to(device),
             loss_mask=self.loss_mask.to(device),
-            segments=None if self.segments is None else self.segments.to(device),
+            segment_ids=None if self.segment_ids is None else self.segment_ids.to(device),
         )
 
 
@@ -159,7 +159,7 @@ def dialog_batch(
 ) -> Batch:
     """Tokenised dialogs (ids, loss mask) as one right-padded batch, as wide as its longest row.
 
-    With `pack_len`, several dialogs share a row of at most that many positions; `segments` then counts them from 1
+    With `pack_len`, several dialogs share a row of at most that many positions; `segment_ids` then counts them from 1
     (0 is padding), and no dialog sees or predicts another.
     """
     lengths = [len(ids) - 1 for ids, _ in dialogs]  # the last token is only ever a target
@@ -168,7 +168,7 @@ def dialog_batch(
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)  # (B, T)
     targets = tokens.clone()  # (B, T)
     loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)  # (B, T)
-    segments = torch.zeros(len(rows), width, dtype=torch.int64)  # (B, T)
+    segment_ids = torch.zeros(len(rows), width, dtype=torch.int64)  # (B, T)
     for r, row in enumerate(rows):
         start = 0
         for segment, i in enumerate(row, 1):
@@ -177,9 +177,9 @@ def dialog_batch(
             tokens[r, here] = torch.tensor(ids[:-1], dtype=torch.int64)
             targets[r, here] = torch.tensor(ids[1:], dtype=torch.int64)
             loss_mask[r, here] = torch.tensor(mask[1:], dtype=torch.bool)
-            segments[r, here] = segment
+            segment_ids[r, here] = segment
             start = here.stop
-    return Batch(tokens, targets, loss_mask, segments if pack_len is not None else None)
+    return Batch(tokens, targets, loss_mask, segment_ids if pack_len is not None else None)
 
 
 def pack(lengths: Sequence[int], pack_len: int) -> list[list[int]]:
@@ -206,8 +206,10 @@ class RankedBatch:
     """The N completions of P prompts, one row a prompt: what they begin with alike is read once, then each goes on."""
 
     tokens: torch.Tensor  # (P, T) int64: the common beginning, then the rest of every completion; right-padded
-    segments: torch.Tensor  # (P, T) int64: -1 the common beginning, 1, 2, … the completions, 0 padding
-    ends: torch.Tensor  # (N,) int64: where in its row a completion's last token stands, at which the score is read
+    segment_ids: torch.Tensor  # (P, T) int64: -1 the common beginning, 1, 2, … the completions, 0 padding
+    last_positions: (
+        torch.Tensor
+    )  # (N,) int64: where in its row a completion's last token stands, at which the score is read
     prompt: torch.Tensor  # (N,) int64: which prompt, so which row
     rank: torch.Tensor  # (N,) int64: 0 is the best completion of its prompt
 
@@ -223,19 +225,19 @@ class RankedBatch:
 def ranked_batch(items: Sequence[Sequence[Sequence[int]]], pad_id: int) -> RankedBatch:
     """Ranked sequences (best first, each the prompt with one completion) as one batch, a row for each prompt."""
     tokens = torch.full((len(items), max(row_length(item) for item in items)), pad_id, dtype=torch.int64)  # (P, T)
-    segments = torch.zeros_like(tokens)  # (P, T)
+    segment_ids = torch.zeros_like(tokens)  # (P, T)
     ends, prompts, ranks = [], [], []
     for row, item in enumerate(items):
         start = at = common_length(item)
-        tokens[row, :start], segments[row, :start] = torch.tensor(item[0][:start], dtype=torch.int64), -1
+        tokens[row, :start], segment_ids[row, :start] = torch.tensor(item[0][:start], dtype=torch.int64), -1
         for rank, ids in enumerate(item):
             here = slice(at, at + len(ids) - start)
-            tokens[row, here], segments[row, here] = torch.tensor(ids[start:], dtype=torch.int64), rank + 1
+            tokens[row, here], segment_ids[row, here] = torch.tensor(ids[start:], dtype=torch.int64), rank + 1
             at = here.stop
             ends.append(at - 1)
             prompts.append(row)
             ranks.append(rank)
-    return RankedBatch(tokens, segments, torch.tensor(ends), torch.tensor(prompts), torch.tensor(ranks))
+    return RankedBatch(tokens, segment_ids, torch.tensor(ends), torch.tensor(prompts), torch.tensor(ranks))
 
 
 def common_length(sequences: Sequence[Sequence[int]]) -> int:

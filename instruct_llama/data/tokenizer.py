@@ -57,7 +57,9 @@ class Tokenizer:
         self.chat, self.system, self.specials = chat, system, specials
         self._specials = frozenset(specials.values())
         self.special_ids = tuple(sorted(self._specials))
-        self.banned_ids = tuple(i for i in self.special_ids if i != self.eos_id)  # an answer may hold none but its end
+        self.suppress_tokens = tuple(
+            i for i in self.special_ids if i != self.eos_id
+        )  # an answer may hold none but its end
         self.end_ids = (self.eos_id, *(specials[name] for name in chat.other_ends if name in specials))
         names = "|".join(re.escape(name) for name in sorted(specials, key=len, reverse=True))
         self._split_specials = re.compile(f"({names})")

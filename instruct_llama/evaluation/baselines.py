@@ -13,13 +13,13 @@ from dataclasses import asdict
 import torch
 
 from .. import seeds
-from ..config import EvaluateConfig, check
+from ..config import EvaluateConfig, SamplingConfig, check
 from ..data.batching import dialog_batch, ranked_batch
 from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama, ScalarLlama
 from ..model.sampling import filter_logits, generate_ids, sample
-from ..rlhf.losses import answer_sum, token_logprobs
-from ..rlhf.rollout import answer_scores
+from ..rlhf.losses import response_sum, token_logprobs
+from ..rlhf.rollout import completion_scores
 from ..worlds import tinychat
 from ..worlds.tinychat.corpus import FRAMES
 from ..worlds.tinychat.skills import Prompt, as_messages
@@ -35,7 +35,7 @@ def as_prose(prompt: Prompt) -> str:
     return " ".join(told).rstrip()
 
 
-def prose_answers(
+def prose_responses(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: EvaluateConfig, seed: int = 0
 ) -> list[str]:
     """How a pretrained model continues each prompt told as prose: to the end of the document, the line or the turn.
@@ -44,13 +44,10 @@ def prose_answers(
     """
     generator = seeds.generator(model.tok_embeddings.weight.device, seed, "prose")
     ends, starts = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), [tokenizer.encode(as_prose(p)) for p in prompts]
-    texts = []
+    sampling, texts = SamplingConfig(config.max_new_tokens, config.temperature), []
     for i in range(0, len(starts), config.batch_size):
-        made = sample(
-            model, starts[i : i + config.batch_size], max_new_tokens=config.max_new_tokens, eos_id=ends,
-            pad_id=tokenizer.pad_id, temperature=config.temperature, generator=generator, banned=tokenizer.banned_ids,
-        )  # fmt: skip
-        texts += [tokenizer.decode(row[kept].tolist()) for row, kept in zip(made.tokens, made.mask, strict=True)]
+        made = sample(model, starts[i : i + config.batch_size], sampling, tokenizer, generator, ends)
+        texts += [tokenizer.decode(ids) for ids in made.ids()]
     next_turn = PROSE_FRAME.partition("{q}")[0].strip()
     return [text.partition(next_turn)[0].rstrip() for text in texts]
 
@@ -68,7 +65,7 @@ def raw_scores(
     prompts, device, found = max(1, batch_size // most), next(reward_model.parameters()).device, []
     for start in range(0, len(items), prompts):
         part = items[start : start + prompts]
-        scores = iter(answer_scores(reward_model, ranked_batch(part, pad_id).to(device)).tolist())
+        scores = iter(completion_scores(reward_model, ranked_batch(part, pad_id).to(device)).tolist())
         found += [[next(scores) for _ in sequences] for sequences in part]
     return found
 
@@ -84,9 +81,9 @@ def response_logprobs(
     device, found = next(policy.parameters()).device, []
     for start in range(0, len(rows), batch_size):
         batch = dialog_batch(rows[start : start + batch_size], tokenizer.pad_id).to(device)
-        logprobs = filter_logits(policy(batch.tokens), banned=tokenizer.banned_ids)  # (B, T, V)
+        logprobs = filter_logits(policy(batch.tokens), suppress_tokens=tokenizer.suppress_tokens)  # (B, T, V)
         targets = torch.where(batch.loss_mask, batch.targets, tokenizer.eos_id)  # a pad is banned: -inf, and no number
-        found += answer_sum(token_logprobs(logprobs, targets), batch.loss_mask).tolist()
+        found += response_sum(token_logprobs(logprobs, targets), batch.loss_mask).tolist()
     return found
 
 
@@ -99,10 +96,8 @@ def best_of(
     A response without its end token has no place to read a score at: it stands only where no response has one.
     """
     check(n >= 1, f"best_of takes the best of {n} responses: ask for at least 1.")
-    sampled = generate_ids(
-        policy, tokenizer, [prompt for prompt in prompts for _ in range(n)], config.max_new_tokens, seed=seed,
-        batch_size=config.batch_size, keys=("best_of",),
-    )  # fmt: skip
+    repeated, sampling = [prompt for prompt in prompts for _ in range(n)], SamplingConfig(config.max_new_tokens)
+    sampled = generate_ids(policy, tokenizer, repeated, sampling, seed, config.batch_size, keys=("best_of",))
     groups = [sampled[i : i + n] for i in range(0, len(sampled), n)]
     # Equal responses are scored once; order is kept, so a tie goes to the one that was sampled first.
     ended = [list(dict.fromkeys(tuple(ids) for ids in group if ids[-1] == tokenizer.eos_id)) for group in groups]
@@ -141,4 +136,3 @@ def kind_accuracy(
         )  # fmt: skip
         found[kind] = {**asdict(accuracy_estimate(share * len(prompts), len(prompts))), "ceiling": best}
     return found
-

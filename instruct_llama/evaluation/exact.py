@@ -17,25 +17,25 @@ from ..worlds import enumerable
 
 
 @dataclass(frozen=True)
-class Alphabet:
+class EnumerableTokens:
     """The few ids of an enumerable language, by the names a tokenizer gives them."""
 
     pad_id: int = enumerable.PAD
     eos_id: int = enumerable.EOS
-    banned_ids: tuple[int, ...] = (enumerable.PAD, enumerable.BOS)
+    suppress_tokens: tuple[int, ...] = (enumerable.PAD, enumerable.BOS)
 
 
 def config_for(language: enumerable.Language, iterations: int = 150) -> PPOConfig:
     """PPO settings for a table: many short episodes, large steps, the score neither normalised nor clipped."""
     return PPOConfig(
-        iterations=iterations, rollouts=512, rollout_batch=512, max_new_tokens=language.max_new_tokens, epochs=4,
-        minibatch=128, micro_batch=512, kl_coef=language.beta, score_clip=0.0, no_end_score=language.no_end_score,
-        value_clip=0.0, optim=OptimConfig(lr=0.05, min_lr_ratio=0.05, warmup_steps=0, weight_decay=0.0, grad_clip=0.0),
-        value_lr=0.1,
+        iterations=iterations, rollouts_per_iteration=512, generation_batch_size=512, mini_batch_size=128,
+        micro_batch_size=512, num_ppo_epochs=4, max_new_tokens=language.max_new_tokens, kl_coef=language.beta,
+        score_clip=0.0, missing_eos_score=language.missing_eos_score, cliprange_value=0.0, value_lr=0.1,
+        optim=OptimConfig(lr=0.05, min_lr_ratio=0.05, warmup_steps=0, weight_decay=0.0, grad_clip=0.0),
     )  # fmt: skip
 
 
-def walk(
+def train_table_policy(
     language: enumerable.Language,
     config: PPOConfig,
     seed: int = 0,
@@ -47,7 +47,7 @@ def walk(
     """
     policy, reference = enumerable.reference(language), enumerable.reference(language)
     value = enumerable.PrefixTable(language, scalar=True)
-    actors = FourModels(policy, reference, value, enumerable.reward_model(language), Alphabet())
+    actors = FourModels(policy, reference, value, enumerable.reward_model(language), EnumerableTokens())
     optimizer, points = actors.make_optimizer(config), []
     for iteration in range(config.iterations + 1):
         with torch.no_grad():
@@ -57,6 +57,6 @@ def walk(
         if watch:
             watch(iteration, policy)
         if iteration < config.iterations:
-            prompts = [language.prompt] * config.rollouts
+            prompts = [language.prompt] * config.rollouts_per_iteration
             ppo.run_iteration(actors, config, prompts, optimizer, config.kl_coef, seed, iteration)
     return points

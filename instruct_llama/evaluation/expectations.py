@@ -28,7 +28,7 @@ EXPECTED: Mapping[str, tuple[float, float]] = MappingProxyType(
 )
 
 
-def check_off(settings: Settings, stage: str, figures: Mapping[str, float]) -> None:
+def compare_with_expected(settings: Settings, stage: str, figures: Mapping[str, float]) -> None:
     """Print a stage's figures beside their expected range; only the laptop preset is expected to reach anything."""
     for name, value in figures.items():
         expected = EXPECTED.get(f"{stage}/{name}")

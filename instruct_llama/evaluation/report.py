@@ -18,31 +18,39 @@ from typing import Any
 import torch
 
 from .. import seeds
-from ..config import EvaluateConfig, PPOConfig, Settings, check
+from ..config import EvaluateConfig, PPOConfig, SamplingConfig, Settings, check
 from ..data.batching import cut_prompt, dialog_batch, fit_comparison, fit_dialog, ranked_batch, row_length
 from ..data.sources import HeldOut
 from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama, ScalarLlama
 from ..model.sampling import generate, generate_ids
 from ..rlhf.losses import cross_entropy_sum, pair_differences
-from ..rlhf.rollout import answer_scores, final_scores
+from ..rlhf.rollout import completion_scores, final_scores
 from ..training import checkpoint, distributed
 from ..training import folders as folders_
 from ..worlds import tinychat
 from ..worlds.tinychat.skills import Prompt
-from .baselines import as_prose, best_of, best_of_kl_bound, kind_accuracy, prose_answers, raw_scores, response_logprobs
-from .expectations import EXPECTED, check_off
+from .baselines import (
+    as_prose,
+    best_of,
+    best_of_kl_bound,
+    kind_accuracy,
+    prose_responses,
+    raw_scores,
+    response_logprobs,
+)  # fmt: skip
+from .expectations import EXPECTED, compare_with_expected
 from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, ratio_estimate, win
 
 __all__ = [
-    "EXPECTED", "Estimate", "accuracy_estimate", "answers", "as_prose", "best_of", "best_of_kl_bound",
-    "check_off", "data_card", "describe", "estimate", "judged", "kind_accuracy", "mean_over_skills", "paired",
-    "perplexity", "prose_answers", "report_card", "reward_accuracy", "skill_means", "stage_folders", "true_reward",
-    "true_rewards",
+    "EXPECTED", "Estimate", "accuracy_estimate", "as_prose", "best_of", "best_of_kl_bound", "compare_with_expected",
+    "data_card", "describe", "estimate", "kind_accuracy", "mean_over_skills", "paired", "perplexity",
+    "prose_responses", "report_card", "reward_accuracy", "reward_model_scores", "sample_responses", "skill_means",
+    "stage_folders", "true_reward", "true_rewards",
 ]  # fmt: skip
 
 
-def answers(
+def sample_responses(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0,
     keys: Sequence[seeds.Key] = ("generate",),
 ) -> list[str]:  # fmt: skip
@@ -57,7 +65,7 @@ def true_reward(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0
 ) -> tuple[Estimate, list[float]]:
     """Mean true reward of a model's own answers, and each one."""
-    rewards = true_rewards(prompts, answers(model, tokenizer, prompts, config, seed))
+    rewards = true_rewards(prompts, sample_responses(model, tokenizer, prompts, config, seed))
     return estimate(rewards), rewards
 
 
@@ -102,7 +110,7 @@ def reward_accuracy(
     sums, device = {}, next(model.parameters()).device  # of each prompt: its pairs that are ranked right, its pairs
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
-        scores, batch = answer_scores(model, batch).cpu(), batch.to("cpu")  # (N,)
+        scores, batch = completion_scores(model, batch).cpu(), batch.to("cpu")  # (N,)
         for number in range(batch.weight):
             mine = batch.prompt == number  # (N,)
             differences, _ = pair_differences(scores[mine], batch.prompt[mine], batch.rank[mine])
@@ -121,7 +129,7 @@ def stage_folders(out: Path) -> list[Path]:
     """
     order = list(folders_.STAGE_OF)
     for new in out.glob(".*.new"):  # a kill may have left no other
-        checkpoint.folders.find(checkpoint.folders.final(new))
+        checkpoint.folders.recover_for_reading(checkpoint.folders.final_path(new))
     shown = (f.parent for f in sorted(out.glob("*/config.json")) if not f.parent.name.startswith("."))
     found = [f for f in shown if not checkpoint.folders.is_foreign(f) and checkpoint.is_complete(f)]
     return sorted(found, key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name))
@@ -144,11 +152,11 @@ def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
     prompts = tinychat.prompts(settings.seed, settings.evaluate.prompts, split="heldout")
     judged_here: dict[int, tuple[dict[str, Any], Values]] = {}
-    for number, name in distributed.dealt(folders):
+    for number, name in distributed.shard_iter(folders):
         scalar = checkpoint.read_info(folders[name])["kind"] == "scalar"
         judge = _judge_reward_model if scalar else _judge_policy
         judged_here[number] = judge(name, folders, prompts, settings, device)
-    found = dict(zip(folders, distributed.merged(judged_here).values(), strict=True))
+    found = dict(zip(folders, distributed.all_gather_dict(judged_here).values(), strict=True))
     ppo = [name for name, folder in folders.items() if checkpoint.read_info(folder).get("stage") == "ppo"]
     compared = _differences({name: values for name, (_, values) in found.items()}, ppo)
     stages = {name: entry | compared[name] for name, (entry, _) in found.items()}
@@ -177,23 +185,23 @@ def _judge_policy(
     info, (model, tokenizer) = checkpoint.read_info(folders[name]), checkpoint.load(folders[name], device)
     config, seed, values = settings.evaluate, settings.seed, {}
     entry: dict[str, Any] = {"best": info.get("best", {})}
-    played = _played_by(info, settings.ppo)
-    longest = max(config.max_new_tokens, played["max_new_tokens"] if info.get("stage") == "ppo" else 0)
+    ppo_settings = _trained_ppo_settings(info, settings.ppo)
+    longest = max(config.max_new_tokens, ppo_settings["max_new_tokens"] if info.get("stage") == "ppo" else 0)
     for suffix, temperature in TEMPERATURES.items():
         streams = [("generate",), *(("generate", n) for n in range(1, config.responses if temperature > 0 else 1))]
-        options = {"seed": seed, "batch_size": config.batch_size}
-        draws = [generate_ids(model, tokenizer, prompts, longest, temperature, keys=k, **options) for k in streams]
+        sampling = SamplingConfig(longest, temperature)
+        draws = [generate_ids(model, tokenizer, prompts, sampling, seed, config.batch_size, keys) for keys in streams]
         texts = [[tokenizer.decode(ids[: config.max_new_tokens]) for ids in draw] for draw in draws]
         each = zip(*(true_rewards(prompts, draw) for draw in texts), strict=True)
         values[f"true_reward{suffix}"] = rewards = [sum(mine) / len(mine) for mine in each]
         entry[f"true_reward{suffix}"] = asdict(estimate(rewards))
         entry[f"true_reward{suffix}_by_skill"] = asdict(mean_over_skills(prompts, rewards))
         if info.get("stage") == "pretrain":
-            told = prose_answers(model, tokenizer, prompts, replace(config, temperature=temperature), seed)
+            told = prose_responses(model, tokenizer, prompts, replace(config, temperature=temperature), seed)
             entry[f"as_prose{suffix}"] = asdict(estimate(true_rewards(prompts, told)))
         if info.get("stage") == "ppo":
-            responses = [ids[: played["max_new_tokens"]] for ids in draws[0]]
-            values |= _scores_and_kl(model, info, responses, suffix, folders, prompts, played, device)
+            responses = [ids[: ppo_settings["max_new_tokens"]] for ids in draws[0]]
+            values |= _scores_and_kl(model, info, responses, suffix, folders, prompts, ppo_settings, device)
     entry["skills"] = {skill: one.mean for skill, one in skill_means(prompts, values["true_reward"]).items()}
     entry |= {key: asdict(estimate(values[key])) for key in ("score", "score_greedy", "kl") if key in values}
     if info.get("stage") == "sft":
@@ -205,14 +213,14 @@ def _judge_policy(
         texts = best_of(model, tokenizer, reward_model, prompts, BEST_OF, config, seed)
         found = estimate(true_rewards(prompts, texts))
         entry[f"best_of_{BEST_OF}"] = {**asdict(found), "kl_bound": best_of_kl_bound(BEST_OF)}
-    shown = answers(
+    shown = sample_responses(
         model, tokenizer, tinychat.FIXED_PROMPTS, replace(config, temperature=1.0), seed, keys=("shown_answers",)
     )
-    entry["answers"] = [{"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, shown, strict=True)]
+    entry["samples"] = [{"prompt": p, "response": a} for p, a in zip(tinychat.FIXED_PROMPTS, shown, strict=True)]
     return entry, values
 
 
-def _played_by(info: Mapping[str, Any], asked: PPOConfig) -> dict[str, Any]:
+def _trained_ppo_settings(info: Mapping[str, Any], asked: PPOConfig) -> dict[str, Any]:
     """The ppo settings that a run was trained by; those `asked` for where its config.json holds none."""
     return {**asdict(asked), **info.get("settings", {}).get("ppo", {})}
 
@@ -221,26 +229,26 @@ def _began_with_sft(info: Mapping[str, Any], folders: Mapping[str, Path]) -> boo
     """Whether a PPO run began with the SFT run of the same folder, which then is what its penalty measured from."""
     start = info.get("settings", {}).get("init")
     same = "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
-    return same and not checkpoint.replaced(info, checkpoint.fingerprints([folders["sft"]]))
+    return same and not checkpoint.changed_inputs(info, checkpoint.fingerprints([folders["sft"]]))
 
 
 def _scores_and_kl(
     policy: Llama, info: Mapping[str, Any], sampled: Sequence[list[int]], suffix: str, folders: Mapping[str, Path],
-    prompts: Sequence[Prompt], played: Mapping[str, Any], device: str | torch.device,
+    prompts: Sequence[Prompt], ppo_settings: Mapping[str, Any], device: str | torch.device,
 ) -> Values:  # fmt: skip
     """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
 
     The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO did it, by its
-    settings `played`; the KL is k1, in nats a response. Neither is given of weights that the run did not read.
+    settings `ppo_settings`; the KL is k1, in nats a response. Neither is given of weights that the run did not read.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
-    if reward in folders and not checkpoint.replaced(info, checkpoint.fingerprints([folders[reward]])):
+    if reward in folders and not checkpoint.changed_inputs(info, checkpoint.fingerprints([folders[reward]])):
         model, tokenizer = checkpoint.load(folders[reward], device)
         norm = checkpoint.read_info(folders[reward])["reward"]
         items = [[[*tokenizer.encode_prompt(p), *r]] for p, r in zip(prompts, sampled, strict=True)]
         raw = torch.tensor([score for (score,) in raw_scores(model, tokenizer.pad_id, items)])  # (B,)
         ended = torch.tensor([response[-1] == tokenizer.eos_id for response in sampled])  # (B,)
-        rules = played["score_clip"], played["no_end_score"]
+        rules = ppo_settings["score_clip"], ppo_settings["missing_eos_score"]
         values[f"score{suffix}"] = final_scores(raw, ended, norm["mean"], norm["scale"], *rules).tolist()
     if _began_with_sft(info, folders) and not suffix:
         reference, tokenizer = checkpoint.load(folders["sft"], device)
@@ -281,7 +289,7 @@ def perplexity(model: Llama, tokenizer: Tokenizer, dialogs: Sequence[Any], max_l
     return math.exp(min(loss / tokens, 50.0)), tokens
 
 
-def judged(
+def reward_model_scores(
     judge: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Any], answered: Sequence[Sequence[str]]
 ) -> list[list[float]]:
     """The reward model's raw score of each answer: answers of several models, in the prompts' order, to as many lists.
@@ -308,7 +316,7 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
     prompts = _asked(folders, heldout.prompts, settings)
     judge = None
     for folder in folders:
-        info, (model, tokenizer) = checkpoint.read_info(folder), checkpoint.load_as_kept(folder, device)
+        info, (model, tokenizer) = checkpoint.read_info(folder), checkpoint.load_for_inference(folder, device)
         entry: dict[str, Any] = {"best": info.get("best", {})}
         if info["kind"] == "scalar":
             judge = (model, tokenizer)
@@ -321,13 +329,13 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
             if heldout.dialogs:
                 value, tokens = perplexity(model, tokenizer, heldout.dialogs[: config.prompts], longest)
                 entry["perplexity"] = {"value": value, "tokens": tokens}
-            said[folder.name] = answers(model, tokenizer, prompts, config, settings.seed) if prompts else []
+            said[folder.name] = sample_responses(model, tokenizer, prompts, config, settings.seed) if prompts else []
             shown = zip(prompts[:3], said[folder.name][:3], strict=True)
-            entry["answers"] = [{"prompt": p, "response": a} for p, a in shown]
+            entry["samples"] = [{"prompt": p, "response": a} for p, a in shown]
         stages[folder.name] = entry
         del model  # before the next one comes
     if judge and prompts:
-        scores = dict(zip(said, judged(*judge, prompts, list(said.values())), strict=True))
+        scores = dict(zip(said, reward_model_scores(*judge, prompts, list(said.values())), strict=True))
         first = next(iter(said))
         for name, mine in scores.items():
             wins = [win(a, b) for a, b in zip(mine, scores[first], strict=True)]
@@ -365,9 +373,9 @@ def describe(report: Mapping[str, Any]) -> str:
                 f"  {kind:<12}{_shown(one):<24}ceiling {one['ceiling']:.3f}" for kind, one in entry["kinds"].items()
             ]
     for name, entry in stages.items():
-        if "answers" in entry:
+        if "samples" in entry:
             lines += ["", f"{name} answers:"]
-            lines += [f"  {_last_turn(item)}\n    {item['response'].strip()[:160]!r}" for item in entry["answers"]]
+            lines += [f"  {_last_turn(item)}\n    {item['response'].strip()[:160]!r}" for item in entry["samples"]]
     return "\n".join(lines)
 
 

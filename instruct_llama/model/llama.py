@@ -23,11 +23,11 @@ from .. import seeds
 from ..config import ModelConfig, UserError, check
 from .lora import active_adapter, adapter
 
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1 or B, 1, T, E/2)
+RopeTable = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1 or B, 1, T, E/2)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer without bias, as everywhere in LLaMA; `Llama.reset` fills the weights."""
+    """A linear layer without bias, as everywhere in LLaMA; `Llama.init_weights` fills the weights."""
     # nn.Linear's own filling would draw from global state. Under `torch.device("meta")` it stays without memory.
     return skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
 
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight  # (B, T, D)
 
 
-def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
+def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
     """Radians by which each pair of dimensions turns per position, fastest first: (E/2,) float32.
 
     theta^(-2i/E) for pair i (arXiv:2104.09864, section 3.2.2), stretched for longer contexts: "linear" divides all by
@@ -67,7 +67,7 @@ def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
     return frequencies
 
 
-def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+def apply_rope(x: torch.Tensor, rotation: RopeTable) -> torch.Tensor:
     """Turn each pair (i, i + E/2) of a head by its angle: (B, H, T, E) -> the same shape.
 
     Scores of turned queries and keys depend on their distance alone (arXiv:2104.09864, eq. 16). The pairs are
@@ -82,7 +82,7 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 class KVCache:
     """Keys and values of the positions already read, so that each new token costs one position.
 
-    `length` positions of `max_len` are filled, the same number in every row; `segments` remembers which of them
+    `length` positions of `max_len` are filled, the same number in every row; `segment_ids` remembers which of them
     belong together (0 is padding), so that rows of different lengths, left-padded, can be decoded side by side.
     """
 
@@ -92,18 +92,18 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.dim // config.n_heads)
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, G, max_len, E)
         self.values = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, G, max_len, E)
-        self.segments = torch.ones(batch_size, max_len, device=device, dtype=torch.int64)  # (B, max_len)
+        self.segment_ids = torch.ones(batch_size, max_len, device=device, dtype=torch.int64)  # (B, max_len)
         self.length = 0
-        self.plain = True  # no segments given so far: every row is one sequence without padding
+        self.unpadded = True  # no segments given so far: every row is one sequence without padding
 
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append one layer's new keys and values (B, G, T, E); returns all of them, (B, G, S, E)."""
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: torch.Tensor) -> None:
         """Keep only these rows (indices in their new order, or booleans (B,)): finished rows cost nothing more.
 
         Only rows that change their place are copied.
@@ -112,21 +112,21 @@ class KVCache:
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         for part in (self.keys, self.values):
             part[:, moved, :, : self.length] = part[:, rows[moved], :, : self.length]
-        self.segments[moved] = self.segments[rows[moved]]
+        self.segment_ids[moved] = self.segment_ids[rows[moved]]
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]  # (layers, B', G, max_len, E)
-        self.segments = self.segments[: len(rows)]  # (B', max_len)
+        self.segment_ids = self.segment_ids[: len(rows)]  # (B', max_len)
 
 
-def visibility(segments: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def attention_mask(segment_ids: torch.Tensor, key_segment_ids: torch.Tensor) -> torch.Tensor:
     """Who may look at whom: (B, T) segments of the new tokens and (B, S) of all tokens -> (B, T, S) bool.
 
     A token sees itself, what came before it in its own segment, and the beginning that its row's segments share (-1).
     The new tokens are the last T of the S.
     """
-    new, total = segments.shape[1], seen.shape[1]
-    earlier = torch.ones(new, total, dtype=torch.bool, device=seen.device).tril(total - new)  # (T, S)
-    seen = seen[:, None, :]  # (B, 1, S)
-    return ((segments[:, :, None] == seen) | (seen < 0)) & earlier  # (B, T, S)
+    new, total = segment_ids.shape[1], key_segment_ids.shape[1]
+    earlier = torch.ones(new, total, dtype=torch.bool, device=key_segment_ids.device).tril(total - new)  # (T, S)
+    key_segment_ids = key_segment_ids[:, None, :]  # (B, 1, S)
+    return ((segment_ids[:, :, None] == key_segment_ids) | (key_segment_ids < 0)) & earlier  # (B, T, S)
 
 
 class Attention(nn.Module):
@@ -135,25 +135,25 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.index, self.dropout = index, config.attn_dropout
-        self.width = config.dim // config.n_heads  # E
-        self.wq = linear(config.dim, config.n_heads * self.width)
-        self.wk = linear(config.dim, config.n_kv_heads * self.width)
-        self.wv = linear(config.dim, config.n_kv_heads * self.width)
-        self.wo = linear(config.n_heads * self.width, config.dim)
+        self.head_dim = config.dim // config.n_heads  # E
+        self.wq = linear(config.dim, config.n_heads * self.head_dim)
+        self.wk = linear(config.dim, config.n_kv_heads * self.head_dim)
+        self.wv = linear(config.dim, config.n_kv_heads * self.head_dim)
+        self.wo = linear(config.n_heads * self.head_dim, config.dim)
 
-    def heads(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def qkv(self, x: torch.Tensor, rotation: RopeTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Turned queries (B, H, T, E), turned keys and plain values (B, G, T, E)."""
         q, k, v = (  # (B, T, heads * E) -> (B, heads, T, E)
-            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for project in (self.wq, self.wk, self.wv)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.wq, self.wk, self.wv)
         )
-        return rotate(q, rotation), rotate(k, rotation), v
+        return apply_rope(q, rotation), apply_rope(k, rotation), v
 
     def forward(
-        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, cache: KVCache | None
+        self, x: torch.Tensor, rotation: RopeTable, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
-        q, k, v = self.heads(x, rotation)  # (B, H, T, E), (B, G, T, E) twice
+        q, k, v = self.qkv(x, rotation)  # (B, H, T, E), (B, G, T, E) twice
         if cache is not None:
-            k, v = cache.store(self.index, k, v)  # (B, G, S, E) twice
+            k, v = cache.append(self.index, k, v)  # (B, G, S, E) twice
             q = q.to(k.dtype)
         if mask is not None and q.is_cuda:  # there, the only kernel for groups with a mask writes out all the scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, E) twice
@@ -192,7 +192,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, cache: KVCache | None = None
+        self, x: torch.Tensor, rotation: RopeTable, mask: torch.Tensor | None, cache: KVCache | None = None
     ) -> torch.Tensor:
         x = x + self.drop(self.attention(self.attention_norm(x), rotation, mask, cache))  # (B, T, D)
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
@@ -219,11 +219,11 @@ class Llama(nn.Module):
         self.output = linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.frequencies = rotary_frequencies(config)  # no buffer: casting the model to bf16 must not round it
-        self.reset(generator or seeds.generator("cpu", 0, "init"))
+        self.inv_freq = rope_inv_freq(config)  # no buffer: casting the model to bf16 must not round it
+        self.init_weights(generator or seeds.generator("cpu", 0, "init"))
 
     @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """Draw all weights anew."""
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
@@ -234,10 +234,10 @@ class Llama(nn.Module):
                 weight.normal_(0.0, self.config.init_std / shrink, generator=generator)
 
     def forward(
-        self, tokens: torch.Tensor, *, segments: torch.Tensor | None = None, cache: KVCache | None = None
+        self, tokens: torch.Tensor, *, segment_ids: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
         """Logits of each position's next token: tokens (B, T) int64 -> (B, T, V) float32. See `hidden`."""
-        return self.head(self.hidden(tokens, segments=segments, cache=cache))
+        return self.head(self.hidden(tokens, segment_ids=segment_ids, cache=cache))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) float32 from hidden states (..., D); fp32 even under autocast, for bf16 rounds away PPO."""
@@ -245,22 +245,22 @@ class Llama(nn.Module):
             return F.linear(hidden.float(), self.output.weight.float())  # (..., V)
 
     def hidden(
-        self, tokens: torch.Tensor, *, segments: torch.Tensor | None = None, cache: KVCache | None = None
+        self, tokens: torch.Tensor, *, segment_ids: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
         """The residual stream after the last norm: tokens (B, T) int64 -> (B, T, D).
 
-        `segments` (B, T) int64 says which tokens of a row belong together: a token attends to earlier tokens of its own
-        segment only, and its position counts from 0 inside it. Padding is segment 0, on either side; several texts in
-        one row are 1, 2, 3, …, and -1 is a beginning that all of them go on from: several answers to one prompt.
-        None: each row is one sequence (right padding then needs no segments, since no real token can see what comes
-        after it). `cache` holds the earlier tokens of the same rows and takes in these.
+        `segment_ids` (B, T) int64 says which tokens of a row belong together: a token attends to earlier tokens of its
+        own segment only, and its position counts from 0 inside it. Padding is segment 0, on either side. Several texts
+        in one row are 1, 2, 3, …; -1 is a prefix that all of them see, as several responses to one prompt do.
+        None: each row is one sequence. Right padding then needs no segment ids, since no real token attends to what
+        comes after it. `cache` holds the earlier tokens of the same rows, and these are appended to it.
         Raises `UserError` for rows beyond max_seq_len or ids beyond the vocabulary.
         """
         x = F.dropout(self.embed(tokens), self.config.embed_dropout, self.training)  # (B, T, D)
-        rotation, mask = self.layout(tokens, segments, cache)
+        rotation, mask = self.rope_and_mask(tokens, segment_ids, cache)
         for layer in self.layers:
             if self.config.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = recomputed(layer, x, rotation, mask)  # (B, T, D)
+                x = checkpointed_block(layer, x, rotation, mask)  # (B, T, D)
             else:
                 x = layer(x, rotation, mask, cache)  # (B, T, D)
         if cache is not None:
@@ -278,32 +278,32 @@ class Llama(nn.Module):
             f"vocabulary has {size}, so use the tokenizer that the model was trained with."
         )
 
-    def layout(
-        self, tokens: torch.Tensor, segments: torch.Tensor | None, cache: KVCache | None
-    ) -> tuple[Rotation, torch.Tensor | None]:
+    def rope_and_mask(
+        self, tokens: torch.Tensor, segment_ids: torch.Tensor | None, cache: KVCache | None
+    ) -> tuple[RopeTable, torch.Tensor | None]:
         """The rotation of each position, and the attention mask (B, 1, T, S), or None where none is needed."""
         start = 0 if cache is None else cache.length
         end, device = start + tokens.shape[1], tokens.device
-        if cache is not None and segments is not None:
-            cache.segments[:, start:end], cache.plain = segments, False
+        if cache is not None and segment_ids is not None:
+            cache.segment_ids[:, start:end], cache.unpadded = segment_ids, False
         check(
-            segments is not None or end <= self.config.max_seq_len,
+            segment_ids is not None or end <= self.config.max_seq_len,
             f"A row of {end} tokens is longer than the context, model.max_seq_len {self.config.max_seq_len}: "
             "cut the text, or train a model with a longer context.",
         )
-        unmasked = segments is None if cache is None else cache.plain and (start == 0 or end - start == 1)
+        unmasked = segment_ids is None if cache is None else cache.unpadded and (start == 0 or end - start == 1)
         if unmasked:
             positions, mask = torch.arange(start, end, device=device)[None], None  # (1, T)
         else:
-            seen = segments if cache is None else cache.segments[:, :end]  # (B, S)
-            visible = visibility(seen[:, start:], seen)  # (B, T, S)
+            seen = segment_ids if cache is None else cache.segment_ids[:, :end]  # (B, S)
+            visible = attention_mask(seen[:, start:], seen)  # (B, T, S)
             positions = visible.sum(-1) - 1  # (B, T) how many of its own segment came before
             mask = visible[:, None]  # (B, 1, T, S)
-        angles = positions[:, None, :, None] * self.frequencies.to(device)  # (1 or B, 1, T, E/2)
+        angles = positions[:, None, :, None] * self.inv_freq.to(device)  # (1 or B, 1, T, E/2)
         return (angles.cos(), angles.sin()), mask
 
 
-def recomputed(layer: Block, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
+def checkpointed_block(layer: Block, x: torch.Tensor, rotation: RopeTable, mask: torch.Tensor | None) -> torch.Tensor:
     """Run a block, keep only its input, and run it again in the backward pass (arXiv:1604.06174)."""
     same_adapter = adapter(layer, active_adapter(layer))  # the one that is on now, whichever is on by then
     contexts = (contextlib.nullcontext(), same_adapter)
@@ -320,35 +320,35 @@ class ScalarLlama(Llama):
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
         super().__init__(config, generator=generator)
         del self.output
-        self.scalar_head = linear(config.dim, 1)
-        nn.init.zeros_(self.scalar_head.weight)
+        self.value_head = linear(config.dim, 1)
+        nn.init.zeros_(self.value_head.weight)
 
     def forward(
-        self, tokens: torch.Tensor, *, segments: torch.Tensor | None = None, cache: KVCache | None = None
+        self, tokens: torch.Tensor, *, segment_ids: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
         """One number per position: tokens (B, T) int64 -> (B, T) float32."""
-        return self.head(self.hidden(tokens, segments=segments, cache=cache))
+        return self.head(self.hidden(tokens, segment_ids=segment_ids, cache=cache))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scalars (...,) float32 from hidden states (..., D)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            head = self.scalar_head
+            head = self.value_head
             return F.linear(hidden.float(), head.weight.float(), head.bias).squeeze(-1)  # (...,)
 
 
 @torch.no_grad()
 def attention_weights(
-    model: Llama, tokens: torch.Tensor, *, segments: torch.Tensor | None = None
+    model: Llama, tokens: torch.Tensor, *, segment_ids: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
     """What every head looks at, written out: tokens (B, T) -> per layer (B, H, T, T), rows summing to 1.
 
     The model itself never holds these: `scaled_dot_product_attention` goes from q, k and v to the mix.
     """
-    segments = torch.ones_like(tokens) if segments is None else segments
-    rotation, mask = model.layout(tokens, segments, None)  # mask (B, 1, T, T)
+    segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
+    rotation, mask = model.rope_and_mask(tokens, segment_ids, None)  # mask (B, 1, T, T)
     x, weights = model.embed(tokens), []  # (B, T, D)
     for layer in model.layers:
-        q, k, _ = layer.attention.heads(layer.attention_norm(x), rotation)  # (B, H, T, E), (B, G, T, E)
+        q, k, _ = layer.attention.qkv(layer.attention_norm(x), rotation)  # (B, H, T, E), (B, G, T, E)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, E)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T)
         weights.append(scores.float().masked_fill(~mask, -math.inf).softmax(-1))  # (B, H, T, T)

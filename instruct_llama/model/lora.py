@@ -32,11 +32,11 @@ class QuantMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.dequantise().to(x.dtype))  # (..., in) -> (..., out)
+        return F.linear(x, layer.dequantize().to(x.dtype))  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        weight = ctx.layer.dequantise().to(grad.dtype)  # (out, in)
+        weight = ctx.layer.dequantize().to(grad.dtype)  # (out, in)
         return (grad @ weight).to(ctx.dtype), None  # (..., out) -> (..., in)
 
 
@@ -44,8 +44,8 @@ class QuantLinear(nn.Module):
     """A frozen linear layer stored in 4 bits (QLoRA, arXiv:2305.14314, section 3), quantised on the device it is on.
 
     Each weight is one of 16 numbers (NF4: quantiles of a normal; FP4: tiny floats) times the scale of its block;
-    `double` stores the scales in 8 bits too. The 4-bit data are no parameter and no buffer: a change of dtype does not
-    touch them, and a state dict does not hold them: save adapters, and quantise the base again (P17).
+    `double_quant` stores the scales in 8 bits too. The 4-bit data are neither parameters nor buffers: a change of dtype
+    leaves them alone, and a state dict does not hold them: save the adapters, and quantise the base again (P17).
     Raises RuntimeError when moved to another device.
     """
 
@@ -53,29 +53,29 @@ class QuantLinear(nn.Module):
         super().__init__()
         import bitsandbytes.functional as bnb  # takes seconds to import, so only where it is used
 
-        self.undo = bnb.dequantize_4bit
+        self.dequantize_4bit = bnb.dequantize_4bit
         self.out_features, self.in_features = dense.weight.shape
-        self.packed, self.scales = bnb.quantize_4bit(
+        self.qweight, self.quant_state = bnb.quantize_4bit(
             # As one line of numbers: on the CPU, bitsandbytes 0.50 reads a matrix back with the wrong scales
             # where a block ends inside a row, silently.
             dense.weight.detach().float().flatten(),  # (out * in,)
             blocksize=config.block_size,
-            compress_statistics=config.double,
+            compress_statistics=config.double_quant,
             quant_type=config.kind,
         )  # (out * in / 2, 1) uint8, two weights to a byte; and what is needed to undo it
-        self.kept: torch.Tensor | None = None  # the same made dense, inside `kept_dense`
+        self.cached_dense: torch.Tensor | None = None  # the same made dense, inside `cache_dense_weights`
 
-    def dequantise(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """The weights this layer computes with: (out, in) float32."""
-        if self.kept is not None:
-            return self.kept
-        return self.undo(self.packed, self.scales).view(self.out_features, self.in_features)
+        if self.cached_dense is not None:
+            return self.cached_dense
+        return self.dequantize_4bit(self.qweight, self.quant_state).view(self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return QuantMatmul.apply(x, self)  # (..., in) -> (..., out)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        here, there = self.packed.device, fn(torch.empty(0, device=self.packed.device)).device
+        here, there = self.qweight.device, fn(torch.empty(0, device=self.qweight.device)).device
         if here != there:
             raise RuntimeError(
                 f"A 4-bit layer cannot move from {here} to {there}: its data may be laid out for {here}. "
@@ -84,7 +84,7 @@ class QuantLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.scales.quant_type}"
+        return f"{self.in_features}, {self.out_features}, {self.quant_state.quant_type}"
 
 
 class LoRALinear(nn.Module):
@@ -100,7 +100,7 @@ class LoRALinear(nn.Module):
 
     def add(self, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
         """A new adapter: A from a uniform distribution, B zero, so that at first it changes nothing."""
-        device = (self.base.packed if isinstance(self.base, QuantLinear) else self.base.weight).device
+        device = (self.base.qweight if isinstance(self.base, QuantLinear) else self.base.weight).device
         a = torch.empty(config.rank, self.base.in_features)  # (rank, in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.A[name] = nn.Parameter(a.to(device))
@@ -117,27 +117,27 @@ class LoRALinear(nn.Module):
 
     def dense(self) -> torch.Tensor:
         """The base's weights as this layer computes with them: (out, in) float32."""
-        return self.base.dequantise() if isinstance(self.base, QuantLinear) else self.base.weight.detach().float()
+        return self.base.dequantize() if isinstance(self.base, QuantLinear) else self.base.weight.detach().float()
 
 
 @contextlib.contextmanager
-def kept_dense(model: nn.Module) -> Iterator[None]:
+def cache_dense_weights(model: nn.Module) -> Iterator[None]:
     """Inside, a model on the CPU makes its 4-bit weights dense once, and not again for every token that it samples.
 
     A GPU, whose memory 4 bits are there to save, goes on as before.
     """
     quantised = (layer for layer in model.modules() if isinstance(layer, QuantLinear))
-    layers = [layer for layer in quantised if layer.packed.device.type == "cpu"]
+    layers = [layer for layer in quantised if layer.qweight.device.type == "cpu"]
     for layer in layers:
-        layer.kept = layer.dequantise()
+        layer.cached_dense = layer.dequantize()
     try:
         yield
     finally:
         for layer in layers:
-            layer.kept = None
+            layer.cached_dense = None
 
 
-def misfits(own: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> list[str]:
+def state_dict_mismatches(own: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> list[str]:
     """Every key that is missing, unexpected or misshapen, as a clause each, from the shapes by name (P18)."""
     problems = [f"{key} is missing" for key in own if key not in given]
     problems += [f"{key} is unexpected" for key in given if key not in own]
@@ -153,25 +153,25 @@ def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, layer) for path, layer in model.named_modules() if path.rpartition(".")[2] in PROJECTIONS]
 
 
-def adapted(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     """(path, layer) of the layers that have adapters."""
     return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALinear)]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters, in the order they were added."""
-    return list(dict.fromkeys(name for _, layer in adapted(model) for name in layer.configs))
+    return list(dict.fromkeys(name for _, layer in adapted_layers(model) for name in layer.configs))
 
 
-def having(model: nn.Module, name: str) -> list[tuple[str, LoRALinear]]:
+def layers_with_adapter(model: nn.Module, name: str) -> list[tuple[str, LoRALinear]]:
     """(path, layer) of the layers that have the adapter `name`. Raises `UserError` when none has."""
-    found = [(path, layer) for path, layer in adapted(model) if name in layer.configs]
+    found = [(path, layer) for path, layer in adapted_layers(model) if name in layer.configs]
     known = ", ".join(adapter_names(model)) or "none"
     check(bool(found), f"The model has no adapter {name!r}; it has {known}: add_adapter makes one.")
     return found
 
 
-def quantise(model: nn.Module, config: QuantConfig) -> None:
+def quantize(model: nn.Module, config: QuantConfig) -> None:
     """Store the blocks' seven projections in 4 bits, in place, on the device they are on; kind "none" does nothing.
 
     Raises `UserError` when that was done before, or adapters are there already.
@@ -183,7 +183,7 @@ def quantise(model: nn.Module, config: QuantConfig) -> None:
         model.set_submodule(path, QuantLinear(layer, config))
 
 
-def is_quantised(model: nn.Module) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Whether the projections are in 4 bits already."""
     return any(isinstance(layer, QuantLinear) for _, layer in projections(model))
 
@@ -197,31 +197,31 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, generator: torc
     check(config.rank > 0, f"The adapter {name!r} has rank 0, which means none: set lora.rank, 8 for example.")
     check(name not in adapter_names(model), f"There is an adapter {name!r} already: choose another name.")
     for path, layer in projections(model):
-        if path.rpartition(".")[2] in config.targets:
+        if path.rpartition(".")[2] in config.target_modules:
             if not isinstance(layer, LoRALinear):
                 model.set_submodule(path, layer := LoRALinear(layer))
             layer.add(name, config, generator)
-    for parameter in no_adapters(model).values():
+    for parameter in base_parameters(model).values():
         parameter.requires_grad_(False)
 
 
-def no_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters, by name: all that are not part of an adapter."""
-    adapters = {id(p) for _, layer in adapted(model) for p in (*layer.A.values(), *layer.B.values())}
+    adapters = {id(p) for _, layer in adapted_layers(model) for p in (*layer.A.values(), *layer.B.values())}
     return {name: p for name, p in model.named_parameters() if id(p) not in adapters}
 
 
 def use_adapter(model: nn.Module, name: str | None) -> None:
     """Make one adapter active from now on; None is the bare base. Raises `UserError` for an unknown name."""
     if name is not None:
-        having(model, name)
-    for _, layer in adapted(model):
+        layers_with_adapter(model, name)
+    for _, layer in adapted_layers(model):
         layer.active = name if name in layer.configs else None
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the adapter that is active, or None."""
-    return next((layer.active for _, layer in adapted(model) if layer.active is not None), None)
+    return next((layer.active for _, layer in adapted_layers(model) if layer.active is not None), None)
 
 
 class adapter:
@@ -240,24 +240,28 @@ class adapter:
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     """The trainable matrices of one adapter."""
-    return [matrix for _, layer in having(model, name) for matrix in (layer.A[name], layer.B[name])]
+    return [matrix for _, layer in layers_with_adapter(model, name) for matrix in (layer.A[name], layer.B[name])]
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """One adapter as {"layers.0.attention.wq.A": (rank, in), "….B": (out, rank), …}, without its name."""
     return {
-        f"{path}.{side}": getattr(layer, side)[name].detach() for path, layer in having(model, name) for side in "AB"
+        f"{path}.{side}": getattr(layer, side)[name].detach()
+        for path, layer in layers_with_adapter(model, name)
+        for side in "AB"
     }
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, name: str, state: dict[str, torch.Tensor], beside: Collection[str] = ()) -> None:
+def load_adapter(
+    model: nn.Module, name: str, state: dict[str, torch.Tensor], modules_to_save: Collection[str] = ()
+) -> None:
     """Copy a saved adapter into the adapter `name`, and the parameters that were trained `beside` it into the model's.
 
     Raises `UserError` that lists every missing, unexpected and wrongly shaped key, and then copies nothing (P18).
     """
-    own = adapter_state(model, name) | {key: p for key, p in no_adapters(model).items() if key in beside}
-    problems = misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
+    own = adapter_state(model, name) | {key: p for key, p in base_parameters(model).items() if key in modules_to_save}
+    problems = state_dict_mismatches({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
     check(not problems, f"The adapter does not fit {name!r}: {'; '.join(problems)}. Use the settings of its run.")
     for key, tensor in own.items():
         tensor.copy_(state[key])
@@ -283,7 +287,7 @@ def merge(
     "original" adds them to the `original` dense weights: another model than the trained one where the base is in
     4 bits (P16). Raises `UserError` for an unknown adapter, or when `original` is missing or not dense.
     """
-    having(model, name)
+    layers_with_adapter(model, name)
     check((into == "original") == (original is not None), 'merge needs `original` for into="original", and only then.')
     weights = dict(projections(original)) if original is not None else {}
     check(all(type(layer) is nn.Linear for layer in weights.values()), "The `original` of merge must be a dense model.")

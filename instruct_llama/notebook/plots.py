@@ -156,9 +156,9 @@ def ppo_panel(history: History) -> Picture:
     """The eight curves that tell how PPO fares, over its iterations."""
     history = list(history)
     figure, axes = panels(2, 4, (10.0, 4.0), sharex=True)
-    groups = ("score penalised", "true_reward", "kl kl_k3", "length", "entropy", "clip_fraction", "explained_variance",
-              "ratio")  # fmt: skip
-    names = {"penalised": "less KL penalty", "kl": "k1 estimate", "kl_k3": "k3 estimate"}
+    groups = ("score rlhf_reward", "true_reward", "kl kl_k3", "response_length", "entropy", "clip_frac",
+              "explained_variance", "ratio_abs_error")  # fmt: skip
+    names = {"rlhf_reward": "less KL penalty", "kl": "k1 estimate", "kl_k3": "k3 estimate"}
     for ax, group in zip(axes.flat, groups, strict=True):
         _draw(ax, history, [f"ppo/{k}" for k in group.split()], labels=[names.get(k, k) for k in group.split()])
     for ax in axes[0]:

@@ -29,9 +29,11 @@ STYLE = {
 LABELS = {  # by the last part of a metric's key
     "loss": "loss (nats)", "accuracy": "accuracy (share)", "lr": "learning rate", "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second", "gap": "chosen − rejected (score)", "score": "RM score (deviations)",
-    "true_reward": "true reward (0 to 1)", "kl": "KL (nats per answer)", "length": "length (tokens)",
-    "entropy": "entropy (nats per token)", "clip_fraction": "clipped (share of tokens)",
-    "explained_variance": "explained variance (share)", "ratio": "mean |ratio - 1|", "ended": "ended (share)",
+    "true_reward": "true reward (0 to 1)", "kl": "KL (nats per answer)", "response_length": "length (tokens)",
+    "entropy": "entropy (nats per token)", "clip_frac": "clipped (share of tokens)",
+    "explained_variance": "explained variance (share)", "ratio": "mean ratio",
+    "ratio_abs_error": "mean |ratio - 1|", "approx_kl": "KL of old to new policy (nats per token)",
+    "eos_rate": "with end token (share)",
 }
 # fmt: on
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, UserError, check
 from ..model.llama import attention_weights
-from ..model.sampling import evaluating, filter_logits, generate
+from ..model.sampling import eval_mode, filter_logits, generate
 from ..worlds import tinychat
 from .plots import HATCHES, attention_grid, bars, codebook, is_live, rope_picture
 from .style import COLOURS, Picture, panels, shade, style, visible
@@ -97,7 +97,7 @@ def sampling_playground(model: Any, tokenizer: Any, prompt: Any, *, temperature:
                         top_p: float = 0.9, chat: bool = True) -> None:  # fmt: skip
     """What temperature, top-k and top-p do to the next token after `prompt` (with `chat=False`, raw running text)."""
     tokens = _encode(model, tokenizer, prompt, chat)
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         logits = model(tokens)[0, -1].float().cpu()  # (V,)
     _show(
         lambda **settings: sampling_picture(logits, tokenizer, **settings),
@@ -111,7 +111,7 @@ def attention_viewer(model: Any, tokenizer: Any, text: Any, *, layer: int = 0, h
                      chat: bool = True) -> None:  # fmt: skip
     """Who looks at whom in `text`, layer by layer and head by head."""
     tokens = _encode(model, tokenizer, text, chat)
-    with evaluating(model):
+    with eval_mode(model):
         weights = [layer[0].float().cpu() for layer in attention_weights(model, tokens)]  # each (H, T, T)
     pieces, heads = tokenizer.pieces(tokens[0].tolist()), list(range(len(weights[0])))
 
@@ -249,7 +249,7 @@ STRIPS = {"kl": "KL to the reference (nats per token)", "rewards": "reward (scor
           "values": "value (score units)", "advantages": "advantage (deviations)"}  # fmt: skip
 
 
-def episode_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rewards"), tokenizer: Any = None) -> Page:
+def rollout_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rewards"), tokenizer: Any = None) -> Page:
     """One episode of `samples.jsonl`: prompt, answer, scores, and its tokens coloured by each of `strips`."""
     pieces = episode.get("pieces") or tokenizer.pieces(tokenizer.encode(episode["response"]))
     strips = [name for name in strips if episode.get(name)]
@@ -269,26 +269,26 @@ def episode_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rew
     return Page(html, "\n".join([head, *texts, *rows]))
 
 
-def rollout_browser(episodes: Sequence[Mapping[str, Any]], tokenizer: Any = None, *, count: int = 3) -> None:
+def rollout_browser(rollouts: Sequence[Mapping[str, Any]], tokenizer: Any = None, *, count: int = 3) -> None:
     """PPO's logged episodes: `count` from the first iteration to the last, or of one iteration, coloured by token.
 
     An episode is a record of `samples.jsonl`; `tokenizer` is needed only where a record has no "pieces".
     """
-    check(len(episodes) > 0, "rollout_browser was given no episodes: read them from the run's samples.jsonl.")
-    spread = sorted({round(i) for i in np.linspace(0, len(episodes) - 1, count)})
+    check(len(rollouts) > 0, "rollout_browser was given no episodes: read them from the run's samples.jsonl.")
+    spread = sorted({round(i) for i in np.linspace(0, len(rollouts) - 1, count)})
 
     def draw(iteration: int | None, colour: tuple[str, ...]) -> Page:
-        at = spread if iteration is None else [i for i, e in enumerate(episodes) if e["step"] == iteration][:count]
-        pages = [episode_page(episodes[i], colour, tokenizer) for i in at]
+        at = spread if iteration is None else [i for i, e in enumerate(rollouts) if e["step"] == iteration][:count]
+        pages = [rollout_page(rollouts[i], colour, tokenizer) for i in at]
         return Page("<hr>".join(page.html for page in pages), "\n\n".join(page.text for page in pages))
 
     colours = [("KL and reward", ("kl", "rewards")), *((STRIPS[name], (name,)) for name in STRIPS)]
-    iterations = [("first to last", None), *((str(step), step) for step in sorted({e["step"] for e in episodes}))]
+    iterations = [("first to last", None), *((str(step), step) for step in sorted({e["step"] for e in rollouts}))]
     _show(draw, iteration=_choice(None, iterations), colour=_choice(("kl", "rewards"), colours))
 
 
-def answers_page(answers: Mapping[str, Sequence[str]], prompts: Sequence[Any]) -> Page:
-    """A table: a row for each prompt, a column for each model; `answers` is {model: answers in the prompts' order}."""
+def responses_page(answers: Mapping[str, Sequence[str]], prompts: Sequence[Any]) -> Page:
+    """A table: a row for each prompt, a column for each model; `answers` is {model: responses, one a prompt}."""
     rows = [[_words(prompt), *row] for prompt, *row in zip(prompts, *answers.values(), strict=True)]
     rows.insert(0, ["prompt", *answers])
     cells = [[f'<td style="{BOX};vertical-align:top">{escape(text)}</td>' for text in row] for row in rows]
@@ -306,7 +306,7 @@ def side_by_side(models: Mapping[str, tuple[Any, Any]], prompts: Sequence[Any] =
             model, tokenizer, list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
         answers[name] = [f"{text}{_worth(prompt, text)}" for prompt, text in zip(prompts, texts, strict=True)]
-    return answers_page(answers, prompts)
+    return responses_page(answers, prompts)
 
 
 def _worth(prompt: Any, text: str) -> str:
@@ -327,7 +327,7 @@ def compare_chat(models: Mapping[str, tuple[Any, Any]], prompt: Any, *, max_new_
 
     def ask(names: Sequence[str], prompts: Sequence[Any]) -> Page:
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        return answers_page({name: generate(*models[name], prompts, **options) for name in names}, prompts)
+        return responses_page({name: generate(*models[name], prompts, **options) for name in names}, prompts)
 
     handle = display(ask(list(models), prompts), display_id=True)
     if is_live():

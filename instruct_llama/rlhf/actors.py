@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OptimConfig
-from .rollout import Episodes, SpecialTokens
+from ..model.sampling import SpecialTokens
+from .rollout import Rollouts
 
 Role = Literal["policy", "reference", "value", "reward"]
 
@@ -39,7 +40,7 @@ class Actors(Protocol):
         """Clip each network's gradient, step, clear; the norms before clipping. Raises `UserError` if one, or the loss,
         is not finite."""
 
-    def map(self, function: Callable[[int], Episodes], n: int) -> list[Episodes]:
+    def map(self, function: Callable[[int], Rollouts], n: int) -> list[Rollouts]:
         """[function(0), …, function(n - 1)]; several processes share the calls, and each gets the whole list."""
 
     def shard_rows(self, rows: Sequence[int]) -> tuple[list[int], int]:

@@ -6,7 +6,7 @@ Three conventions hold for all of them.
   including its end token. What a (B, T) input holds elsewhere, even NaN, reaches neither a value nor a gradient.
 * **Losses are sums.** A function called `..._loss` or `..._sum` adds over the masked tokens. The caller divides by
   the number of tokens in the whole minibatch, so that splitting it into micro-batches changes nothing. (The one
-  exception is `ranking_loss`, a mean over prompts.) Metrics, like `clip_fraction`, are means over the masked tokens.
+  exception is `ranking_loss`, a mean over prompts.) Metrics, like `clip_frac`, are means over the masked tokens.
 * **Everything is computed in float32**, whatever comes in. In bfloat16 the rounding of the logits is as large as the
   difference between two policies that PPO learns from.
 
@@ -35,14 +35,14 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
-def answer_sum(x: Tensor, mask: Tensor) -> Tensor:
+def response_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of x (B, T) over each answer's own tokens: (B,). Of `kl_k1` it gives the KL of each answer, in nats."""
     return torch.where(mask, x.float(), 0.0).sum(dim=1)
 
 
-def answer_mean(x: Tensor, mask: Tensor) -> Tensor:
+def response_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (B, T) over each answer's own tokens: (B,); 0 for an answer without tokens."""
-    return answer_sum(x, mask) / mask.sum(dim=1).clamp(min=1)
+    return response_sum(x, mask) / mask.sum(dim=1).clamp(min=1)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -96,7 +96,7 @@ def entropy(logprobs_full: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- reward model
 
 
-def score_at_end(scores: Tensor, ends: Tensor) -> Tensor:
+def pool_last_token(scores: Tensor, ends: Tensor) -> Tensor:
     """The score of each sequence, read at its end token: scores (N, T) and ends (N,), the index of it, give (N,)."""
     return scores.float().gather(1, ends.unsqueeze(1)).squeeze(1)
 
@@ -221,27 +221,27 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> Tensor:
     """-min(ratio A, clamp(ratio, 1-clip, 1+clip) A), summed over the masked tokens: a scalar.
 
-    All (B, T). The gradient stops where the ratio has already moved by `clip` in the advantage's direction.
+    All (B, T). The gradient stops where the ratio has already moved by `cliprange` in the advantage's direction.
     PPO, arXiv:1707.06347, equation 7.
     """
     ratio = torch.where(mask, log_ratio(logprobs, old_logprobs), 0.0).exp()  # (B, T)
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
     return -masked_sum(gain, mask)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float) -> Tensor:
     """(value - return)^2 / 2, summed over the masked tokens: a scalar. All (B, T).
 
     With clip > 0 the larger of this and the same for the value kept within +-clip of its old estimate: a value
-    that has already moved by `clip` towards the return stops there. clip = 0 turns that off.
+    that has already moved by `cliprange` towards the return stops there. clip = 0 turns that off.
     """
     values, old_values, returns = (torch.where(mask, x.float(), 0.0) for x in (values, old_values, returns))
     error = (values - returns).square()  # (B, T)
-    if clip > 0:
-        near_old = old_values + (values - old_values).clamp(-clip, clip)
+    if cliprange_value > 0:
+        near_old = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
         error = torch.maximum(error, (near_old - returns).square())
     return 0.5 * error.sum()
 
@@ -254,12 +254,22 @@ def entropy_loss(logprobs_full: Tensor, mask: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- what to watch in PPO
 
 
-def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip: float) -> Tensor:
+def clip_frac(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, cliprange: float) -> Tensor:
     """Share of the masked tokens whose ratio lies outside 1 +- clip: a scalar in [0, 1]."""
-    return masked_mean((log_ratio(logprobs, old_logprobs).exp() - 1).abs() > clip, mask)
+    return masked_mean((log_ratio(logprobs, old_logprobs).exp() - 1).abs() > cliprange, mask)
 
 
-def ratio_error(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+def mean_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the ratio p / p_old over the masked tokens: a scalar, near 1 for every policy: see `ratio_abs_error`."""
+    return masked_mean(log_ratio(logprobs, old_logprobs).exp(), mask)
+
+
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """KL of the old policy to the new one per token, by k3 on the old one's samples: a scalar in nats, not below 0."""
+    return masked_mean(kl_k3(old_logprobs, logprobs), mask)
+
+
+def ratio_abs_error(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Mean of |ratio - 1| over the masked tokens: a scalar, 0 before the first update.
 
     Watch this and not the mean ratio, whose expectation is 1 under any two policies: sum_a old(a) new(a)/old(a) = 1.
@@ -281,11 +291,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(total > 1e-12, 1 - unexplained / total.clamp(min=1e-12), 0.0)
 
 
-def ppo_alarm(first_ratio_error: float, kl: float, kl_stderr: float, clip_fraction: float) -> list[str]:
+def ppo_warnings(first_ratio_error: float, kl: float, kl_stderr: float, clip_frac: float) -> list[str]:
     """What is probably broken, judged by one iteration's figures: a list of sentences, empty if all is well.
 
-    first_ratio_error: `ratio_error` of the first mini-batch, before any update. kl and kl_stderr: mean k1 per answer
-    and its standard error, in nats. clip_fraction: over the whole update.
+    first_ratio_error: `ratio_abs_error` of the first mini-batch, before any update. kl and kl_stderr: mean k1 per
+    response and its standard error, in nats. clip_frac: over the whole update.
     """
     alarms = []
     if not first_ratio_error <= 0.05:
@@ -298,9 +308,9 @@ def ppo_alarm(first_ratio_error: float, kl: float, kl_stderr: float, clip_fracti
             f"The KL is {kl:.3f} nats, {-kl / max(kl_stderr, 1e-9):.1f} standard errors below 0, which no true KL is: "
             "policy and reference differ in temperature or alignment, or padding is counted."
         )
-    if clip_fraction > 0.5:
+    if clip_frac > 0.5:
         alarms.append(
-            f"{clip_fraction:.0%} of the tokens are clipped: steps are too large. "
+            f"{clip_frac:.0%} of the tokens are clipped: steps are too large. "
             "Lower the learning rate or the number of epochs, or make the mini-batches larger."
         )
     return alarms

@@ -18,7 +18,7 @@ from ..config import PPOConfig, Settings, check
 from ..data.batching import Dialog, fit_prompt
 from ..data.tokenizer import Tokenizer
 from ..rlhf import losses, ppo, rollout
-from ..rlhf.rollout import Episodes
+from ..rlhf.rollout import Rollouts
 from ..training import checkpoint, distributed, loop, memory, optim, run_log
 from ..training.actors import FourModels, SharedBase, four_models, shared_base
 from ..training.device import pick_device
@@ -30,42 +30,45 @@ from .start import training_folder
 Actors = FourModels | SharedBase
 
 
-def answer_texts(tokenizer: Tokenizer, episodes: Episodes) -> list[str]:
+def response_texts(tokenizer: Tokenizer, rollouts: Rollouts) -> list[str]:
     """The answers as text, for people and for the true reward; training never sees these (P38)."""
-    return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(episodes.answers, episodes.mask, strict=True)]
+    return [
+        tokenizer.decode(ids[keep].tolist())
+        for ids, keep in zip(rollouts.responses, rollouts.response_mask, strict=True)
+    ]
 
 
-def true_rewards(tokenizer: Tokenizer, episodes: Episodes, prompts: Sequence[Any]) -> list[float]:
+def true_rewards(tokenizer: Tokenizer, rollouts: Rollouts, prompts: Sequence[Any]) -> list[float]:
     """The embedded world's true reward of each answer."""
-    texts = answer_texts(tokenizer, episodes)
+    texts = response_texts(tokenizer, rollouts)
     return [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def iteration_metrics(
-    actors: Actors, config: PPOConfig, episodes: Episodes, kl_coef: float, prompts: Sequence[Any] | None
+    actors: Actors, config: PPOConfig, rollouts: Rollouts, kl_coef: float, prompts: Sequence[Any] | None
 ) -> dict[str, float]:  # fmt: skip
     """The curves of an iteration, with the true reward where the embedded world knows it."""
-    metrics = rollout.rollout_metrics(episodes, config, kl_coef)
+    metrics = rollout.rollout_metrics(rollouts, config, kl_coef)
     if prompts is not None:
-        metrics["ppo/true_reward"] = float(np.mean(true_rewards(actors.tokenizer, episodes, prompts)))
+        metrics["ppo/true_reward"] = float(np.mean(true_rewards(actors.tokenizer, rollouts, prompts)))
     return metrics
 
 
-def episode_records(
-    tokenizer: Tokenizer, episodes: Episodes, n: int, prompts: Sequence[Any] | None
+def rollout_records(
+    tokenizer: Tokenizer, rollouts: Rollouts, n: int, prompts: Sequence[Any] | None
 ) -> list[dict[str, Any]]:
     """The first n episodes token by token, for samples.jsonl and the rollout browser."""
-    texts, made = answer_texts(tokenizer, episodes), []
-    for i in range(min(n, len(episodes))):
-        keep = episodes.mask[i]
+    texts, made = response_texts(tokenizer, rollouts), []
+    for i in range(min(n, len(rollouts))):
+        keep = rollouts.response_mask[i]
         record = {
-            "prompt": tokenizer.decode(episodes.prompts[i]).strip(),
+            "prompt": tokenizer.decode(rollouts.prompts[i]).strip(),
             "response": texts[i],
-            "pieces": tokenizer.pieces(episodes.answers[i][keep].tolist()),
-            "score": float(episodes.scores[i]),
-            "kl": (episodes.logprobs - episodes.ref_logprobs)[i][keep].tolist(),
+            "pieces": tokenizer.pieces(rollouts.responses[i][keep].tolist()),
+            "score": float(rollouts.scores[i]),
+            "kl": (rollouts.logprobs - rollouts.ref_logprobs)[i][keep].tolist(),
         }
-        record |= {key: getattr(episodes, key)[i][keep].tolist() for key in ("rewards", "values", "advantages")}
+        record |= {key: getattr(rollouts, key)[i][keep].tolist() for key in ("rewards", "values", "advantages")}
         if prompts is not None:
             record["true_reward"] = tinychat.true_reward(prompts[i], texts[i]).total
         made.append(record)
@@ -76,15 +79,15 @@ def evaluate_policy(
     actors: Actors, config: PPOConfig, prompts: list[list[int]], true_prompts: Any, kl_coef: float
 ) -> dict[str, float]:  # fmt: skip
     """Score, KL, objective and true reward on held-out prompts, from a fixed seed."""
-    episodes = ppo.generate_responses(actors, config, prompts, seeds.generator(actors.device, 0, "validation"))
-    ppo.score_rollouts(actors, config, episodes)
-    kl = episodes.kl()  # (B,)
-    each = {"score": episodes.scores, "kl": kl, "objective": episodes.scores - kl_coef * kl}  # (B,) each
+    rollouts = ppo.generate_responses(actors, config, prompts, seeds.generator(actors.device, 0, "validation"))
+    ppo.score_rollouts(actors, config, rollouts)
+    kl = rollouts.kl()  # (B,)
+    each = {"score": rollouts.scores, "kl": kl, "objective": rollouts.scores - kl_coef * kl}  # (B,) each
     figures = {key: float(value.mean()) for key, value in each.items()}
     figures["objective_stderr"] = _stderr(each["objective"])
     if true_prompts is not None:
-        figures["true_reward"] = float(np.mean(true_rewards(actors.tokenizer, episodes, true_prompts)))
-    return distributed.from_main(figures)
+        figures["true_reward"] = float(np.mean(true_rewards(actors.tokenizer, rollouts, true_prompts)))
+    return distributed.broadcast_from_main(figures)
 
 
 def is_better(figures: dict[str, float], best: dict[str, float], kl_coef: float, doubt: float = 0.0) -> bool:
@@ -103,11 +106,12 @@ def build(settings: Settings, inputs: Sequence[Path]) -> tuple[Actors, list[Dial
     # The first of the places is the policy's: there it generates its responses, and learns from them.
     device, *_ = map(pick_device, (config.devices if not shared else ()) or (settings.device,))
     check(
-        distributed.world() == 1 or not (config.swap or config.devices),
-        "ppo.swap and ppo.devices move whole networks of one process: under torchrun, take parallel.cpu_offload.",
+        distributed.world_size() == 1 or not (config.offload_inactive or config.devices),
+        "ppo.offload_inactive and ppo.devices move whole networks of one process: under torchrun, take "
+        "parallel.cpu_offload.",
     )
     start, reward = inputs
-    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), distributed.world())
+    memory.check_room(settings, "ppo", str(device), checkpoint.shape_of(start), distributed.world_size())
     records.check_vocabularies(start, reward)
     tokenizer = Tokenizer.load(start)
     if shared:
@@ -125,7 +129,7 @@ def build(settings: Settings, inputs: Sequence[Path]) -> tuple[Actors, list[Dial
 def fit_prompts(settings: Settings, actors: Actors) -> tuple[list[Any], list[list[int]], list[Any], list[list[int]]]:
     """(messages, token ids) of the training and of the held-out prompts, without those too long for the context."""
     limit = settings.ppo.max_new_tokens
-    room, found = rollout.prompt_room(actors.context, settings.ppo), []
+    room, found = rollout.max_prompt_length(actors.context, settings.ppo), []
     for prompts in records.prompts(settings):
         fitted = [(prompt, fit_prompt(actors.tokenizer, prompt, room)) for prompt in prompts]
         kept = [(prompt, ids) for prompt, ids in fitted if ids is not None]
@@ -145,10 +149,10 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     folder = training_folder("ppo", settings)
     actors, demonstrations, info = build(settings, inputs)
     settings = records.with_data(settings, settings.ppo.data)
-    batches = -(-settings.ppo.rollouts // settings.ppo.rollout_batch)
-    if batches < distributed.world():
-        idle = f"{batches} batches of prompts for {distributed.world()} processes leave some idle"
-        print(f"{idle}: lower --ppo.rollout-batch or raise --ppo.rollouts.")
+    batches = -(-settings.ppo.rollouts_per_iteration // settings.ppo.generation_batch_size)
+    if batches < distributed.world_size():
+        idle = f"{batches} batches of prompts for {distributed.world_size()} processes leave some idle"
+        print(f"{idle}: lower --ppo.generation-batch-size or raise --ppo.rollouts-per-iteration.")
     return _loop(settings, actors, demonstrations, info, RunLog(folder, settings, "ppo", inputs, watch))
 
 
@@ -179,19 +183,19 @@ def _loop(
         while iteration < config.iterations:
             drawn = ppo.draw_prompts(train_ids, config, seed, iteration)
             messages = [message_of[tuple(ids)] for ids in drawn] if world else None
-            episodes, stats = ppo.run_iteration(
+            rollouts, stats = ppo.run_iteration(
                 actors, config, drawn, optimizer, kl_coef, seed, iteration, demonstrations
             )
-            metrics = distributed.from_main(iteration_metrics(actors, config, episodes, kl_coef, messages))
+            metrics = distributed.broadcast_from_main(iteration_metrics(actors, config, rollouts, kl_coef, messages))
             metrics |= {f"ppo/{k}": v for k, v in stats.items()}
             kl_coef = losses.adaptive_kl(kl_coef, metrics["ppo/kl"], config.kl_target, config.kl_horizon)
             iteration += 1
-            for alarm in losses.ppo_alarm(
-                stats["first_ratio"], metrics["ppo/kl"], _stderr(episodes.kl()), stats["clip_fraction"]
+            for alarm in losses.ppo_warnings(
+                stats["first_ratio_abs_error"], metrics["ppo/kl"], _stderr(rollouts.kl()), stats["clip_frac"]
             ):
                 bar.write(f"iteration {iteration}: {alarm}")
             if iteration % config.sample_every == 0:
-                log.sample(iteration, episode_records(actors.tokenizer, episodes, 4, messages))
+                log.sample(iteration, rollout_records(actors.tokenizer, rollouts, 4, messages))
             if iteration % config.eval_every == 0 or iteration == config.iterations:
                 true_prompts = valid[: config.eval_prompts] if world else None
                 figures = evaluate_policy(actors, config, valid_ids[: config.eval_prompts], true_prompts, kl_coef)

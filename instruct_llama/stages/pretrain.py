@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .. import seeds
-from ..config import Settings, check, to_json
+from ..config import SamplingConfig, Settings, check, to_json
 from ..data import sources
 from ..data.batching import Batch, open_tokens, window_batch, window_order, windows, write_tokens
 from ..data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from ..model.sampling import sample
 from ..rlhf.losses import correct_sum, cross_entropy_sum
 from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
-from ..training.loop import Supervised, fit
+from ..training.loop import TrainJob, fit
 from ..training.run_log import RunLog, StageResult, Watch
 from . import records
 from .start import training_folder
@@ -34,7 +34,7 @@ from .start import training_folder
 
 def language_model_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Cross-entropy summed over the batch's targets in nats, and the number of targets guessed right."""
-    logits = model(batch.tokens, segments=batch.segments)  # (B, T, V)
+    logits = model(batch.tokens, segment_ids=batch.segment_ids)  # (B, T, V)
     loss, _ = cross_entropy_sum(logits, batch.targets, batch.loss_mask)
     return loss, {"accuracy": float(correct_sum(logits.detach(), batch.targets, batch.loss_mask))}
 
@@ -44,11 +44,11 @@ def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: st
     device = next(model.parameters()).device
     loss = accuracy = weight = 0.0
     found = {}
-    for number, batch in distributed.dealt(batches):
+    for number, batch in distributed.shard_iter(batches):
         with torch.no_grad(), autocast(precision, device):
             total, parts = language_model_loss(model, batch.to(device))
         found[number] = float(total), parts["accuracy"], batch.weight
-    for total, right, targets in distributed.merged(found).values():
+    for total, right, targets in distributed.all_gather_dict(found).values():
         loss, accuracy, weight = loss + total, accuracy + right, weight + targets
     mean = loss / max(1.0, weight)
     return {"loss": mean, "accuracy": accuracy / max(1.0, weight), "perplexity": math.exp(min(mean, 50.0))}
@@ -98,9 +98,9 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     shape = checkpoint.shape_of(Path(settings.init)) if settings.init else None
     context = (shape or settings.model).max_seq_len
     check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context, {context}: lower it.")
-    memory.check_room(settings, "pretrain", str(device), shape, distributed.world())
+    memory.check_room(settings, "pretrain", str(device), shape, distributed.world_size())
     log = RunLog(folder, settings, "pretrain", inputs, watch)
-    model = checkpoint.load_plain(settings.init, device)[0] if settings.init else None
+    model = checkpoint.load_full(settings.init, device)[0] if settings.init else None
     tokenizer, train, valid = build_tokens(settings, folder / "state" / "tokens")
     if model is None:
         shape = settings.replace(model__vocab_size=tokenizer.vocab_size).model
@@ -123,19 +123,13 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     def sample_texts() -> list[dict[str, Any]]:
         generator = seeds.generator(device, settings.seed, "pretrain_samples")
         starts_with = [tokenizer.encode(text[:40]) for text in ("Tom has", "What is", "The boy asked:")]
-        made = sample(
-            model, starts_with, max_new_tokens=48, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-            temperature=0.8, generator=generator, banned=tokenizer.banned_ids,
-        )  # fmt: skip
-        return [
-            {"text": tokenizer.decode([*p, *made.tokens[i][made.mask[i]].tolist()])}
-            for i, p in enumerate(starts_with)
-        ]
+        made = sample(model, starts_with, SamplingConfig(48, temperature=0.8), tokenizer, generator)
+        return [{"text": tokenizer.decode([*p, *ids])} for p, ids in zip(starts_with, made.ids(), strict=True)]
 
     def save(best: dict[str, float]) -> None:
         checkpoint.save_full(folder, model, tokenizer, {"stage": "pretrain", "seed": settings.seed, "best": best})
 
-    stage = Supervised(
+    stage = TrainJob(
         "pretrain", model, config.optim, config.loop, len(spans), None, batch, language_model_loss, validate,
         sample_texts, save,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def data_path(settings: Settings) -> Path | None:
         return Path(settings.data) if settings.data else None
     name, folder = settings.data, project_folder() / "data"
     path, sample = folder / f"{name}.jsonl", public_sets.SETS[name].sample
-    if distributed.from_main(path.is_file()):
+    if distributed.broadcast_from_main(path.is_file()):
         return path
     with distributed.main_first():
         if not path.is_file():

@@ -21,11 +21,11 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
-from ..rlhf.losses import answer_mean, pair_differences, ranking_loss, score_at_end, token_logprobs
-from ..rlhf.rollout import Episodes, answer_scores
+from ..rlhf.losses import pair_differences, pool_last_token, ranking_loss, response_mean, token_logprobs
+from ..rlhf.rollout import Rollouts, completion_scores
 from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
-from ..training.loop import Supervised, fit, frozen_as, recomputing
+from ..training.loop import TrainJob, fit, load_options, with_gradient_checkpointing
 from ..training.optim import freeze_first
 from ..training.run_log import RunLog, StageResult, Watch
 from ..worlds import tinychat
@@ -44,9 +44,9 @@ def reward_loss(
     is true: `token_coef` times `token_loss`, `lm_coef` times `lm_loss`. Neither changes what a score is, and the "loss"
     to log leaves them out, so that it compares with the one of validation.
     """
-    hidden = model.hidden(batch.tokens, segments=batch.segments)  # (P, T, D)
+    hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids)  # (P, T, D)
     per_token = model.head(hidden)  # (P, T)
-    scores = score_at_end(per_token[batch.prompt], batch.ends)  # (N,)
+    scores = pool_last_token(per_token[batch.prompt], batch.last_positions)  # (N,)
     loss = ranking_loss(scores, batch.prompt, batch.rank) * batch.weight
     differences, weights = pair_differences(scores.detach(), batch.prompt, batch.rank)
     logged = {"accuracy": float((weights * (differences > 0)).sum()), "loss": float(loss.detach())}
@@ -66,8 +66,8 @@ def token_loss(per_token: torch.Tensor, batch: RankedBatch) -> torch.Tensor:
     too. A verifier that judges every token learns better than one that judges the last (Cobbe et al., arXiv:2110.14168,
     section 4.3).
     """
-    own = batch.segments[batch.prompt] == batch.rank[:, None] + 1  # (N, T)
-    return ranking_loss(answer_mean(per_token[batch.prompt], own), batch.prompt, batch.rank) * batch.weight
+    own = batch.segment_ids[batch.prompt] == batch.rank[:, None] + 1  # (N, T)
+    return ranking_loss(response_mean(per_token[batch.prompt], own), batch.prompt, batch.rank) * batch.weight
 
 
 def lm_loss(model: ScalarLlama, hidden: torch.Tensor, batch: RankedBatch) -> torch.Tensor:
@@ -77,12 +77,12 @@ def lm_loss(model: ScalarLlama, hidden: torch.Tensor, batch: RankedBatch) -> tor
     it is to judge (Yang et al., arXiv:2406.10216, section 3.2). The logits come from the embeddings, which must be
     tied: `run` checks it.
     """
-    best = (batch.segments[:, 1:] == 1) & (batch.segments[:, :-1] == 1)  # (P, T-1)
+    best = (batch.segment_ids[:, 1:] == 1) & (batch.segment_ids[:, :-1] == 1)  # (P, T-1)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden[:, :-1][best].float() @ model.tok_embeddings.weight.float().T  # (tokens of best answers, V)
     surprise = torch.zeros(best.shape, device=hidden.device)  # (P, T-1)
     surprise[best] = -token_logprobs(logits, batch.tokens[:, 1:][best])
-    return answer_mean(surprise, best).sum()
+    return response_mean(surprise, best).sum()
 
 
 def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision: str = "fp32") -> dict[str, float]:
@@ -92,7 +92,7 @@ def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision
     for batch in batches:
         batch = batch.to(device)
         with torch.no_grad(), autocast(precision, device):
-            scores = answer_scores(model, batch)  # (N,)
+            scores = completion_scores(model, batch)  # (N,)
         loss += float(ranking_loss(scores, batch.prompt, batch.rank)) * batch.weight
         prompts += batch.weight
         pairs = (batch.prompt[:, None] == batch.prompt) & (batch.rank[:, None] < batch.rank)  # (N, N)
@@ -114,20 +114,22 @@ def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision
 
 def sample_comparisons(
     policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, temperature: float, seed: int,
-    play: PPOConfig,
+    ppo: PPOConfig,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Answers that the SFT model itself gives, ranked by the noisy labeller; equal and endless ones are left out.
 
-    They are sampled as PPO will sample, `play`; `temperature` is the labeller's.
+    They are sampled as PPO samples, by the settings `ppo`; `temperature` is the labeller's.
     """
     generator = seeds.generator(next(policy.parameters()).device, seed, "sft_samples")
     labeller, made = seeds.python_random(seed, "labeller"), []
-    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.answers)]
-    episodes = rollout.play(policy, encoded, tokenizer, play, generator)
-    texts = [tokenizer.decode(a[m][:-1].tolist()) for a, m in zip(episodes.answers, episodes.mask, strict=True)]
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.responses_per_prompt)]
+    rollouts = rollout.sample_responses(policy, encoded, ppo.sampling, tokenizer, generator, ppo.generation_batch_size)
+    texts = [
+        tokenizer.decode(a[m][:-1].tolist()) for a, m in zip(rollouts.responses, rollouts.response_mask, strict=True)
+    ]
     for i, prompt in enumerate(prompts):
-        mine = range(i * config.answers, (i + 1) * config.answers)
-        answers = list(dict.fromkeys(texts[j] for j in mine if episodes.ended[j]))
+        mine = range(i * config.responses_per_prompt, (i + 1) * config.responses_per_prompt)
+        answers = list(dict.fromkeys(texts[j] for j in mine if rollouts.has_eos[j]))
         if len(answers) >= 2:
             ranked = tinychat.rank(prompt, answers, temperature, labeller)
             rewards = [tinychat.true_reward(prompt, text).total for text in ranked]
@@ -146,28 +148,28 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
     return kept
 
 
-def reference_answers(
-    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int, play: PPOConfig
-) -> Episodes:
+def reference_responses(
+    policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int, ppo: PPOConfig
+) -> Rollouts:
     """What the reference policy answers to the first prompts, sampled as PPO will; their scores set the normaliser."""
     generator = seeds.generator(next(policy.parameters()).device, seed, "reference_responses")
-    room = rollout.prompt_room(policy.config.max_seq_len, play)
+    room = rollout.max_prompt_length(policy.config.max_seq_len, ppo)
     encoded = [fit_prompt(tokenizer, prompt, room) for prompt in prompts]
     encoded = [ids for ids in encoded if ids is not None][: config.normalise_samples]
-    check(bool(encoded), f"No prompt leaves room for ppo.max_new_tokens {play.max_new_tokens}: lower it.")
-    return rollout.play(policy, encoded, tokenizer, play, generator)
+    check(bool(encoded), f"No prompt leaves room for ppo.max_new_tokens {ppo.max_new_tokens}: lower it.")
+    return rollout.sample_responses(policy, encoded, ppo.sampling, tokenizer, generator, ppo.generation_batch_size)
 
 
 @torch.no_grad()
-def fit_normaliser(model: ScalarLlama, episodes: Episodes, size: int = 256) -> dict[str, float]:
+def fit_normaliser(model: ScalarLlama, rollouts: Rollouts, size: int = 256) -> dict[str, float]:
     """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21), `size` at a time.
 
     Answers without an end do not count, for PPO gives them a stated score; all count where none ends.
     """
-    counted = episodes.ended if bool(episodes.ended.any()) else torch.ones_like(episodes.ended)  # (B,)
+    counted = rollouts.has_eos if bool(rollouts.has_eos.any()) else torch.ones_like(rollouts.has_eos)  # (B,)
     rows = counted.nonzero()[:, 0].tolist()
-    parts = [episodes.select(rows[i : i + size]) for i in range(0, len(rows), size)]
-    scores = torch.cat([score_at_end(model(part.tokens), part.lengths - 1) for part in parts])  # (B,)
+    parts = [rollouts.select(rows[i : i + size]) for i in range(0, len(rows), size)]
+    scores = torch.cat([pool_last_token(model(part.tokens), part.lengths - 1) for part in parts])  # (B,)
     return {"mean": float(scores.mean()), "scale": max(1e-3, float(scores.std(correction=0)))}
 
 
@@ -184,12 +186,12 @@ def prepare(base: Path, settings: Settings) -> ScalarLlama:
         f"{base} holds an adapter: train the reward model with the same reward.lora and reward.quant, or first "
         f"`python -m instruct_llama merge {base} {base}-merged`.",
     )
-    model = checkpoint.load_scalar(folder, device, **frozen_as(config.lora, config.quant, config.loop.precision))
-    recomputing(model, settings)
+    model = checkpoint.load_scalar(folder, device, **load_options(config.lora, config.quant, config.loop.precision))
+    with_gradient_checkpointing(model, settings)
     if config.lora.rank:
         lora.add_adapter(model, "reward", config.lora, seeds.generator("cpu", settings.seed, "adapter", "reward"))
         lora.use_adapter(model, "reward")
-        model.scalar_head.float().weight.requires_grad_(True)
+        model.value_head.float().weight.requires_grad_(True)
     if started:
         lora.load_adapter(model, "reward", started[1])
     freeze_first(model, config.freeze_layers)
@@ -205,7 +207,7 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
         # a draw of its own, which shares training prompts with PPO's
         prompts = tinychat.prompts(seeds.derive(settings.seed, "sft_sample_prompts"), n_sampled, split="train")
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed, settings.ppo)
-        own = distributed.from_main(own)  # the same records for all, whatever their GPUs round
+        own = distributed.broadcast_from_main(own)  # the same records for all, whatever their GPUs round
         train = [*train[: len(train) - n_sampled], *own]
     return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
 
@@ -220,16 +222,16 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
         config.lm_coef == 0 or checkpoint.shape_of(base).tie_embeddings,
         f"{base} has an output layer of its own, which a reward model drops: set reward.lm_coef to 0.",
     )
-    memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), distributed.world())
+    memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), distributed.world_size())
     log = RunLog(folder, settings, "reward", inputs, watch)
-    how = frozen_as(config.lora, config.quant, config.loop.precision)
+    how = load_options(config.lora, config.quant, config.loop.precision)
     checkpoint.check_kind(sft, "lm")
     quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own
     policy, tokenizer = checkpoint.load(sft, device, quant=quant, dtype=how["dtype"])
     with autocast(config.loop.precision, device):
         train, valid = gather(settings, policy, tokenizer)
         prompts = records.prompts(settings)[0]
-        reference_responses = reference_answers(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
+        reference = reference_responses(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
     del policy  # its memory is wanted for training
     model, size = prepare(base, settings), config.loop.batch_size
     valid = valid[: config.loop.eval_batches * size]
@@ -240,7 +242,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
 
     def sample_scores() -> list[dict[str, Any]]:
         item = ranked_batch(valid[:3], tokenizer.pad_id).to(device)
-        scores = answer_scores(model, item).tolist()
+        scores = completion_scores(model, item).tolist()
         ids = [sequence for ranked in valid[:3] for sequence in ranked]
         return [
             {"text": tokenizer.decode(i), "score": s, "rank": int(r)}
@@ -248,8 +250,8 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
         ]
 
     def save(best: dict[str, float]) -> None:
-        with distributed.whole(model), autocast(config.loop.precision, device):
-            norm = fit_normaliser(model, reference_responses, 16 * size)
+        with distributed.unsharded(model), autocast(config.loop.precision, device):
+            norm = fit_normaliser(model, reference, 16 * size)
         info = {"stage": "reward", "seed": settings.seed, "best": best, "reward": norm, **checkpoint.origin(base)}
         if config.lora.rank:
             lora_info = {"lora": vars(config.lora), "quant": vars(config.quant)}
@@ -258,7 +260,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
         else:
             checkpoint.save_full(folder, model, tokenizer, info)
 
-    stage = Supervised(
+    stage = TrainJob(
         "reward", model, config.optim, config.loop, len(train), [row_length(item) for item in train], batch,
         lambda model, batch: reward_loss(model, batch, config),
         lambda: reward_metrics(model, valid_batches, config.loop.precision), sample_scores, save,

@@ -19,7 +19,7 @@ from ..model.llama import Llama
 from ..model.sampling import generate
 from ..training import checkpoint, distributed, memory
 from ..training.device import pick_device
-from ..training.loop import Supervised, fit, frozen_as, recomputing
+from ..training.loop import TrainJob, fit, load_options, with_gradient_checkpointing
 from ..training.optim import freeze_first
 from ..training.run_log import RunLog, StageResult, Watch
 from ..worlds import tinychat
@@ -42,8 +42,8 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Any], seq_len: int) -> list[D
 def prepare(model: Llama, settings: Settings) -> Llama:
     """Choose what trains: everything, all but the first layers, or adapters (over a 4-bit base)."""
     config = settings.sft
-    if not lora.is_quantised(model):  # else its weights were put into 4 bits as they were read
-        lora.quantise(model, config.quant)
+    if not lora.is_quantized(model):  # else its weights were put into 4 bits as they were read
+        lora.quantize(model, config.quant)
     if config.lora.rank:
         lora.add_adapter(model, "sft", config.lora, seeds.generator("cpu", settings.seed, "adapter", "sft"))
         lora.use_adapter(model, "sft")
@@ -67,11 +67,11 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     folder = training_folder("sft", settings)
     (base,) = inputs
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
-    memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), distributed.world())
+    memory.check_room(settings, "sft", str(device), checkpoint.shape_of(base), distributed.world_size())
     log = RunLog(folder, settings, "sft", inputs, watch)
-    how = frozen_as(config.lora, config.quant, config.loop.precision)
-    model, tokenizer = checkpoint.load_plain(base, device, **how)
-    model = prepare(recomputing(model, settings), settings)
+    how = load_options(config.lora, config.quant, config.loop.precision)
+    model, tokenizer = checkpoint.load_full(base, device, **how)
+    model = prepare(with_gradient_checkpointing(model, settings), settings)
     train, valid = (encode(tokenizer, dialogs, config.seq_len) for dialogs in records.demonstrations(settings))
     size, pack_len = config.loop.batch_size, config.seq_len if config.pack else None
     valid = valid[: config.loop.eval_batches * size]
@@ -97,7 +97,7 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
             checkpoint.save_full(folder, model, tokenizer, info)
 
     lengths = [len(ids) for ids, _ in train]
-    stage = Supervised(
+    stage = TrainJob(
         "sft", model, config.optim, config.loop, len(train), lengths, batch, language_model_loss, validate,
         sample_answers, save,
     )  # fmt: skip

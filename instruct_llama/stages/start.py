@@ -24,7 +24,7 @@ def run_folder(stage: str, settings: Settings) -> Path:
 def training_folder(stage: str, settings: Settings) -> Path:
     """Where a stage writes while it trains: its run folder, or beside it where that one holds something finished."""
     folder = run_folder(stage, settings)
-    return folders.beside(folder) if distributed.from_main(holds_other(folder)) else folder
+    return folders.replacement_path(folder) if distributed.broadcast_from_main(holds_other(folder)) else folder
 
 
 def holds_other(folder: Path) -> bool:
@@ -47,10 +47,10 @@ def is_done(stage: str, folder: Path, settings: Settings, read: Sequence[Path]) 
     if other := what_differs(stage, folder, settings):
         other = f"settings ({other})"
     else:
-        other = checkpoint.replaced(checkpoint.read_info(folder), checkpoint.fingerprints(read))
+        other = checkpoint.changed_inputs(checkpoint.read_info(folder), checkpoint.fingerprints(read))
     if not other:
         return True
-    if settings.resume and saved_states(folders.beside(folder)):  # an interrupted --overwrite goes on
+    if settings.resume and saved_states(folders.replacement_path(folder)):  # an interrupted --overwrite goes on
         return False
     raise UserError(
         f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other {other}: give "
@@ -70,17 +70,17 @@ def what_differs(stage: str, folder: Path, settings: Settings) -> str:
         return f"of the stage {info.get('stage')}"
     if "settings" not in info:
         return "an earlier version did not note them"
-    made, asked = flat(info["settings"]), flat(identity(settings, stage))
+    made, asked = flatten(info["settings"]), flatten(identity(settings, stage))
     found = [key for key in sorted(made.keys() | asked.keys()) if made.get(key) != asked.get(key)]
     words = [f"{key} {made.get(key)}, asked for {asked.get(key)}" for key in found[:3]]
     return "; ".join(words + [f"and {len(found) - 3} more"] * (len(found) > 3))
 
 
-def flat(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flatten(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     made: dict[str, Any] = {}
     for key, value in settings.items():
-        made |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+        made |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return made
 
 
@@ -93,7 +93,7 @@ def check_name(stage: str, folder: Path) -> None:
 
 def check_inputs(stage: str, folder: Path, read: Sequence[Path]) -> None:
     """Raise `UserError` where a stage would write over what it reads: its start, or the base under an adapter there."""
-    bases = (base for path in read if (path / "config.json").is_file() for base in checkpoint.read_from(path))
+    bases = (base for path in read if (path / "config.json").is_file() for base in checkpoint.read_folders(path))
     for path in (*read, *bases):
         check(
             path.resolve() != folder.resolve(),

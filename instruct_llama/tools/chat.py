@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import seeds
-from ..config import UserError, check
+from ..config import SamplingConfig, UserError, check
 from ..data import sources
 from ..data.batching import fit_prompt
 from ..data.tokenizer import Message, Tokenizer
@@ -20,27 +19,19 @@ from ..model.sampling import sample, stream
 
 
 @dataclass(frozen=True, eq=False)
-class Talker:
+class ChatSession:
     """A model with everything that decides how it answers."""
 
     model: Llama
     tokenizer: Tokenizer
-    system: str  # said before every dialog that has no system message; empty: nothing, or the model's own
-    max_new_tokens: int
+    system: str  # the system message of every dialog that has none; empty: none, or the model's own
+    sampling: SamplingConfig
     seed: int
-    sampling: dict[str, Any]  # temperature, top_k, top_p
 
     @property
     def generator(self) -> torch.Generator:
         """A fresh one of this seed, on the model's device."""
         return seeds.generator(self.model.tok_embeddings.weight.device, self.seed, "conversation")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the samplers want to know. An answer stops at every token that ends one."""
-        tokenizer = self.tokenizer
-        banned = tuple(i for i in tokenizer.banned_ids if i not in tokenizer.end_ids)
-        return {"eos_id": tokenizer.end_ids, "pad_id": tokenizer.pad_id, "banned": banned, **self.sampling}
 
     def encode(self, messages: list[Message]) -> list[int]:
         """A dialog as a prompt that leaves room for an answer; the oldest exchanges go first.
@@ -50,16 +41,17 @@ class Talker:
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         context = self.model.config.max_seq_len
-        ids = fit_prompt(self.tokenizer, messages, context - min(self.max_new_tokens, context // 4))
+        ids = fit_prompt(self.tokenizer, messages, context - min(self.sampling.max_new_tokens, context // 4))
         check(ids is not None, f"That is longer than the model's context of {context} tokens: say less.")
         return ids
 
-    def room(self, ids: list[int]) -> int:
-        """Tokens that an answer to this prompt may have."""
-        return min(self.max_new_tokens, self.model.config.max_seq_len - len(ids))
+    def sampling_after(self, ids: list[int]) -> SamplingConfig:
+        """The sampling settings after a prompt, whose response has only the rest of the context."""
+        room = self.model.config.max_seq_len - len(ids)
+        return replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
 
 
-def pieces_of(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+def text_pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """An answer's text as it grows; a character whose bytes are not all there waits for the rest."""
     seen, text = [], ""
     for i in ids:
@@ -71,21 +63,22 @@ def pieces_of(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     yield tokenizer.decode(seen)[len(text) :]
 
 
-def converse(talker: Talker) -> None:
+def converse(chat: ChatSession) -> None:
     """A conversation in the terminal; an empty line or Ctrl-D ends it."""
     messages: list[Message] = []
-    generator = talker.generator
+    generator = chat.generator
     while line := _ask():
         messages.append({"role": "user", "content": line})
         try:
-            ids = talker.encode(messages)
+            ids = chat.encode(messages)
         except UserError as error:  # said too much: the conversation goes on without it
             print(error)
             messages.pop()
             continue
         answer = ""
-        drawn = stream(talker.model, ids, max_new_tokens=talker.room(ids), generator=generator, **talker.options)
-        for piece in pieces_of(talker.tokenizer, drawn):
+        sampling, ends = chat.sampling_after(ids), chat.tokenizer.end_ids
+        sampled = stream(chat.model, ids, sampling, chat.tokenizer, generator, ends)
+        for piece in text_pieces(chat.tokenizer, sampled):
             print(piece, end="", flush=True)
             answer += piece
         print()
@@ -108,16 +101,15 @@ def read_prompts(path: Path) -> list[list[Message]]:
     return [[{"role": "user", "content": line.strip()}] for line in lines]
 
 
-def answer_file(talker: Talker, path: Path, batch_size: int) -> None:
+def answer_file(chat: ChatSession, path: Path, batch_size: int) -> None:
     """Answer every prompt of a file; prints `{"prompt", "response"}` as JSON lines, in order."""
     check(batch_size > 0, f"--batch-size is {batch_size}; it must be at least 1.")
-    prompts, generator = read_prompts(path), talker.generator
+    prompts, generator = read_prompts(path), chat.generator
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        ids = [talker.encode(prompt) for prompt in part]
-        made = sample(
-            talker.model, ids, max_new_tokens=talker.room(max(ids, key=len)), generator=generator, **talker.options
-        )
-        for prompt, row, kept in zip(part, made.tokens, made.mask, strict=True):
-            record = {"prompt": prompt, "response": talker.tokenizer.decode(row[kept].tolist())}
+        ids = [chat.encode(prompt) for prompt in part]
+        sampling, tokenizer = chat.sampling_after(max(ids, key=len)), chat.tokenizer
+        made = sample(chat.model, ids, sampling, tokenizer, generator, tokenizer.end_ids)
+        for prompt, response in zip(part, made.ids(), strict=True):
+            record = {"prompt": prompt, "response": tokenizer.decode(response)}
             print(json.dumps(record, ensure_ascii=False), flush=True)

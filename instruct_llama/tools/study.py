@@ -48,7 +48,10 @@ def run(settings: Settings, seeds: Sequence[int], results: Path | None = None, k
     Stages lie under `seeds/<seed>/` of the out folder. Seeds 1 to 3 also train PPO without its KL penalty, and with
     `kl0` every seed does. Raises `UserError` for a seed's folder that was trained by other settings or other code.
     """
-    check(distributed.world() == 1, "A study runs in one process: start it again with other --seeds to share the work.")
+    check(
+        distributed.world_size() == 1,
+        "A study runs in one process: start it again with other --seeds to share the work.",
+    )
     results = results or project_folder() / "notebooks" / "results" / "seeds.jsonl"
     check(bool(seeds), "A study needs at least one seed: --seeds 1 2 3.")
     git_state()  # of the code that runs, not of what the checkout is when the first seed ends
@@ -93,7 +96,7 @@ def _run_seed(settings: Settings, stages: Sequence[str]) -> Line:
     report = evaluate.report_card(settings, pick_device(settings.device))
     note["seconds"]["evaluate"] = round(time.perf_counter() - clock, 1)
     figures = {
-        name: {key: value for key, value in entry.items() if key != "answers"}
+        name: {key: value for key, value in entry.items() if key != "samples"}
         for name, entry in report["stages"].items()
     }
     return {

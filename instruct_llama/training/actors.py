@@ -21,8 +21,9 @@ from ..config import LoRAConfig, OptimConfig, PPOConfig, UserError, check
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
+from ..model.sampling import SpecialTokens
 from ..rlhf.actors import Role
-from ..rlhf.rollout import Episodes, SpecialTokens
+from ..rlhf.rollout import Rollouts
 from . import checkpoint, distributed
 from .device import autocast
 from .optim import NonFinite, make_optimizer, make_scaler, scaled_step
@@ -41,12 +42,12 @@ class _Actors:
 
     @property
     def processes(self) -> int:
-        return distributed.world()
+        return distributed.world_size()
 
     @contextlib.contextmanager
     def use(self, role: Role, training: bool = False) -> Iterator[nn.Module]:
         """The network of a role, in the precision of training; unless it trains, all its weights in this process."""
-        whole = contextlib.nullcontext() if training else distributed.whole(*self.parts(role))
+        whole = contextlib.nullcontext() if training else distributed.unsharded(*self.parts(role))
         with self.role(role) as model, whole, autocast(self.precision, self.device):
             yield model
 
@@ -64,18 +65,18 @@ class _Actors:
             raise NonFinite(f"The PPO loss is {loss} at {where}: lower the learning rate.")
         return scaled_step(self.scaler, optimizer, optim, step, total, where)
 
-    def map(self, function: Callable[[int], Episodes], n: int) -> list[Episodes]:
+    def map(self, function: Callable[[int], Rollouts], n: int) -> list[Rollouts]:
         made = {}
-        for number in distributed.turns(n):
+        for number in distributed.tasks_for_rank(n):
             part = function(number)
             made[number] = part.to("cpu") if self.processes > 1 else part
-        return list(distributed.merged(made).values())
+        return list(distributed.all_gather_dict(made).values())
 
     def shard_rows(self, rows: Sequence[int]) -> tuple[list[int], int]:
-        return distributed.deal(rows)
+        return distributed.shard_rows(rows)
 
     def reduce_sum(self, figures: dict[str, float]) -> dict[str, float]:
-        return distributed.summed(figures)
+        return distributed.all_reduce_sum(figures)
 
     def make_optimizer(self, config: PPOConfig) -> torch.optim.Optimizer:
         """One AdamW over policy and value, each with its own learning rate."""
@@ -126,7 +127,7 @@ class FourModels(_Actors):
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[nn.Module]:
         """The network of `role`, brought to `swap_to` if it waits elsewhere."""
-        with self.present(role):
+        with self.on_device(role):
             model = self.models[role]
             place = next(model.parameters()).device
             # Sharded weights may wait in main memory, and are gathered where rollouts are.
@@ -143,7 +144,7 @@ class FourModels(_Actors):
                     if isinstance(value, torch.Tensor):
                         state[key] = value.to(place(parameter))
 
-        with self.present("policy", "value"):
+        with self.on_device("policy", "value"):
             if self.swap_to is not None:
                 move(lambda parameter: parameter.device)
             try:
@@ -153,7 +154,7 @@ class FourModels(_Actors):
                     move(lambda _: torch.device("cpu"))
 
     @contextlib.contextmanager
-    def present(self, *roles: Role) -> Iterator[None]:
+    def on_device(self, *roles: Role) -> Iterator[None]:
         """Inside, these networks are on the device; those that were not there before go back afterwards."""
         coming = [role for role in roles if self.swap_to is not None and role not in self.here]
         waiting = {role: next(self.models[role].parameters()).device for role in coming}
@@ -174,7 +175,7 @@ class FourModels(_Actors):
 
     @property
     def value_head(self) -> nn.Linear:
-        return self.models["value"].scalar_head
+        return self.models["value"].value_head
 
     def parts(self, *roles: Role) -> list[nn.Module]:
         """The modules that hold the weights of some roles, each once; of all roles when none is named."""
@@ -194,13 +195,13 @@ class _ScalarView(nn.Module):
 
     def __init__(self, base: Llama, head: nn.Linear):
         super().__init__()
-        self.scalar_head = head
+        self.value_head = head
         self._base = [base]  # in a list, so that the base is not a submodule of every head
 
-    def forward(self, tokens: Tensor, *, segments: Tensor | None = None) -> Tensor:
-        hidden = self._base[0].hidden(tokens, segments=segments)  # (B, T, D)
+    def forward(self, tokens: Tensor, *, segment_ids: Tensor | None = None) -> Tensor:
+        hidden = self._base[0].hidden(tokens, segment_ids=segment_ids)  # (B, T, D)
         with torch.autocast(hidden.device.type, enabled=False):  # fp32 under autocast too, as `ScalarLlama.head`
-            return self.scalar_head(hidden.float()).squeeze(-1)  # (B, T)
+            return self.value_head(hidden.float()).squeeze(-1)  # (B, T)
 
 
 class SharedBase(_Actors):
@@ -240,17 +241,17 @@ class SharedBase(_Actors):
 
     @property
     def value_head(self) -> nn.Linear:
-        return self.heads["value"].scalar_head
+        return self.heads["value"].value_head
 
     def parts(self, *roles: Role) -> list[nn.Module]:
         """The modules that hold the weights of some roles, each once; of all roles when none is named."""
-        return [self.base, *(head.scalar_head for name, head in self.heads.items() if not roles or name in roles)]
+        return [self.base, *(head.value_head for name, head in self.heads.items() if not roles or name in roles)]
 
     def trainable(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters that train for a role."""
         named = {f"adapter.{i}": p for i, p in enumerate(lora.adapter_parameters(self.base, role))}
-        head = self.heads["value"].scalar_head.named_parameters() if role == "value" else ()
-        return named | {f"scalar_head.{name}": p for name, p in head}
+        head = self.heads["value"].value_head.named_parameters() if role == "value" else ()
+        return named | {f"value_head.{name}": p for name, p in head}
 
     def save(self, folder: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
         """Write the policy's adapter, over the base it was trained on."""
@@ -273,11 +274,16 @@ def four_models(
 ) -> FourModels:  # fmt: skip
     """Policy and reference start from the SFT model, the value from the reward model (InstructGPT, appendix C.4)."""
     check(len(config.devices) in (0, 4), "ppo.devices names four devices: of policy, reference, value and reward.")
-    check(not (config.swap and config.devices), "ppo.swap and ppo.devices exclude each other: give one of them.")
-    places = config.devices or 4 * (("cpu" if config.swap else device),)
+    check(
+        not (config.offload_inactive and config.devices),
+        "ppo.offload_inactive and ppo.devices exclude each other: give one of them.",
+    )
+    places = config.devices or 4 * (("cpu" if config.offload_inactive else device),)
     folders = ((sft, "lm"), (sft, "lm"), (reward, "scalar"), (reward, "scalar"))
-    loaded = (checkpoint.load_plain(path, at, kind)[0] for (path, kind), at in zip(folders, places, strict=True))
-    models = FourModels(*loaded, tokenizer, device, config.precision, swap_to=device if config.swap else None)
+    loaded = (checkpoint.load_full(path, at, kind)[0] for (path, kind), at in zip(folders, places, strict=True))
+    models = FourModels(
+        *loaded, tokenizer, device, config.precision, swap_to=device if config.offload_inactive else None
+    )
     policy = models.models["policy"]
     for module in (policy.tok_embeddings, *policy.layers[: config.freeze_layers]) if config.freeze_layers else ():
         module.requires_grad_(False)
@@ -307,9 +313,9 @@ def shared_base(
     )
     # The base is frozen: it may be as coarse as the blocks compute. Heads and adapters are fp32 (P08).
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    base, _ = checkpoint.load_plain(folder, device, quant=config.quant, dtype=dtype)
+    base, _ = checkpoint.load_full(folder, device, quant=config.quant, dtype=dtype)
     reward_lora, state, _ = judge
-    head_weight = state.pop("scalar_head.weight")
+    head_weight = state.pop("value_head.weight")
     heads = {}
     for name in ("reward", "value"):
         lora.add_adapter(base, name, reward_lora, seeds.generator("cpu", seed, "adapter", name))

@@ -47,7 +47,7 @@ def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = 
     """
     mine = {}
     for key, value in tensors.items():
-        value = distributed.full(value.detach())
+        value = distributed.full_tensor(value.detach())
         if distributed.is_main():
             mine[key] = value.cpu().contiguous()
     if not distributed.is_main():
@@ -84,7 +84,7 @@ def load_state(model: torch.nn.Module, state: State, source: str) -> None:
     own = model_state(model)
     if "output.weight" not in own:  # tied, the same tensor as tok_embeddings.weight: saved once
         state = {key: value for key, value in state.items() if key != "output.weight"}
-    problems = lora.misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
+    problems = lora.state_dict_mismatches({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
     check(not problems, f"{source} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
     with torch.no_grad():
         for key, tensor in own.items():
@@ -107,10 +107,10 @@ def save_full(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, 
 
 def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
     """Write one adapter, what was trained beside it (a scalar head, embeddings), and the relative path of its base."""
-    beside = {key: p for key, p in lora.no_adapters(model).items() if p.requires_grad}
-    write_tensors(folder / "adapter.safetensors", lora.adapter_state(model, name) | beside)
+    extra = {key: p for key, p in lora.base_parameters(model).items() if p.requires_grad}
+    write_tensors(folder / "adapter.safetensors", lora.adapter_state(model, name) | extra)
     relative = os.path.relpath(base.resolve(), folder.resolve())
-    parts = {"base": relative, "fingerprint": fingerprint(base), "adapter": name, "beside": list(beside)}
+    parts = {"base": relative, "fingerprint": fingerprint(base), "adapter": name, "modules_to_save": list(extra)}
     _save_rest(folder, model, tokenizer, {**info, **parts})
 
 
@@ -134,7 +134,7 @@ def write_info(folder: Path, info: dict[str, Any]) -> None:
 def read_info(folder: Path) -> dict[str, Any]:
     """config.json of a run folder. Raises `UserError` naming the folder when it is missing or not ours."""
     path = Path(folder) / "config.json"
-    folders.find(path.parent)
+    folders.recover_for_reading(path.parent)
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder (no config.json): give the folder of a stage, such as …/sft.")
     try:
@@ -151,7 +151,7 @@ def fingerprints(folders: Iterable[Path]) -> dict[str, str]:
     return {path.parent.name: digest(path) for path in files if path.is_file()}
 
 
-def replaced(info: Mapping[str, Any], now: Mapping[str, str]) -> str:
+def changed_inputs(info: Mapping[str, Any], now: Mapping[str, str]) -> str:
     """Which inputs of a run are not those that it noted, in words; empty where none is known to be another."""
     other = ", ".join(name for name, weights in now.items() if info.get("inputs", {}).get(name, weights) != weights)
     return f"inputs ({other}: trained again since)" if other else ""
@@ -203,7 +203,7 @@ def load(
     return read_model(kind, info, folder / "model.safetensors", device, quant, dtype).eval(), tokenizer
 
 
-def load_as_kept(folder: Path, device: str | torch.device) -> tuple[Llama, Tokenizer]:
+def load_for_inference(folder: Path, device: str | torch.device) -> tuple[Llama, Tokenizer]:
     """Open any run folder to answer or to be judged: on a GPU its weights stay in 16 bits where the file has 16."""
     kept = stored_dtype(folder / read_info(folder).get("base", ""))
     return load(folder, device, dtype=torch.float32 if torch.device(device).type == "cpu" else kept)
@@ -224,8 +224,8 @@ def read_model(
         own = {key: tensor.shape for key, tensor in model_state(model).items()}
         if "output.weight" not in own:  # tied, or not wanted
             given.pop("output.weight", None)
-        fresh = [key for key in own if key == "scalar_head.weight" and info["kind"] == "lm"]
-        problems = lora.misfits({key: shape for key, shape in own.items() if key not in fresh}, given)
+        fresh = [key for key in own if key == "value_head.weight" and info["kind"] == "lm"]
+        problems = lora.state_dict_mismatches({key: shape for key, shape in own.items() if key not in fresh}, given)
         check(not problems, f"{path} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
         for key in own:
             value = torch.zeros(own[key]) if key in fresh else file.get_tensor(key)
@@ -246,7 +246,7 @@ def check_kind(folder: Path, kind: Literal["lm", "scalar"]) -> dict[str, Any]:
     return info
 
 
-def load_plain(
+def load_full(
     folder: str | Path, device: str | torch.device, kind: Literal["lm", "scalar"] = "lm", **options: Any
 ) -> tuple[Llama, Tokenizer]:
     """Open a full checkpoint of a kind, to train on from it; options as `load`'s.
@@ -269,7 +269,7 @@ def load_scalar(
     return read_model(ScalarLlama, read_info(folder), folder / "model.safetensors", device, quant, dtype)
 
 
-def read_from(folder: Path) -> list[Path]:
+def read_folders(folder: Path) -> list[Path]:
     """The folders whose files a run folder needs: itself, and the base of its adapter."""
     info = read_info(folder)
     return [folder, folder / info["base"]] if "base" in info else [folder]
@@ -285,7 +285,7 @@ def base_of(folder: Path) -> tuple[Path, tuple[LoRAConfig, State, QuantConfig] |
     if "adapter" not in info:
         return folder, None
     check(
-        not info["beside"] or info["kind"] == "scalar",
+        not info["modules_to_save"] or info["kind"] == "scalar",
         f"{folder} trained embeddings beside its adapter, which a shared base cannot hold: train it without "
         f"--sft.train-embeddings, or merge it first: `python -m instruct_llama merge {folder}`.",
     )
@@ -300,7 +300,7 @@ def read_adapter(folder: Path, info: dict[str, Any]) -> tuple[LoRAConfig, State]
         f"The weights in {base} are no longer those that the adapter in {folder} was trained over: "
         "train it again, or remove its folder.",
     )
-    config = LoRAConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])})
+    config = LoRAConfig(**{**info["lora"], "target_modules": tuple(info["lora"]["target_modules"])})
     return config, read_tensors(folder / "adapter.safetensors")[0]
 
 
@@ -311,7 +311,7 @@ def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device
     quant = QuantConfig(**info["quant"])
     model = read_model(kind, base_info, base / "model.safetensors", device, quant, dtype)
     lora.add_adapter(model, info["adapter"], config, seeds.generator("cpu", 0, "adapter"))
-    lora.load_adapter(model, info["adapter"], state, info["beside"])
+    lora.load_adapter(model, info["adapter"], state, info["modules_to_save"])
     lora.use_adapter(model, info["adapter"])
     return model
 
@@ -328,4 +328,4 @@ def scalar_from(model: Llama) -> ScalarLlama:
 def is_complete(folder: Path) -> bool:
     """Whether a stage has finished in this folder, and the folder is in its place."""
     done = (folder / "config.json").is_file() and bool(read_info(folder).get("complete"))
-    return done and not folders.is_beside(folder)
+    return done and not folders.is_replacement(folder)

@@ -70,7 +70,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes work together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -82,35 +82,35 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    from_main(None)
+    broadcast_from_main(None)
 
 
 # ------------------------------------------------------------------------------------------------- what they agree upon
 
 
-def from_main(value: T) -> T:
+def broadcast_from_main(value: T) -> T:
     """The main process's value, for decisions that all must take alike."""
-    if world() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]
 
 
-def summed(figures: dict[str, float]) -> dict[str, float]:
+def all_reduce_sum(figures: dict[str, float]) -> dict[str, float]:
     """Each figure summed over the processes; all give the same keys."""
-    if world() == 1:
+    if world_size() == 1:
         return figures
     total = torch.tensor(list(figures.values()), dtype=torch.float64)  # (figures,)
     dist.all_reduce(total)
     return dict(zip(figures, total.tolist(), strict=True))
 
 
-def merged(mine: dict[int, T]) -> dict[int, T]:
+def all_gather_dict(mine: dict[int, T]) -> dict[int, T]:
     """What every process found, by number, in order; tensors must be on the CPU."""
-    if world() == 1:
+    if world_size() == 1:
         return mine
-    everyone: list[Any] = [None] * world()
+    everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, mine)
     found = {number: thing for theirs in everyone for number, thing in theirs.items()}
     return {number: found[number] for number in sorted(found)}
@@ -137,34 +137,34 @@ def held_by_main(lock: contextlib.AbstractContextManager) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------- who takes what
 
 
-def deal(rows: Sequence[int]) -> tuple[list[int], int]:
+def shard_rows(rows: Sequence[int]) -> tuple[list[int], int]:
     """This process's rows of a micro-batch, and 1: no row twice, none lost.
 
     A process without rows gets one all the same, and 0 to multiply its loss and figures by: every process must run
     forward and backward equally often, for each gathers the others' weights.
     """
-    mine = list(rows[rank() :: world()])
+    mine = list(rows[rank() :: world_size()])
     return (mine, 1) if mine else (list(rows[:1]), 0)
 
 
-def passes(group: Sequence[Sequence[int]]) -> list[list[int]]:
+def regroup_microbatches(group: Sequence[Sequence[int]]) -> list[list[int]]:
     """The micro-batches of an optimizer step, joined as far as is needed to give every process a row in each.
 
     The rows of a step stay together, so the step is the same one; alone, nothing is joined.
     """
-    joined = -(-world() // max(map(len, group)))
+    joined = -(-world_size() // max(map(len, group)))
     return [[row for rows in group[i : i + joined] for row in rows] for i in range(0, len(group), joined)]
 
 
-def dealt(items: Iterable[T]) -> Iterator[tuple[int, T]]:
+def shard_iter(items: Iterable[T]) -> Iterator[tuple[int, T]]:
     """(number, item) of every world-th item, for work in which nobody waits for anybody."""
-    return ((number, item) for number, item in enumerate(items) if number % world() == rank())
+    return ((number, item) for number, item in enumerate(items) if number % world_size() == rank())
 
 
-def turns(n: int) -> list[int]:
+def tasks_for_rank(n: int) -> list[int]:
     """Which of n tasks this process does, equally many for each: what is left over is task 0 once more."""
-    rounds = -(-n // world())
-    numbers = range(rank(), rounds * world(), world())
+    rounds = -(-n // world_size())
+    numbers = range(rank(), rounds * world_size(), world_size())
     return [number if number < n else 0 for number in numbers]
 
 
@@ -177,7 +177,7 @@ def shard(model: nn.Module, config: ParallelConfig, precision: str, device: torc
     Call it before the optimizer is made. Parameters become `DTensor`s under their old names. What is no parameter, the
     4-bit data of a frozen base, stays whole in every process.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -188,7 +188,7 @@ def shard(model: nn.Module, config: ParallelConfig, precision: str, device: torc
         f"parallel.gather_bf16 gathers what precision bf16 would round anyway, and precision is {precision}: "
         "set it to bf16, or leave gather_bf16 off.",
     )
-    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world(),))}
+    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world_size(),))}
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     # Rotations come in as fp32 and stay so: bf16 angles are as wrong as a few positions.
@@ -223,13 +223,13 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 @contextlib.contextmanager
-def whole(*models: nn.Module) -> Iterator[None]:
+def unsharded(*models: nn.Module) -> Iterator[None]:
     """Inside, each process holds all the weights: it may compute without the others, as often as it likes.
 
     For sampling and validation, without gradients, under the autocast of training. Every process enters and leaves it
     together with the others.
     """
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     units = [unit for model in models for unit in _units(model)]
@@ -246,6 +246,6 @@ def whole(*models: nn.Module) -> Iterator[None]:
                 unit.set_reshard_after_forward(config.reshard and unit is not root, recurse=False)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a divided tensor, in every process; a plain one as it is. Every process asks at the same time."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -23,20 +23,20 @@ STAGE_OF = {  # run folder -> the stage that trains it, in the order of the pipe
 }  # fmt: skip
 
 
-def beside(folder: Path) -> Path:
+def replacement_path(folder: Path) -> Path:
     """Where the folder that will replace `folder` is written."""
     folder = folder.absolute()  # "." has no name
     return folder.with_name(f".{folder.name}.new")
 
 
-def is_beside(folder: Path) -> bool:
+def is_replacement(folder: Path) -> bool:
     """Whether a folder is one that will replace another."""
     return folder.name.startswith(".") and folder.name.endswith(".new")
 
 
-def final(folder: Path) -> Path:
+def final_path(folder: Path) -> Path:
     """The folder that `beside` was asked for; any other folder as it is."""
-    return folder.with_name(folder.name[1:-4]) if is_beside(folder) else folder
+    return folder.with_name(folder.name[1:-4]) if is_replacement(folder) else folder
 
 
 def _old(folder: Path) -> Path:
@@ -70,38 +70,38 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def swap(folder: Path) -> None:
+def replace_folder(folder: Path) -> None:
     """Put what was written beside a folder in its place. One process at a time."""
     old = _old(folder)
     remove(old)
     if folder.exists():
         folder.rename(old)
     try:
-        beside(folder).rename(folder)
+        replacement_path(folder).rename(folder)
     except FileNotFoundError:  # a reader, who takes no lock, has put it there already: before the rename above or after
         if not folder.exists() and old.exists():
             old.rename(folder)
     remove(old)
 
 
-def settle(folder: Path) -> None:
-    """Finish a `swap` that a kill cut short, or undo it where the new folder is not known to be whole.
+def recover(folder: Path) -> None:
+    """Finish a `replace_folder` that a kill cut short, or undo it where the new folder is not known to be whole.
 
     One process at a time: the one that holds the lock.
     """
-    if _is_whole(beside(folder)):
-        swap(folder)
+    if _is_whole(replacement_path(folder)):
+        replace_folder(folder)
     elif folder.exists():
         remove(_old(folder))
     elif _old(folder).exists():
         _old(folder).rename(folder)
 
 
-def find(folder: Path) -> None:
+def recover_for_reading(folder: Path) -> None:
     """For readers, without the lock: where a kill or another process left no folder, put the new one there."""
-    if not folder.exists() and _is_whole(beside(folder)):
+    if not folder.exists() and _is_whole(replacement_path(folder)):
         with contextlib.suppress(OSError):  # the other process was quicker
-            beside(folder).rename(folder)
+            replacement_path(folder).rename(folder)
 
 
 def check_target(target: Path, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -126,25 +126,25 @@ def check_target(target: Path, overwrite: bool, sources: Iterable[Path]) -> None
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Where to write the folder that becomes `target` when the block ends without an error."""
-    settle(target)
-    new = beside(target)
+    recover(target)
+    new = replacement_path(target)
     remove(new)
     try:
         yield new
     except BaseException:
         remove(new)
         raise
-    swap(target)
+    replace_folder(target)
 
 
 @contextlib.contextmanager
 def stage_lock(folder: Path) -> Iterator[None]:
     """One process at a time, or one group of them, trains into a run folder; a killed one's lock is freed."""
-    folder = final(folder)
+    folder = final_path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)  # singleton: re-entrant
     with distributed.held_by_main(lock):
         if distributed.is_main():
-            settle(folder)
+            recover(folder)
         distributed.barrier()
         yield

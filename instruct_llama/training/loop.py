@@ -26,20 +26,20 @@ from .optim import NonFinite, learning_rate, make_optimizer, make_scaler, restor
 from .run_log import RunLog, StageResult, optimizer_tensors
 
 
-def frozen_as(lora: LoRAConfig, quant: QuantConfig, precision: str) -> dict[str, Any]:
+def load_options(lora: LoRAConfig, quant: QuantConfig, precision: str) -> dict[str, Any]:
     """How weights are read: those under adapters stay frozen, so 4 or 16 bits will do; what trains is fp32 (P08)."""
     frozen = lora.rank > 0 and precision == "bf16"
     return {"quant": quant, "dtype": torch.bfloat16 if frozen else torch.float32}
 
 
-def recomputing(model: Llama, settings: Settings) -> Llama:
+def with_gradient_checkpointing(model: Llama, settings: Settings) -> Llama:
     """The model with --model.gradient-checkpointing as these settings have it, whatever it was saved with."""
     model.config = replace(model.config, gradient_checkpointing=settings.model.gradient_checkpointing)
     return model
 
 
 @dataclass
-class Supervised:
+class TrainJob:
     """What a supervised stage gives to `fit`. Losses are sums over targets; `fit` divides by their number."""
 
     name: str  # the command that runs it
@@ -62,7 +62,7 @@ def progress(name: str, total: int, start: int) -> tqdm:
     return tqdm(total=total, initial=start, desc=name, disable=None if distributed.is_main() else True, leave=False)
 
 
-def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int]]]:
+def epoch_groups(stage: TrainJob, seed: int, epoch: int) -> list[list[list[int]]]:
     """An epoch as optimizer steps of micro-batches of record indices: every record once, one step incomplete.
 
     The records of `bucket_steps` steps are a random draw, sorted by length to save padding; the steps then come in
@@ -70,7 +70,11 @@ def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int
     ones, and the model would learn the short ones more often than they come.
     """
     order = [int(i) for i in epoch_order(stage.n_items, seed, epoch, stage.name)]
-    size, per_step, epoch_steps = stage.loop.batch_size, stage.loop.batch_size * stage.loop.accumulate, []
+    size, per_step, epoch_steps = (
+        stage.loop.batch_size,
+        stage.loop.batch_size * stage.loop.gradient_accumulation_steps,
+        [],
+    )
     for start in range(0, len(order), per_step * stage.bucket_steps):
         drawn = order[start : start + per_step * stage.bucket_steps]
         if stage.lengths is not None:
@@ -81,13 +85,13 @@ def epoch_groups(stage: Supervised, seed: int, epoch: int) -> list[list[list[int
     return epoch_steps
 
 
-def total_steps(stage: Supervised) -> int:
+def total_steps(stage: TrainJob) -> int:
     """Optimizer steps of the whole run."""
-    per_epoch = -(-stage.n_items // (stage.loop.batch_size * stage.loop.accumulate))
+    per_epoch = -(-stage.n_items // (stage.loop.batch_size * stage.loop.gradient_accumulation_steps))
     return stage.loop.steps or max(1, round(per_epoch * stage.loop.epochs))
 
 
-def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
+def fit(stage: TrainJob, log: RunLog, settings: Settings) -> StageResult:
     """Train, validate, keep the best, log, save, resume."""
     device = next(stage.model.parameters()).device
     distributed.shard(stage.model, settings.parallel, stage.loop.precision, device)
@@ -108,8 +112,8 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     def look_up() -> dict[str, float]:
         nonlocal best
         stage.model.eval()
-        with torch.no_grad(), distributed.whole(stage.model), autocast(stage.loop.precision, device):
-            metrics = distributed.from_main(stage.validate())
+        with torch.no_grad(), distributed.unsharded(stage.model), autocast(stage.loop.precision, device):
+            metrics = distributed.broadcast_from_main(stage.validate())
             if step % stage.loop.sample_every == 0 or step == total:
                 log.sample(step, stage.sample())
         stage.model.train()
@@ -137,7 +141,7 @@ def fit(stage: Supervised, log: RunLog, settings: Settings) -> StageResult:
     return log.finish(best, step)
 
 
-def _steps_from(stage: Supervised, seed: int, start: int, total: int) -> Iterator[tuple[int, list[list[int]]]]:
+def _steps_from(stage: TrainJob, seed: int, start: int, total: int) -> Iterator[tuple[int, list[list[int]]]]:
     """(epoch, group) of every optimizer step from `start` on: the data position is the step number."""
     per_epoch, step = len(epoch_groups(stage, seed, 0)), start
     while step < total:
@@ -148,15 +152,18 @@ def _steps_from(stage: Supervised, seed: int, start: int, total: int) -> Iterato
 
 
 def _train_group(
-    stage: Supervised, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int, epoch: int,
+    stage: TrainJob, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int, epoch: int,
     group: list[list[int]], step: int, total: int, device: torch.device,
 ) -> tuple[dict[str, float], int]:  # fmt: skip
     """One optimizer step over a group of micro-batches, normalised by the group's real targets (P07, P09)."""
-    group, batches = distributed.passes(group), []  # this process's share of each micro-batch, and whether it has one
+    group, batches = (
+        distributed.regroup_microbatches(group),
+        [],
+    )  # this process's share of each micro-batch, and whether it has one
     for indices in group:
-        mine, counts = distributed.deal(indices)
+        mine, counts = distributed.shard_rows(indices)
         batches.append((stage.batch(epoch, mine).to(device), counts))
-    whole = distributed.summed(
+    whole = distributed.all_reduce_sum(
         {
             "weight": sum(counts * batch.weight for batch, counts in batches),
             "tokens": sum(counts * batch.tokens.numel() for batch, counts in batches),
@@ -168,7 +175,7 @@ def _train_group(
             with autocast(stage.loop.precision, device):
                 loss, parts = stage.loss(stage.model, batch)
             figures = {"loss": float(loss.detach()), **parts}
-            figures = distributed.summed({key: counts * value for key, value in figures.items()})
+            figures = distributed.all_reduce_sum({key: counts * value for key, value in figures.items()})
             for key, value in figures.items():  # auxiliary losses are among them
                 if not math.isfinite(value):
                     optimizer.zero_grad(set_to_none=True)

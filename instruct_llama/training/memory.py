@@ -22,7 +22,7 @@ CUDA_CONTEXT = 0.6 * GB  # what CUDA and its libraries take on a GPU before the 
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes by what they are for."""
 
     parts: dict[str, float]
@@ -60,7 +60,7 @@ def adapter_count(model: ModelConfig, lora: LoRAConfig) -> int:
         "wo": (model.dim, model.dim), "w_gate": (model.dim, model.ffn_dim), "w_up": (model.dim, model.ffn_dim),
         "w_down": (model.ffn_dim, model.dim),
     }  # fmt: skip
-    return model.n_layers * lora.rank * sum(sum(shapes[name]) for name in lora.targets)
+    return model.n_layers * lora.rank * sum(sum(shapes[name]) for name in lora.target_modules)
 
 
 # ---------------------------------------------------------------- parts, in bytes
@@ -72,7 +72,7 @@ def base_bytes(model: ModelConfig, lora: LoRAConfig, quant: QuantConfig, precisi
     projections, rest = projection_count(model), parameter_count(model) - projection_count(model)
     if quant.kind == "none":
         return width * (projections + rest)
-    scales = 1 / quant.block_size + 4 / (256 * quant.block_size) if quant.double else 4 / quant.block_size
+    scales = 1 / quant.block_size + 4 / (256 * quant.block_size) if quant.double_quant else 4 / quant.block_size
     return projections * (0.5 + scales) + width * rest
 
 
@@ -89,7 +89,7 @@ def block_bytes(model: ModelConfig, lora: LoRAConfig, precision: str) -> float:
     kv_dim = model.dim * model.n_kv_heads // model.n_heads
     wide, size = (36, 4) if precision == "fp32" else (32, 2)
     wide -= 8 if lora.rank else 0
-    low = size * len(lora.targets) * lora.rank
+    low = size * len(lora.target_modules) * lora.rank
     return wide * model.dim + 4 * size * model.ffn_dim + 2 * size * kv_dim + 8 + 4 * model.n_heads + low
 
 
@@ -118,24 +118,24 @@ def cache_bytes(model: ModelConfig, precision: str, tokens: int) -> float:
     return 2.0 * (4 if precision == "fp32" else 2) * model.n_layers * kv_dim * tokens
 
 
-def answering_bytes(settings: Settings, precision: str) -> float:
+def generation_bytes(settings: Settings, precision: str) -> float:
     """A batch of PPO's prompts while it is answered: the cache, and the logits of one step."""
     model, config = settings.model, settings.ppo
     length = min(config.seq_len or model.max_seq_len, model.max_seq_len)
-    cache = cache_bytes(model, precision, length * config.rollout_batch)
-    return cache + logit_bytes(model, config.rollout_batch, 4)
+    cache = cache_bytes(model, precision, length * config.generation_batch_size)
+    return cache + logit_bytes(model, config.generation_batch_size, 4)
 
 
 # ---------------------------------------------------------------- stages
 
 
-def estimate(settings: Settings, stage: Stage, processes: int = 1) -> Estimate:
+def estimate(settings: Settings, stage: Stage, processes: int = 1) -> MemoryEstimate:
     """What a stage needs on its device, in bytes by part.
 
     Several `processes` divide gradients, moments (FSDP2) and the rows of a batch, of which each takes one at least.
     The weights come together for sampling and validation, and each process answers whole batches of prompts.
     """
-    settings = started(settings, stage)
+    settings = with_start_shape(settings, stage)
     return _ppo(settings, processes) if stage == "ppo" else _supervised(settings, stage, processes)
 
 
@@ -144,11 +144,11 @@ def needed_stages(settings: Settings) -> list[Stage]:
     return [stage for stage in STAGES if not (stage == "pretrain" and settings.weights)]
 
 
-def started(settings: Settings, stage: Stage) -> Settings:
+def with_start_shape(settings: Settings, stage: Stage) -> Settings:
     """The settings with the shape that a stage's model has: of known weights, theirs."""
     if stage == "pretrain" or settings.weights not in presets.WEIGHTS:
         return settings
-    shape = presets.SHAPES[presets.WEIGHTS[settings.weights]]
+    shape = presets.MODEL_SHAPES[presets.WEIGHTS[settings.weights]]
     recompute = settings.model.gradient_checkpointing
     return settings.replace(model=replace(shape, gradient_checkpointing=recompute))
 
@@ -157,9 +157,9 @@ def disk_bytes(settings: Settings) -> float:
     """What the run folders of a preset take: weights; what resume needs, twice while it is written; the hub's files."""
     total = 0.0
     for stage in needed_stages(settings):
-        shaped = started(settings, stage)
+        shaped = with_start_shape(settings, stage)
         total += 28 * _trained(shaped, stage)
-    return total + (8 * parameter_count(started(settings, "sft").model) if settings.weights else 0)
+    return total + (8 * parameter_count(with_start_shape(settings, "sft").model) if settings.weights else 0)
 
 
 def _trained(settings: Settings, stage: Stage) -> int:
@@ -175,7 +175,7 @@ def _trained(settings: Settings, stage: Stage) -> int:
     return adapter_count(model, lora) + beside if lora.rank else _unfrozen(model, getattr(config, "freeze_layers", 0))
 
 
-def _supervised(settings: Settings, stage: Stage, processes: int) -> Estimate:
+def _supervised(settings: Settings, stage: Stage, processes: int) -> MemoryEstimate:
     config = settings.qlora if stage == "qlora" else getattr(settings, stage)
     none, dense = LoRAConfig(rank=0), QuantConfig()
     lora, quant = getattr(config, "lora", none), getattr(config, "quant", dense)
@@ -189,9 +189,9 @@ def _supervised(settings: Settings, stage: Stage, processes: int) -> Estimate:
         "logits": 0.0 if scalar and config.lm_coef == 0 else logit_bytes(model, tokens, 3),
     }
     if scalar:  # before it learns, the SFT model answers as PPO will
-        answering = answering_bytes(settings, loop.precision)
+        answering = generation_bytes(settings, loop.precision)
         learning = {"answering": answering} if answering > sum(learning.values()) else learning
-    return Estimate({
+    return MemoryEstimate({
         "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank), **learning,
         "working space": working_bytes(model, quant),
     })  # fmt: skip
@@ -206,7 +206,7 @@ def _unfrozen(model: ModelConfig, layers: int) -> int:
     return rest + output + (2 * (model.n_layers - layers) + 1) * model.dim
 
 
-def _ppo(settings: Settings, processes: int) -> Estimate:
+def _ppo(settings: Settings, processes: int) -> MemoryEstimate:
     """Four networks or one, the larger of answering (cache, logits of a step) and of learning (activations, logits)."""
     model, config = settings.model, settings.ppo
     shared = config.layout == "shared_base"
@@ -217,13 +217,15 @@ def _ppo(settings: Settings, processes: int) -> Estimate:
     places = config.devices if len(config.devices) == 4 and not shared else 4 * ("",)
     beside = [place == places[0] for place in places]  # which of the four are on the policy's device
     trained = _trained(settings, "ppo") - (0 if beside[2] else parameter_count(model))
-    present = 2 if config.swap and not shared else sum(beside)  # the others wait in main memory, or live elsewhere
+    present = (
+        2 if config.offload_inactive and not shared else sum(beside)
+    )  # the others wait in main memory, or live elsewhere
     base = base_bytes(model, lora, quant, config.precision)
-    playing = answering_bytes(settings, config.precision)
-    rows = -(-config.micro_batch // processes)
+    playing = generation_bytes(settings, config.precision)
+    rows = -(-config.micro_batch_size // processes)
     learning = activation_bytes(model, lora, config.precision, rows * length)
     learning += logit_bytes(model, rows * config.max_new_tokens, 6)
-    return Estimate({
+    return MemoryEstimate({
         "weights": base + 4 * 4 * adapters if shared else present * base,
         "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
         "answering" if playing > learning else "learning": max(playing, learning),
@@ -252,7 +254,7 @@ def options_for(stage: Stage) -> str:
     return "sft" if stage == "qlora" else stage
 
 
-def smaller(settings: Settings, stage: Stage) -> Iterator[tuple[Settings, str]]:
+def cheaper_settings(settings: Settings, stage: Stage) -> Iterator[tuple[Settings, str]]:
     """Settings that need less and less, each with the options that make them, mildest first."""
     name = options_for(stage)
     config = settings.qlora if stage == "qlora" else getattr(settings, stage)
@@ -272,25 +274,27 @@ def smaller(settings: Settings, stage: Stage) -> Iterator[tuple[Settings, str]]:
             yield change("--ppo.layout shared_base", ppo__layout="shared_base")
         if config.quant.kind == "none":
             yield change("--ppo.quant.kind nf4", ppo__quant__kind="nf4")
-        if config.micro_batch > 1 or config.rollout_batch > 8:
-            small = min(8, config.rollout_batch)
+        if config.micro_batch_size > 1 or config.generation_batch_size > 8:
+            small = min(8, config.generation_batch_size)
             yield change(
-                f"--ppo.micro-batch 1 --ppo.rollout-batch {small}", ppo__micro_batch=1, ppo__rollout_batch=small
+                f"--ppo.micro-batch-size 1 --ppo.generation-batch-size {small}",
+                ppo__micro_batch_size=1,
+                ppo__generation_batch_size=small,
             )
         return
     loop = config.loop
     if loop.batch_size > 1:
-        accumulate = loop.batch_size * loop.accumulate
+        accumulate = loop.batch_size * loop.gradient_accumulation_steps
         yield change(
-            f"--{name}.loop.batch-size 1 --{name}.loop.accumulate {accumulate}",
-            **{f"{field}__loop__batch_size": 1, f"{field}__loop__accumulate": accumulate},
+            f"--{name}.loop.batch-size 1 --{name}.loop.gradient-accumulation-steps {accumulate}",
+            **{f"{field}__loop__batch_size": 1, f"{field}__loop__gradient_accumulation_steps": accumulate},
         )
     if stage != "pretrain" and config.lora.rank == 0:
         yield change(f"--{name}.lora.rank 8", **{f"{field}__lora__rank": 8})
     if stage != "pretrain" and config.quant.kind == "none":
         yield change(f"--{name}.quant.kind nf4", **{f"{field}__quant__kind": "nf4"})
-    if stage == "reward" and settings.ppo.rollout_batch > 8:
-        yield change("--ppo.rollout-batch 8", ppo__rollout_batch=8)
+    if stage == "reward" and settings.ppo.generation_batch_size > 8:
+        yield change("--ppo.generation-batch-size 8", ppo__generation_batch_size=8)
     for length in (512, 256, 128):
         if config.seq_len > length:
             yield change(f"--{name}.seq-len {length}", **{f"{field}__seq_len": length})
@@ -312,7 +316,9 @@ def check_room(
         print(f"{stage} needs about {needed}; {free / GB:.1f} GB are free on {device}.")
     if needed.total + context <= free:
         return
-    milder = ((estimate(other, stage, processes).total, options) for other, options in smaller(settings, stage))
+    milder = (
+        (estimate(other, stage, processes).total, options) for other, options in cheaper_settings(settings, stage)
+    )
     cure = next((options for total, options in milder if total + context <= free), "")
     advice = f"these settings would fit: {cure}" if cure else "no setting makes it fit; choose a smaller model"
     message = f"{stage} needs {needed.total / GB:.1f} GB and {device} has {free / GB:.1f} GB free: {advice}."

@@ -37,7 +37,7 @@ def freeze_first(model: nn.Module, n_layers: int) -> None:
 def make_optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over networks, each (parameters, peak rate); weight decay on matrices only (LLaMA, section 2.3)."""
     check(
-        optim.kind == "adamw" or distributed.world() == 1,
+        optim.kind == "adamw" or distributed.world_size() == 1,
         f"optim.kind {optim.kind} cannot divide its state among processes: under torchrun, take adamw.",
     )
     split = []
@@ -72,7 +72,7 @@ def optimizer_step(
     for group in optimizer.param_groups:
         networks[group["network"]] += group["params"]
     grads = ([p.grad for p in parameters if p.grad is not None] for parameters in networks)
-    norms = [distributed.full(nn.utils.get_total_norm(mine)) for mine in grads]
+    norms = [distributed.full_tensor(nn.utils.get_total_norm(mine)) for mine in grads]
     if not all(torch.isfinite(norm) for norm in norms):
         optimizer.zero_grad(set_to_none=True)
         raise NonFinite(f"The gradient is not finite at {where}: lower the learning rate or look at those records.")

@@ -60,7 +60,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 # The reward stage samples responses as PPO will: the prompts that fit, their batches, and how tokens are drawn.
-SAMPLED_BY = ("temperature", "top_k", "top_p", "max_new_tokens", "seq_len", "rollout_batch")
+SAMPLED_BY = ("temperature", "top_k", "top_p", "max_new_tokens", "seq_len", "generation_batch_size")
 
 
 def identity(settings: Settings, stage: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
     fields = asdict(settings)
     usual = fields[stage].pop("data")
     fields["data"] = settings.data or usual or None
-    for where in ("name", "devices", "swap"):  # PPO's networks among them
+    for where in ("name", "devices", "offload_inactive"):  # PPO's networks among them
         fields[stage].pop(where, None)
     kept = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
     found = {key: fields[key] for key in kept}
@@ -131,8 +131,9 @@ class RunLog:
         if not found:
             return None
         path, identity, state = max(found, key=lambda item: item[2]["step"])
-        other = checkpoint.replaced(state, self.inputs) if identity == self.identity else "settings"
-        check(not other, f"--resume: {shown(folders.final(self.folder))} was started with other {other}; use the same "
+        other = checkpoint.changed_inputs(state, self.inputs) if identity == self.identity else "settings"
+        folder = shown(folders.final_path(self.folder))
+        check(not other, f"--resume: {folder} was started with other {other}; use the same "
               "ones, or start anew without it.")  # fmt: skip
         return path, state
 
@@ -150,7 +151,7 @@ class RunLog:
                 self.board.add_scalar(key, value, step)
             if self.watch:
                 self.watch(record)
-        if distributed.summed({"stops": self.stops})["stops"]:  # Ctrl-C may reach processes in different steps
+        if distributed.all_reduce_sum({"stops": self.stops})["stops"]:  # Ctrl-C may reach processes in different steps
             raise KeyboardInterrupt
 
     def sample(self, step: int, records: list[dict[str, Any]]) -> None:
@@ -167,21 +168,21 @@ class RunLog:
         state = {"step": step, "inputs": self.inputs, **state}
         note = {"identity": self.identity, "state": json.dumps(state)}
         path = self.state_path
-        if distributed.world() == 1:
+        if distributed.world_size() == 1:
             checkpoint.write_tensors(path, tensors, note)
         else:
             path = path.with_name(f"step-{step}")
-            write_divided(path, tensors, note)
+            write_sharded(path, tensors, note)
         if distributed.is_main():
             self._forget_states(but=path)
 
     def restore(self, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Copy the saved tensors into the weights and the optimizer; returns the rest of the state."""
         path, state = self.saved
-        if distributed.world() == 1 and path.is_file():
+        if distributed.world_size() == 1 and path.is_file():
             tensors, _ = checkpoint.read_tensors(path)
         else:
-            tensors = read_divided(path if path.is_dir() else path.parent, weights, optimizer)
+            tensors = read_sharded(path if path.is_dir() else path.parent, weights, optimizer)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(tensors[f"model/{name}"])
@@ -190,13 +191,13 @@ class RunLog:
 
     def finish(self, best: dict[str, float], steps: int) -> StageResult:
         """Mark the run folder complete, and put it in the place of the one that it overwrites."""
-        place = folders.final(self.folder)
+        place = folders.final_path(self.folder)
         if distributed.is_main():
             self.board.close()
             done = {"complete": True, "best": best, "steps": steps, "settings": json.loads(self.identity)}
             checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done, "inputs": self.inputs})
             if place != self.folder:
-                folders.swap(place)
+                folders.replace_folder(place)
         distributed.barrier()  # whoever reads the folder next finds it complete
         return StageResult(place, best, steps, time.perf_counter() - self.started)
 
@@ -216,7 +217,7 @@ class RunLog:
                 save()
             if distributed.is_main():
                 self.board.close()
-            state = self.state_path if distributed.world() == 1 else self.state_path.parent
+            state = self.state_path if distributed.world_size() == 1 else self.state_path.parent
             raise Interrupted(
                 f"Stopped; the state is in {shown(state)}. Go on with: python -m instruct_llama {command} "
                 "--resume (same options), or settings.replace(resume=True) in a notebook."
@@ -257,14 +258,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: checkpoint.Stat
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def write_divided(folder: Path, tensors: checkpoint.State, note: dict[str, str]) -> None:
+def write_sharded(folder: Path, tensors: checkpoint.State, note: dict[str, str]) -> None:
     """Each process writes its parts of the tensors into one safetensors file, all of them into one folder.
 
     torch.distributed.checkpoint's own format ends in a pickle; its safetensors writer needs none (P05).
     """
     import torch.distributed.checkpoint as dcp
 
-    if distributed.from_main(folder.exists()):  # this step has been saved
+    if distributed.broadcast_from_main(folder.exists()):  # this step has been saved
         return
     new = folder.with_name(f".{folder.name}")
     if distributed.is_main():
@@ -279,7 +280,7 @@ def write_divided(folder: Path, tensors: checkpoint.State, note: dict[str, str])
     distributed.barrier()
 
 
-def read_divided(folder: Path, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> checkpoint.State:
+def read_sharded(folder: Path, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> checkpoint.State:
     """The tensors of a state, divided as the weights are now; how many processes wrote them does not matter."""
     import torch.distributed.checkpoint as dcp
 
@@ -295,5 +296,5 @@ def read_divided(folder: Path, weights: checkpoint.State, optimizer: torch.optim
             tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, where one process goes on alone
-        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world() == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
     return tensors

@@ -11,7 +11,7 @@ one sign or one mask stops short of it, though its curves look healthy.
 
 Two languages differ in where an answer ends. In `fixed()` every answer has 4 letters and then the end token. In
 `variable()` the end token may come at any time, and an answer without one within 4 tokens gets the score
-`no_end_score`, whatever the reward table thinks of it.
+`missing_eos_score`, whatever the reward table thinks of it.
 
 A answers in all, N tokens of the longest one, V tokens in the vocabulary, R prefixes.
 """
@@ -45,20 +45,20 @@ class Language:
     vocab_size: int  # V, the special tokens included
     max_new_tokens: int  # N
     beta: float  # weight of the KL in the objective
-    no_end_score: float  # score of an answer without an end token
+    missing_eos_score: float  # score of an answer without an end token
     prefixes: tuple[tuple[int, ...], ...]  # R beginnings of answers: the empty one, the unended ones, the ended ones
     n_unended: int  # how many of them have no end token
     row_of: Tensor  # (n_codes + 1,) int64: which prefix a number stands for, see `code_of`; 0 if none
     legal: Tensor  # (N, V) bool: which tokens may stand at a position
-    answers: Tensor  # (A, N) int64: every answer, PAD after its end
-    mask: Tensor  # (A, N) bool: True up to and including the end token
-    ended: Tensor  # (A,) bool: has an end token
-    scores: Tensor  # (A,) float32: r(y), no_end_score where not ended
+    responses: Tensor  # (A, N) int64: every answer, PAD after its end
+    response_mask: Tensor  # (A, N) bool: True up to and including the end token
+    has_eos: Tensor  # (A,) bool: has an end token
+    scores: Tensor  # (A,) float32: r(y), missing_eos_score where not ended
     reference_logits: Tensor  # (n_unended, V) float32: of the token after each unended prefix
     reward_table: Tensor  # (R,) float32: what a reward model says of each prefix, ended or not
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
-    banned_ids = (PAD, BOS)
+    suppress_tokens = (PAD, BOS)
 
     @property
     def prompt(self) -> list[int]:
@@ -81,7 +81,7 @@ class Language:
 
 def fixed(seed: int = 1) -> Language:
     """6 letters, answers of exactly 4, then the end token: 1,296 answers, none of them cut off."""
-    return _build("fixed", n_letters=6, early_end=False, beta=0.5, no_end_score=0.0, seed=seed)
+    return _build("fixed", n_letters=6, early_end=False, beta=0.5, missing_eos_score=0.0, seed=seed)
 
 
 def variable(seed: int = 45) -> Language:
@@ -89,7 +89,7 @@ def variable(seed: int = 45) -> Language:
 
     Every seed is another language; under this one, an untrained end token and a KL counted over padding cost much.
     """
-    return _build("variable", n_letters=5, early_end=True, beta=0.5, no_end_score=-2.0, seed=seed)
+    return _build("variable", n_letters=5, early_end=True, beta=0.5, missing_eos_score=-2.0, seed=seed)
 
 
 def code_of(prefix: Sequence[int], vocab_size: int) -> int:
@@ -100,7 +100,7 @@ def code_of(prefix: Sequence[int], vocab_size: int) -> int:
     return code
 
 
-def _build(name: str, n_letters: int, early_end: bool, beta: float, no_end_score: float, seed: int) -> Language:
+def _build(name: str, n_letters: int, early_end: bool, beta: float, missing_eos_score: float, seed: int) -> Language:
     vocab_size, n_tokens = FIRST_LETTER + n_letters, DEPTH if early_end else DEPTH + 1
     letters = range(FIRST_LETTER, vocab_size)
     words = [word for n in range(DEPTH + 1) for word in itertools.product(letters, repeat=n)]
@@ -123,9 +123,10 @@ def _build(name: str, n_letters: int, early_end: bool, beta: float, no_end_score
     raw = reward_table[row_of[[code_of(answer, vocab_size) for answer in ended + cut]]]  # (A,)
     answers = torch.tensor([[*answer, *[PAD] * (n_tokens - len(answer))] for answer in ended + cut])  # (A, N)
     return Language(
-        name=name, vocab_size=vocab_size, max_new_tokens=n_tokens, beta=beta, no_end_score=no_end_score,
-        prefixes=prefixes, n_unended=len(words), row_of=row_of, legal=legal, answers=answers, mask=answers != PAD,
-        ended=is_ended, scores=torch.where(is_ended, raw, no_end_score), reference_logits=reference_logits,
+        name=name, vocab_size=vocab_size, max_new_tokens=n_tokens, beta=beta, missing_eos_score=missing_eos_score,
+        prefixes=prefixes, n_unended=len(words), row_of=row_of, legal=legal, responses=answers,
+        response_mask=answers != PAD,
+        has_eos=is_ended, scores=torch.where(is_ended, raw, missing_eos_score), reference_logits=reference_logits,
         reward_table=reward_table,
     )  # fmt: skip
 
@@ -173,12 +174,12 @@ class PrefixTable(nn.Module):
         self.register_buffer("row_of", row_of, persistent=False)
         self.register_buffer("legal", legal, persistent=False)
 
-    def hidden(self, tokens: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> the table's rows at each of them: logits (B, T, V) float32, or (B, T, 1) with `scalar`."""
         n_new = tokens.shape[1]
         if cache is not None:
             keys = tokens[:, None, :, None].float().expand(-1, 1, -1, 2)  # (B, 1, T, 2)
-            tokens = cache.store(0, keys, keys)[0][:, 0, :, 0].long()  # (B, S): what was read before, too
+            tokens = cache.append(0, keys, keys)[0][:, 0, :, 0].long()  # (B, S): what was read before, too
             cache.length += n_new
         code, rows = torch.zeros_like(tokens[:, 0]), []  # (B,)
         for t in range(tokens.shape[1]):
@@ -194,9 +195,9 @@ class PrefixTable(nn.Module):
         """What `hidden` returns is the output already."""
         return hidden
 
-    def forward(self, tokens: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) float32, or (B, T) with `scalar`."""
-        found = self.hidden(tokens, segments=segments, cache=cache)
+        found = self.hidden(tokens, segment_ids=segment_ids, cache=cache)
         return found.squeeze(-1) if self.scalar else found
 
 
@@ -223,27 +224,27 @@ def reward_model(language: Language) -> PrefixTable:
     return PrefixTable(language, language.reward_table, scalar=True)
 
 
-def answer_logprobs(language: Language, model: nn.Module) -> Tensor:
+def response_logprobs(language: Language, model: nn.Module) -> Tensor:
     """log-probability of every token of every answer under a model: (A, N), 0 after the end."""
-    starts = torch.full_like(language.answers[:, :1], BOS)
-    logits = model(torch.cat([starts, language.answers[:, :-1]], dim=1))  # (A, N, V)
+    starts = torch.full_like(language.responses[:, :1], BOS)
+    logits = model(torch.cat([starts, language.responses[:, :-1]], dim=1))  # (A, N, V)
     logprobs = logits.masked_fill(~language.legal, -torch.inf).log_softmax(dim=-1)
-    chosen = logprobs.gather(-1, language.answers.unsqueeze(-1)).squeeze(-1)
-    return torch.where(language.mask, chosen, 0.0)  # (A, N)
+    chosen = logprobs.gather(-1, language.responses.unsqueeze(-1)).squeeze(-1)
+    return torch.where(language.response_mask, chosen, 0.0)  # (A, N)
 
 
 @torch.no_grad()
 def _reference_logprobs(language: Language, ref: nn.Module | None) -> Tensor:
-    return answer_logprobs(language, ref or reference(language)).sum(dim=1)  # (A,)
+    return response_logprobs(language, ref or reference(language)).sum(dim=1)  # (A,)
 
 
 def evaluate(language: Language, policy: nn.Module, ref: nn.Module | None = None) -> Exact:
     """The exact worth of a policy against a reference (the language's own if not given)."""
-    logprobs = answer_logprobs(language, policy).sum(dim=1)  # (A,)
+    logprobs = response_logprobs(language, policy).sum(dim=1)  # (A,)
     probability = logprobs.exp()
     score = (probability * language.scores).sum()
     kl = (probability * (logprobs - _reference_logprobs(language, ref))).sum()
-    return Exact(score - language.beta * kl, score, kl, (probability * language.ended).sum())
+    return Exact(score - language.beta * kl, score, kl, (probability * language.has_eos).sum())
 
 
 def optimal_logprobs(language: Language, ref: nn.Module | None = None) -> Tensor:

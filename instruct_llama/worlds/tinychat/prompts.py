@@ -208,9 +208,7 @@ class Story(Skill):
     def tell(self, a: str, b: str, rng: random.Random) -> str:
         """Two sentences (about 15 words): an opening, and how it goes on or ends."""
         lines = (rng.choice(part) for part in (OPENINGS, MIDDLES + ENDINGS))
-        return " ".join(
-            line.format(a=a, b=b, place=rng.choice(PLACES), feeling=rng.choice(FEELINGS)) for line in lines
-        )
+        return " ".join(line.format(a=a, b=b, place=rng.choice(PLACES), feeling=rng.choice(FEELINGS)) for line in lines)
 
     def ideal(self, slots: Slots, rng: random.Random) -> str:
         return self.tell(slots["a"], slots["b"], rng)
