@@ -44,6 +44,13 @@ def pytest_configure(config):
         os.environ["HF_HOME"] = os.path.join(os.environ["INSTRUCT_LLAMA_OUT"], "hub")
 
 
+def pytest_collection_modifyitems(items):
+    """Every notebook is slow."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput") and "INSTRUCT_LLAMA_OUT" in os.environ:
         shutil.rmtree(os.environ.pop("INSTRUCT_LLAMA_OUT"), ignore_errors=True)

@@ -33,6 +33,8 @@ from instruct_llama.tools import doctor
 from instruct_llama.training import checkpoint, memory, optim, run_log
 from instruct_llama.training.folders import STAGE_OF
 
+pytestmark = pytest.mark.slow
+
 NF4 = {"quant__kind": "nf4", "lora__rank": 4}
 
 

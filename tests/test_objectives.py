@@ -311,6 +311,9 @@ def test_policy_loss_by_hand():
     assert o.policy_loss(new, old, advantages, mask, 0.2).item() == pytest.approx(-(2.4 - 3.0 + 1.0 - 1.6))
     assert o.clip_frac(new, old, mask, 0.2) == 1.0 and o.clip_frac(new, old, mask, 0.6) == 0.0
     assert o.ratio_abs_error(new, old, mask).item() == pytest.approx(0.5)
+    assert o.mean_ratio(new, old, mask).item() == pytest.approx(1.0)
+    # k3 of old to new: ratio - 1 - log ratio, the mean over ratios of 1.5 and 0.5
+    assert o.approx_kl(new, old, mask).item() == pytest.approx((0.5 - math.log(1.5) - 0.5 - math.log(0.5)) / 2)
 
 
 def test_policy_loss_at_ratio_1_has_the_policy_gradient():
@@ -359,7 +362,9 @@ def test_p40_the_mean_ratio_would_miss_another_temperature():
     drawn = logits.softmax(0).multinomial(20_000, replacement=True, generator=seeded())[None]  # (1, T)
     old, new = logits.log_softmax(0)[drawn], (logits / 1.5).log_softmax(0)[drawn]
     mask = torch.ones_like(drawn, dtype=torch.bool)
-    assert o.masked_mean((new - old).exp(), mask).item() == pytest.approx(1, abs=0.01)
+    assert o.mean_ratio(new, old, mask).item() == pytest.approx(1, abs=0.01)
+    kl = (logits.softmax(0) * (logits.log_softmax(0) - (logits / 1.5).log_softmax(0))).sum().item()  # old to new
+    assert o.approx_kl(new, old, mask).item() == pytest.approx(kl, abs=0.01) and kl > 0.03
     error = o.ratio_abs_error(new, old, mask).item()
     assert error > 0.2 and o.ppo_warnings(error, 0.0, 0.0, 0.0)
 
@@ -420,6 +425,8 @@ METRICS = {
     "value_loss_unclipped": lambda e: o.value_loss(e["values"], e["old_values"], e["returns"], e["mask"], 0.0),
     "entropy_loss": lambda e: o.entropy_loss(e["full"], e["mask"]),
     "clip_frac": lambda e: o.clip_frac(e["logprobs"], e["old"], e["mask"], 0.2),
+    "mean_ratio": lambda e: o.mean_ratio(e["logprobs"], e["old"], e["mask"]),
+    "approx_kl": lambda e: o.approx_kl(e["logprobs"], e["old"], e["mask"]),
     "ratio_abs_error": lambda e: o.ratio_abs_error(e["logprobs"], e["old"], e["mask"]),
     "explained_variance": lambda e: o.explained_variance(e["values"], e["returns"], e["mask"]),
 }

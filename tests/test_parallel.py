@@ -22,6 +22,8 @@ from instruct_llama.pipeline import require
 from instruct_llama.pipeline import run as run_stage
 from instruct_llama.training import checkpoint, distributed, optim, run_log
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 1e-4  # what two processes may differ from one, in any logged figure
 
 

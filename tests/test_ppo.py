@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 ITERATIONS = {"fixed": 80, "variable": 40}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("language", [enumerable.fixed(), enumerable.variable()], ids=lambda language: language.name)
 def test_p00_ppo_closes_98_percent_of_the_gap(language, seed):
@@ -46,6 +47,7 @@ def test_p00_ppo_closes_98_percent_of_the_gap(language, seed):
     assert points[20]["gap_closed"] > 0.85  # what the short runs of the planted mistakes are to be compared with
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_p00_p42_small_generation_batches_close_the_gap_as_well(seed):
     """Batches that draw the same random numbers make 24 of 384 responses, 16 times: they close about half of it."""
@@ -169,6 +171,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mistake", "name", "iterations"), MISTAKES, ids=[m[0].__name__[1:] for m in MISTAKES])
 def test_p00_a_planted_mistake_does_not(mistake, name, iterations, monkeypatch):
     language = getattr(enumerable, name)()

@@ -36,9 +36,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 TOP_LEVEL = {
     "README.md", "CONTRIBUTING.md", "environment.yml", "pyproject.toml", "constraints.txt", "LICENSE", "notebooks",
-    "instruct_llama", "data", "checkpoints", "tests", ".ci", ".github", ".gitignore",
+    ".pre-commit-config.yaml", "instruct_llama", "data", "checkpoints", "tests", ".ci", ".github", ".gitignore",
 }  # fmt: skip
-SECOND_LINE = 'python -m pip install -e ".[test]" && python -m pytest'
+SECOND_LINE = 'python -m pip install -e ".[test]" && python -m pytest -n 2'
 
 
 @functools.cache
@@ -171,6 +171,19 @@ def test_ruff_finds_nothing():
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", *folders]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("ruff", "format", "--no-cache", "--check", "instruct_llama", "tests"), ("basedpyright",)]
+)
+def test_the_other_hooks_of_pre_commit_find_nothing(words):
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pre_commit_runs_what_the_tests_run():
+    hooks = re.findall(r"entry: (.+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert hooks == ["ruff check", "ruff format --check", "basedpyright"]
 
 
 # ---------------------------------------------------------------- import directions

@@ -47,7 +47,7 @@ def in_notebooks() -> list[str]:
 def test_the_two_lines_stand_there():
     assert len(commands(in_notebooks())) > 6 and [words[0] for words in commands(IN_TEXT)].count("sft") >= 2
     assert "python -m pip install -e . && python -m instruct_llama tour" in IN_BLOCKS
-    assert 'python -m pip install -e ".[test]" && python -m pytest' in IN_BLOCKS
+    assert 'python -m pip install -e ".[test]" && python -m pytest -n 2' in IN_BLOCKS
 
 
 @pytest.mark.parametrize("words", commands(IN_BLOCKS + IN_TEXT + in_notebooks()), ids=" ".join)

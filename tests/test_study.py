@@ -20,6 +20,8 @@ from instruct_llama.evaluation import report as evaluate
 from instruct_llama.tools import study
 from instruct_llama.training import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trained(pipeline, tmp_path, monkeypatch):

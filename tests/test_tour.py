@@ -14,6 +14,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from instruct_llama.__main__ import Tour, main, parse
 from instruct_llama.notebook import tour
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import os, sys
 print("real:", os.environ.get("INSTRUCT_LLAMA_REAL") == "1")

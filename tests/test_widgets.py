@@ -260,6 +260,7 @@ def test_live_is_what_the_request_says(asked, answer, monkeypatch):
     assert not widgets.is_live()
 
 
+@pytest.mark.slow
 def test_executed_notebook_holds_one_picture_each_and_no_widget_state(monkeypatch):
     monkeypatch.delenv("INSTRUCT_LLAMA_STATIC", raising=False)
     cells = [

@@ -213,6 +213,8 @@ def test_clip_stops_the_policys_gradient_and_is_reported():
         figures = ppo.minibatch_gradients(*setup, rollouts, seed=0)
         assert (largest(of_role(gradients(setup), "policy")) < 1e-7) is stopped
         assert figures["clip_frac"] == float(stopped) and figures["ratio_abs_error"] == pytest.approx(0.3, abs=1e-4)
+        assert figures["ratio"] == pytest.approx(1.3, abs=1e-4)
+        assert figures["approx_kl"] == pytest.approx(0.3 - np.log(1.3), abs=1e-4)  # old to new; new to old: 0.032
 
 
 def test_value_clip_stops_the_values_gradient():
