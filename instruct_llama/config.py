@@ -77,6 +77,9 @@ class ModelConfig:
             check(getattr(self, name) >= 1, f"model.{name} must be at least 1.")
 
 
+PROJECTIONS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # the linear layers of a block
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685): W x + (alpha / rank) B A x."""
@@ -84,13 +87,12 @@ class LoRAConfig:
     rank: int = 8  # rows of A, columns of B; 0 means no adapters
     alpha: float = 16.0  # the adapter's output is multiplied by alpha / rank
     dropout: float = 0.0  # dropout on the adapter's input
-    target_modules: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # which projections get one
+    target_modules: tuple[str, ...] = PROJECTIONS  # which projections get one
 
     def __post_init__(self) -> None:
         check(self.rank >= 0, f"lora.rank is {self.rank}; it must be at least 1, or 0 for no adapters.")
-        known = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
-        wrong = [name for name in self.target_modules if name not in known]
-        check(not wrong, f"lora.target_modules names {wrong}; choose from {', '.join(known)}.")
+        wrong = [name for name in self.target_modules if name not in PROJECTIONS]
+        check(not wrong, f"lora.target_modules names {wrong}; choose from {', '.join(PROJECTIONS)}.")
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_p20_mean_over_all_pairs_of_a_prompt_then_over_prompts():
 
     three = (cost(0.5, 0.3) + cost(0.5, -1.0) + cost(0.3, -1.0)) / 3
     assert o.ranking_loss(scores, prompt, rank).item() == pytest.approx((three + cost(1.5, 2.0)) / 2, abs=1e-6)
-    assert o.ranking_accuracy(scores, prompt, rank).item() == pytest.approx(3 / 4)
+    assert o.pair_wins(o.pair_differences(scores, prompt, rank)[0]).mean().item() == pytest.approx(3 / 4)
     differences, weights = o.pair_differences(scores, prompt, rank)
     assert sorted(differences.tolist()) == pytest.approx(sorted([0.2, 1.5, 1.3, -0.5]))
     assert weights.sum().item() == pytest.approx(2)
@@ -132,7 +132,7 @@ def test_p20_mean_over_all_pairs_of_a_prompt_then_over_prompts():
 def test_ties_in_rank_are_not_pairs_and_equal_scores_are_half_right():
     differences, weights = o.pair_differences(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3), torch.tensor([0, 0, 1]))
     assert sorted(differences.tolist()) == [-2.0, -1.0] and weights.tolist() == [0.5, 0.5]
-    assert o.ranking_accuracy(torch.zeros(2), torch.zeros(2), torch.arange(2)) == 0.5
+    assert o.pair_wins(torch.tensor([0.0, 2.0, -1.0])).tolist() == [0.5, 1.0, 0.0]
 
 
 def test_pairs_weigh_the_same_under_autocast():

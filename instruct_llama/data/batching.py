@@ -106,9 +106,9 @@ def windows(text: np.ndarray, seq_len: int, ends: Sequence[int] = ()) -> np.ndar
     return np.stack((starts, np.minimum(np.add(starts, seq_len), last)), axis=1)
 
 
-def window_order(n_windows: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """This rank's windows in the order of this epoch: ranks share them without overlap, evenly to within one."""
-    return epoch_order(n_windows, seed, epoch, "windows")[rank::world]
+def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the windows in an epoch."""
+    return epoch_order(n_windows, seed, epoch, "windows")
 
 
 # ---------------------------------------------------------------- batches

@@ -24,7 +24,7 @@ from ..data.sources import HeldOut
 from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama, ScalarLlama
 from ..model.sampling import generate, generate_ids
-from ..rlhf.losses import cross_entropy_sum, pair_differences
+from ..rlhf.losses import cross_entropy_sum, pair_differences, pair_wins
 from ..rlhf.rollout import completion_scores, final_scores
 from ..training import checkpoint, distributed
 from ..training import folders as folders_
@@ -115,7 +115,7 @@ def reward_accuracy(
             mine = batch.prompt == number  # (N,)
             differences, _ = pair_differences(scores[mine], batch.prompt[mine], batch.rank[mine])
             found = sums.setdefault(str(fitted[start + number][1]["prompt"]), [0.0, 0.0])
-            found[0] += float((differences > 0).sum() + 0.5 * (differences == 0).sum())
+            found[0] += float(pair_wins(differences).sum())
             found[1] += len(differences)
     known = [c["utilities"] for _, c in fitted if c.get("utilities")]
     ceiling = tinychat.ranking_ceiling(known, temperature) if known else float("nan")

@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import skip_init
 
-from ..config import LoRAConfig, QuantConfig, check
+from ..config import PROJECTIONS, LoRAConfig, QuantConfig, check
 
 if TYPE_CHECKING:
     from .llama import Llama
-
-PROJECTIONS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
 class QuantMatmul(torch.autograd.Function):

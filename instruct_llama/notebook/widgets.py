@@ -18,9 +18,10 @@ import torch
 from IPython.display import display
 from torch import Tensor
 
-from ..config import ModelConfig, UserError, check
+from ..config import LoRAConfig, ModelConfig, QuantConfig, UserError, check
 from ..model.llama import attention_weights
 from ..model.sampling import eval_mode, filter_logits, generate
+from ..training import memory
 from ..worlds import tinychat
 from .plots import HATCHES, attention_grid, bars, codebook, is_live, rope_picture
 from .style import COLOURS, Picture, panels, shade, style, visible
@@ -175,36 +176,35 @@ def training_memory(config: ModelConfig, rank: int, block_size: int = 64) -> dic
     """Bytes that training keeps, activations aside: {method: {part: bytes}} for full, LoRA and QLoRA training.
 
     Trained weights are fp32 with a gradient and AdamW's two moments, 16 bytes each. A frozen base takes 2 bytes a
-    weight, or under QLoRA (arXiv:2305.14314) 4 bits and a doubly quantised scale per block; embeddings stay 16-bit.
+    weight, or under QLoRA (arXiv:2305.14314) 4 bits and a doubly quantised scale per block; embeddings and norms stay
+    16-bit. The formulas are those of `training.memory`.
     """
-    d, f, kv = config.dim, config.ffn_dim, config.dim // config.n_heads * config.n_kv_heads
-    shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]  # wq wk wv wo w_gate w_up w_down: (out, in)
-    blocks = config.n_layers * sum(a * b for a, b in shapes)
-    rest = config.vocab_size * d * (1 if config.tie_embeddings else 2)
-    adapters = config.n_layers * rank * sum(a + b for a, b in shapes)
-    bits = 4 + 8 / block_size + 32 / (block_size * 256)
+    lora, everything = LoRAConfig(rank=rank), memory.parameter_count(config)
+    adapters = memory.adapter_count(config, lora)
+    kinds = QuantConfig(), QuantConfig("nf4", block_size)
+    dense, nf4 = (memory.base_bytes(config, lora, quant, "bf16") for quant in kinds)
     trained = {"trained weights": 4.0, "gradients": 4.0, "AdamW": 8.0}
     return {
-        "full": {"frozen base": 0.0} | {part: n * (blocks + rest) for part, n in trained.items()},
-        "LoRA": {"frozen base": 2.0 * (blocks + rest)} | {part: n * adapters for part, n in trained.items()},
-        "QLoRA": {"frozen base": blocks * bits / 8 + 2.0 * rest} | {part: n * adapters for part, n in trained.items()},
+        "full": {"frozen base": 0.0} | {part: n * everything for part, n in trained.items()},
+        "LoRA": {"frozen base": dense} | {part: n * adapters for part, n in trained.items()},
+        "QLoRA": {"frozen base": nf4} | {part: n * adapters for part, n in trained.items()},
     }
 
 
 @style()
 def memory_picture(config: ModelConfig, rank: int) -> Picture:
     """The three methods' memory at `rank`, and how the adapters' share of it grows with the rank."""
-    memory = training_memory(config, rank)
-    scale, unit = (2**30, "GiB") if sum(memory["full"].values()) > 2**30 else (2**20, "MiB")
+    methods = training_memory(config, rank)
+    scale, unit = (2**30, "GiB") if sum(methods["full"].values()) > 2**30 else (2**20, "MiB")
     figure, (left, right) = panels(1, 2, width_ratios=(3, 2))
-    for y, parts in enumerate(memory.values()):
+    for y, parts in enumerate(methods.values()):
         at = 0.0
         for i, (part, size) in enumerate(parts.items()):
             left.barh(y, size / scale, left=at, color=COLOURS[i], hatch=HATCHES[i], edgecolor="white", alpha=0.8,
                       label="" if y else part)  # fmt: skip
             at += size / scale
         left.text(at, y, f" {at:.3g} {unit}", va="center", fontsize=8)
-    left.set_yticks(range(3), list(memory))
+    left.set_yticks(range(3), list(methods))
     left.set(xlabel=f"memory ({unit}, without activations)", title=f"rank {rank}")
     left.margins(x=0.25)
     left.invert_yaxis()
@@ -212,7 +212,7 @@ def memory_picture(config: ModelConfig, rank: int) -> Picture:
     ranks = 2 ** np.arange(0, 9)
     adapter = [sum(list(training_memory(config, int(r))["QLoRA"].values())[1:]) / scale for r in ranks]
     right.plot(ranks, adapter, "-o", color=COLOURS[1], label="adapters, trained")
-    right.axhline(memory["QLoRA"]["frozen base"] / scale, color="0.3", linestyle=":", label="4-bit base")
+    right.axhline(methods["QLoRA"]["frozen base"] / scale, color="0.3", linestyle=":", label="4-bit base")
     right.axvline(rank, color="0.3", linewidth=0.8)
     right.set_xscale("log", base=2)
     right.set(xlabel="rank", ylabel=f"memory ({unit})", ylim=(0, None), title="QLoRA")

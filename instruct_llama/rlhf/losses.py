@@ -128,10 +128,12 @@ def ranking_loss(scores: Tensor, prompt: Tensor | None = None, rank: Tensor | No
     return -(weights * F.logsigmoid(differences)).sum() / weights.sum().clamp(min=1e-8)
 
 
-def ranking_accuracy(scores: Tensor, prompt: Tensor, rank: Tensor) -> Tensor:
-    """Share of all pairs whose better answer scores higher, an equal score counting one half: a scalar."""
-    differences, _ = pair_differences(scores, prompt, rank)
-    return ((differences > 0).float() + 0.5 * (differences == 0).float()).sum() / max(len(differences), 1)
+def pair_wins(differences: Tensor) -> Tensor:
+    """Of `pair_differences` (P,): 1 where the better response scores higher, one half where both score alike: (P,).
+
+    Their mean is the accuracy of a reward model, weighted by prompt or not.
+    """
+    return (differences > 0).float() + 0.5 * (differences == 0).float()
 
 
 def normalise_score(score: Tensor, mean: float | Tensor, scale: float | Tensor) -> Tensor:

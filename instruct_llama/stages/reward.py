@@ -21,7 +21,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
-from ..rlhf.losses import pair_differences, pool_last_token, ranking_loss, response_mean, token_logprobs
+from ..rlhf.losses import pair_differences, pair_wins, pool_last_token, ranking_loss, response_mean, token_logprobs
 from ..rlhf.rollout import Rollouts, completion_scores
 from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
@@ -49,7 +49,7 @@ def reward_loss(
     scores = pool_last_token(per_token[batch.prompt], batch.last_positions)  # (N,)
     loss = ranking_loss(scores, batch.prompt, batch.rank) * batch.weight
     differences, weights = pair_differences(scores.detach(), batch.prompt, batch.rank)
-    logged = {"accuracy": float((weights * (differences > 0)).sum()), "loss": float(loss.detach())}
+    logged = {"accuracy": float((weights * pair_wins(differences)).sum()), "loss": float(loss.detach())}
     if config.token_coef > 0:
         extra = token_loss(per_token, batch)
         loss, logged["token_loss"] = loss + config.token_coef * extra, float(extra.detach())
@@ -102,7 +102,7 @@ def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision
     good, bad = torch.cat(chosen), torch.cat(rejected)
     return {
         "loss": loss / max(1, prompts),
-        "accuracy": float(((good > bad).float() + 0.5 * (good == bad).float()).mean()),
+        "accuracy": float(pair_wins(good - bad).mean()),
         "pairs": float(len(good)),
         "chosen_mean": float(good.mean()),
         "chosen_std": float(good.std(correction=0)),

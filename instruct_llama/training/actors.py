@@ -26,7 +26,7 @@ from ..rlhf.actors import Role
 from ..rlhf.rollout import Rollouts
 from . import checkpoint, distributed
 from .device import autocast
-from .optim import NonFinite, make_optimizer, make_scaler, scaled_step
+from .optim import NonFinite, freeze_first, make_optimizer, make_scaler, scaled_step
 
 
 class _Actors:
@@ -284,9 +284,7 @@ def four_models(
     models = FourModels(
         *loaded, tokenizer, device, config.precision, swap_to=device if config.offload_inactive else None
     )
-    policy = models.models["policy"]
-    for module in (policy.tok_embeddings, *policy.layers[: config.freeze_layers]) if config.freeze_layers else ():
-        module.requires_grad_(False)
+    freeze_first(models.models["policy"], config.freeze_layers)
     return models
 
 
