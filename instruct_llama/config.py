@@ -1,10 +1,11 @@
 """Every setting of every stage, as frozen dataclasses.
 
-One `Settings` object describes a whole run, from the vocabulary to PPO. It is frozen: change it with
-`settings.replace(...)`, which makes a new one, so two models with different settings live in one kernel.
+One `Settings` object describes a whole run, from the vocabulary to PPO. It is frozen (P12):
+`settings.replace(...)` returns a changed copy, so models with different settings can coexist in one kernel.
 The command line is generated from these classes: `--ppo.kl-coef 0.1` sets `settings.ppo.kl_coef`.
+The comments behind the fields are its help texts.
 
-The letters in shape comments mean one thing everywhere:
+The letters in shape comments have one meaning everywhere:
 B sequences in a batch, T positions in a sequence, V tokens in the vocabulary, H attention heads, D model width.
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the file, line or option, and the cure."""
+    """An error that the user can fix: one sentence that names the file, line or option, and the cure."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -29,42 +30,42 @@ def check(condition: bool, message: str) -> None:
 
 
 def _check_name(stage: str, name: str) -> None:
-    """A run's name is one folder in the out folder: it leads nowhere else, and is not hidden."""
+    """Raise `UserError` unless the name is that of one folder: no path, not hidden, valid on every system."""
     plain = bool(name) and not name.startswith(".") and not set(name) & set('/\\:*?"<>|\0') and name == name.strip()
     check(plain, f"{stage}.name is {name!r}; give the name of one folder, such as {stage}-2.")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary positions are stretched beyond the length a model was pretrained on."""
+    """Scaling of the rotary frequencies, for contexts longer than those of pretraining."""
 
-    kind: Literal["none", "linear", "llama3"] = "none"  # linear: all positions; llama3: only the slow frequencies
-    factor: float = 8.0  # how many times longer the context becomes
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_seq_len / this are divided by factor
-    high_freq_factor: float = 4.0  # llama3: wavelengths below original_max_seq_len / this are left alone
-    original_max_seq_len: int = 8192  # llama3: the context of pretraining, in tokens
+    kind: Literal["none", "linear", "llama3"] = "none"  # linear: scale all frequencies; llama3: only the low ones
+    factor: float = 8.0  # the context becomes this many times longer
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_seq_len / this are scaled by factor
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original_max_seq_len / this are unchanged
+    original_max_seq_len: int = 8192  # llama3: context length of pretraining, in tokens
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a LLaMA decoder (LLaMA 2, arXiv:2307.09288; LLaMA 3, arXiv:2407.21783)."""
 
-    vocab_size: int = 512  # V, tokens in the vocabulary
+    vocab_size: int = 512  # V, number of tokens in the vocabulary
     dim: int = 128  # D, width of the residual stream
-    n_layers: int = 2  # decoder blocks
-    n_heads: int = 4  # H, query heads
-    n_kv_heads: int = 2  # key/value heads; n_heads means multi-head, 1 means multi-query
+    n_layers: int = 2  # number of decoder blocks
+    n_heads: int = 4  # H, number of query heads
+    n_kv_heads: int = 2  # number of key-value heads; n_heads: multi-head attention; 1: multi-query
     ffn_dim: int = 352  # hidden width of the SwiGLU feed-forward
     max_seq_len: int = 256  # longest context, in tokens
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
-    rope_scaling: RopeScaling = RopeScaling()  # stretching of the rotary frequencies
-    norm_eps: float = 1e-5  # RMSNorm's epsilon
-    init_std: float = 0.02  # deviation of the random weights; narrow models learn to copy sooner with about 1/sqrt(dim)
-    tie_embeddings: bool = True  # output projection shares the embedding's weights
+    rope_theta: float = 10_000.0  # base of the rotary frequencies (RoPE theta)
+    rope_scaling: RopeScaling = RopeScaling()  # scaling of the rotary frequencies for longer contexts
+    norm_eps: float = 1e-5  # epsilon of RMSNorm
+    init_std: float = 0.02  # deviation of the initial weights; about 1/sqrt(dim) helps narrow models
+    tie_embeddings: bool = True  # the output projection shares the embedding weights
     embed_dropout: float = 0.0  # dropout on the token embeddings
     attn_dropout: float = 0.0  # dropout on the attention weights
-    resid_dropout: float = 0.0  # dropout on what each block adds to the residual stream
-    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    resid_dropout: float = 0.0  # dropout on the outputs of attention and feed-forward
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: saves memory, costs time
 
     def __post_init__(self) -> None:
         check(self.dim % self.n_heads == 0, f"model.dim {self.dim} must be a multiple of model.n_heads {self.n_heads}.")
@@ -84,10 +85,10 @@ PROJECTIONS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # the linear
 class LoRAConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685): W x + (alpha / rank) B A x."""
 
-    rank: int = 8  # rows of A, columns of B; 0 means no adapters
+    rank: int = 8  # rank r of the adapter matrices A and B; 0: no adapters
     alpha: float = 16.0  # the adapter's output is multiplied by alpha / rank
-    dropout: float = 0.0  # dropout on the adapter's input
-    target_modules: tuple[str, ...] = PROJECTIONS  # which projections get one
+    dropout: float = 0.0  # dropout on the input of the adapter
+    target_modules: tuple[str, ...] = PROJECTIONS  # adapted projections
 
     def __post_init__(self) -> None:
         check(self.rank >= 0, f"lora.rank is {self.rank}; it must be at least 1, or 0 for no adapters.")
@@ -97,41 +98,41 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """4-bit storage of a frozen base (QLoRA, arXiv:2305.14314)."""
+    """4-bit quantisation of the frozen base model (QLoRA, arXiv:2305.14314)."""
 
-    kind: Literal["none", "nf4", "fp4"] = "none"  # the codebook; none keeps the base dense
-    block_size: int = 64  # weights that share one scale
-    double_quant: bool = True  # quantise the scales as well
+    kind: Literal["none", "nf4", "fp4"] = "none"  # 4-bit data type; none: no quantisation
+    block_size: int = 64  # number of weights that share one scale
+    double_quant: bool = True  # quantise the scales too (double quantisation)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule (linear warm-up, cosine decay) and clipping."""
+    """AdamW, its learning-rate schedule (linear warm-up, cosine decay) and gradient clipping."""
 
     lr: float = 1e-3  # peak learning rate
-    min_lr_ratio: float = 0.1  # the cosine ends at lr times this
+    min_lr_ratio: float = 0.1  # final learning rate as a fraction of lr
     warmup_steps: int = 20  # optimizer steps of linear warm-up
-    weight_decay: float = 0.01  # decoupled, on matrices only
-    beta1: float = 0.9  # decay of the mean of the gradient
-    beta2: float = 0.95  # decay of the mean of its square
-    eps: float = 1e-8  # added to the root of the second moment
-    grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
-    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"  # all but adamw: bitsandbytes
+    weight_decay: float = 0.01  # decoupled weight decay, applied to matrices only
+    beta1: float = 0.9  # decay rate of the first moment
+    beta2: float = 0.95  # decay rate of the second moment
+    eps: float = 1e-8  # added to the square root of the second moment
+    grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"  # the last three use bitsandbytes
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long a supervised stage trains and how often it looks up."""
+    """Length and batch size of a supervised stage, and how often it validates and saves."""
 
-    steps: int = 0  # optimizer steps; 0 means: as many as `epochs` needs
+    steps: int = 0  # number of optimizer steps; 0: derived from `epochs`
     epochs: float = 1.0  # passes over the training records, used when steps is 0
-    batch_size: int = 32  # sequences in one forward pass, of all processes together
+    batch_size: int = 32  # sequences per forward pass, summed over all processes
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
-    eval_every: int = 50  # optimizer steps between validations; the best one is kept
-    eval_batches: int = 8  # batches of held-out records per validation
-    save_every: int = 200  # optimizer steps between resumable saves
-    sample_every: int = 200  # optimizer steps between text samples
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # compute dtype of the blocks; weights and losses stay fp32
+    eval_every: int = 50  # optimizer steps between validations; the best weights are kept
+    eval_batches: int = 8  # batches per validation
+    save_every: int = 200  # optimizer steps between saved states, which --resume continues from
+    sample_every: int = 200  # optimizer steps between logged text samples
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # compute dtype of the blocks; weights, losses: fp32
 
     def __post_init__(self) -> None:
         for name in (
@@ -148,32 +149,32 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The SentencePiece vocabulary that is trained before pretraining."""
+    """The SentencePiece tokenizer that is trained before pretraining."""
 
-    vocab_size: int = 512  # pieces wanted, the 256 bytes and the special tokens included
-    files: tuple[str, ...] = ()  # text or record files to train on; none means the pretraining corpus
-    max_chars: int = 2_000_000  # characters of the corpus that training reads
+    vocab_size: int = 512  # number of tokens, including the 256 bytes and the special tokens
+    files: tuple[str, ...] = ()  # text or record files to train on; empty: the pretraining corpus
+    max_chars: int = 2_000_000  # maximum number of characters to train on
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """How much of the embedded world, tinychat, is made."""
+    """How much data of the embedded world, tinychat, is generated."""
 
-    corpus_chars: int = 2_000_000  # characters of running text for pretraining
-    demonstrations: int = 6_000  # prompts with labellers' answers, for SFT
-    comparisons: int = 4_000  # prompts with ranked answers, for the reward model
-    prompts: int = 4_000  # prompts for PPO
-    heldout: int = 512  # held-out records for validation
-    temperature: float = 0.15  # of the Bradley-Terry labeller who ranks answers, in units of true reward
+    corpus_chars: int = 2_000_000  # characters of text for pretraining
+    demonstrations: int = 6_000  # dialogs for SFT
+    comparisons: int = 4_000  # prompts with ranked responses, for the reward model
+    prompts: int = 4_000  # number of prompts for PPO
+    heldout: int = 512  # number of records for validation
+    temperature: float = 0.15  # noise of the Bradley-Terry labeller that ranks responses, in true reward
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Next-token prediction on running text."""
+    """Next-token prediction on plain text."""
 
     name: str = "pretrain"  # folder of the run, under out
-    data: str = ""  # public set or file of texts, where --data gives none; empty: tinychat
-    seq_len: int = 128  # T, the most tokens of one window
+    data: str = ""  # public data set or file of texts; --data overrides it; empty: tinychat
+    seq_len: int = 128  # T, maximum tokens per training window
     optim: OptimConfig = OptimConfig(lr=3e-3)
     loop: LoopConfig = LoopConfig(steps=600, batch_size=32, eval_every=100)
 
@@ -183,16 +184,16 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """TrainJob fine-tuning on demonstrations; with `lora`, of adapters only; with `quant`, over a 4-bit base."""
+    """Supervised fine-tuning on demonstrations; `lora` trains adapters only, `quant` over a 4-bit base."""
 
-    name: str = ""  # folder of the run; empty: sft, sft-lora or sft-qlora, by what is trained
-    data: str = ""  # public set or file of dialogs, where --data gives none; empty: tinychat
-    seq_len: int = 128  # longest dialog, in tokens
-    pack: bool = False  # several dialogs to a row, attention kept inside each
-    freeze_layers: int = 0  # the first N blocks and the embeddings stay as they were
-    lora: LoRAConfig = LoRAConfig(rank=0)  # adapters instead of full weights
-    train_embeddings: bool = False  # beside adapters, embeddings and output train too: chat markers are new to the base
-    quant: QuantConfig = QuantConfig()  # 4-bit base under the adapters
+    name: str = ""  # folder of the run, under out; empty: sft, sft-lora or sft-qlora
+    data: str = ""  # public data set or file of dialogs; --data overrides it; empty: tinychat
+    seq_len: int = 128  # maximum length of a dialog, in tokens
+    pack: bool = False  # pack several dialogs into one row; attention does not cross dialogs
+    freeze_layers: int = 0  # freeze the first N blocks and the embeddings
+    lora: LoRAConfig = LoRAConfig(rank=0)  # train adapters instead of all weights
+    train_embeddings: bool = False  # with adapters: also train embedding and output, for new chat tokens
+    quant: QuantConfig = QuantConfig()  # 4-bit quantisation of the base under the adapters
     optim: OptimConfig = OptimConfig(lr=1e-3)
     loop: LoopConfig = LoopConfig(epochs=2, batch_size=32)
 
@@ -211,28 +212,28 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Reward model: a scalar head trained on ranked answers; two auxiliary losses help small networks."""
+    """Reward model: a scalar head trained on ranked responses, with two optional auxiliary losses."""
 
-    name: str = ""  # folder of the run; empty: reward, or reward-lora with adapters
-    data: str = ""  # public set or file of comparisons, where --data gives none; empty: tinychat
-    init_from: Literal["sft", "pretrain"] = "sft"  # which stage's weights it starts from
-    seq_len: int = 160  # longest prompt with answer, in tokens
-    freeze_layers: int = 0  # the first N blocks and the embeddings stay as they were
-    lora: LoRAConfig = LoRAConfig(rank=0)  # adapters and the head only; what PPO's shared_base layout needs
-    quant: QuantConfig = QuantConfig()  # 4-bit base under the adapters
-    sample_share: float = 0.5  # share of the comparisons whose answers are sampled from the SFT model itself
-    responses_per_prompt: int = 3  # K, answers per sampled comparison
-    normalise_samples: int = 256  # reference answers on which the score's mean and scale are fitted
-    token_coef: float = 0.0  # weight of the ranking loss of the head's mean over an answer's own tokens
-    lm_coef: float = 0.0  # weight of the language-model loss on the best answer of each comparison
-    bucket_steps: int = 1  # optimizer steps whose comparisons are sorted by length together: more means less padding
+    name: str = ""  # folder of the run, under out; empty: reward, or reward-lora with adapters
+    data: str = ""  # public data set or file of comparisons; --data overrides it; empty: tinychat
+    init_from: Literal["sft", "pretrain"] = "sft"  # stage whose weights initialise the reward model
+    seq_len: int = 160  # maximum length of prompt plus response, in tokens
+    freeze_layers: int = 0  # freeze the first N blocks and the embeddings
+    lora: LoRAConfig = LoRAConfig(rank=0)  # train adapters and head only; required by ppo.layout shared_base
+    quant: QuantConfig = QuantConfig()  # 4-bit quantisation of the base under the adapters
+    sample_share: float = 0.5  # fraction of comparisons whose responses are sampled from the SFT model
+    responses_per_prompt: int = 3  # K, responses per sampled comparison
+    normalise_samples: int = 256  # reference responses on which the mean and scale of the score are fitted
+    token_coef: float = 0.0  # weight of the ranking loss on the head's mean over response tokens
+    lm_coef: float = 0.0  # weight of the language-model loss on the best response of each comparison
+    bucket_steps: int = 1  # sort the comparisons of this many optimizer steps by length: reduces padding
     optim: OptimConfig = OptimConfig(lr=5e-4)
     loop: LoopConfig = LoopConfig(epochs=1, batch_size=32)
 
     def __post_init__(self) -> None:
         _check_name("reward", self.run_name)
         check(min(self.token_coef, self.lm_coef) >= 0, "reward.token_coef and reward.lm_coef must not be negative.")
-        check(self.bucket_steps >= 1, "reward.bucket_steps must be at least 1: each step's comparisons by themselves.")
+        check(self.bucket_steps >= 1, "reward.bucket_steps must be at least 1 (sorting within one step).")
 
     @property
     def run_name(self) -> str:
@@ -243,10 +244,10 @@ class RewardConfig:
 class SamplingConfig:
     """How responses are sampled from a model: see `model.sampling.filter_logits`."""
 
-    max_new_tokens: int = 64  # longest response, in tokens, end token included
-    temperature: float = 1.0  # logits are divided by this; 0 takes the likeliest token each time
-    top_k: int = 0  # sample among the k likeliest tokens; 0 means all
-    top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
+    max_new_tokens: int = 64  # maximum length of a response, in tokens, including the end token
+    temperature: float = 1.0  # sampling temperature; 0: greedy decoding
+    top_k: int = 0  # sample from the k most likely tokens; 0: no limit
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability; 1: all
 
     def __post_init__(self) -> None:
         check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
@@ -255,48 +256,48 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """PPO from human preferences (InstructGPT, arXiv:2203.02155; PPO, arXiv:1707.06347)."""
+    """PPO against a reward model (InstructGPT, arXiv:2203.02155; PPO, arXiv:1707.06347)."""
 
     name: str = "ppo"  # folder of the run, under out
-    data: str = ""  # public set or file of prompts, where --data gives none; empty: tinychat
-    layout: Literal["four_models", "shared_base"] = "four_models"  # four networks, or one base with adapters
-    iterations: int = 40  # rollout and update rounds
-    exact_iterations: int = 40  # rounds on the enumerable language that opens notebook 07
-    rollouts_per_iteration: int = 128  # episodes (answers) per iteration
-    generation_batch_size: int = 128  # episodes generated at once; processes share an iteration's batches
-    max_new_tokens: int = 48  # longest answer, in tokens
-    seq_len: int = 0  # longest prompt with its answer, in tokens; 0 means all of the model's context
-    temperature: float = 1.0  # of the behaviour policy
-    top_k: int = 0  # sample among the k likeliest tokens; 0 means all
-    top_p: float = 1.0  # sample among the likeliest tokens that hold this mass; 1 means all
-    num_ppo_epochs: int = 4  # passes over the episodes of an iteration
-    mini_batch_size: int = 32  # episodes per optimizer step
-    micro_batch_size: int = 32  # episodes per forward pass, of all processes together
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # GAE's lambda
-    cliprange: float = 0.2  # the policy ratio is clipped to 1 +- this
-    cliprange_value: float = 0.2  # the value may move by this from its old estimate; 0 turns it off
+    data: str = ""  # public data set or file of prompts; --data overrides it; empty: tinychat
+    layout: Literal["four_models", "shared_base"] = "four_models"  # four networks; or adapters on one base
+    iterations: int = 40  # number of iterations: sample rollouts, then update
+    exact_iterations: int = 40  # PPO iterations on the enumerable language of notebook 07
+    rollouts_per_iteration: int = 128  # rollouts (sampled responses) per iteration
+    generation_batch_size: int = 128  # rollouts generated at once; batches are sharded over processes
+    max_new_tokens: int = 48  # maximum length of a response, in tokens
+    seq_len: int = 0  # maximum length of prompt plus response, in tokens; 0: the model's context length
+    temperature: float = 1.0  # sampling temperature of the rollouts; must be positive
+    top_k: int = 0  # sample from the k most likely tokens; 0: no limit
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability; 1: all
+    num_ppo_epochs: int = 4  # passes over the rollouts of an iteration
+    mini_batch_size: int = 32  # rollouts per optimizer step
+    micro_batch_size: int = 32  # rollouts per forward pass, summed over all processes
+    gamma: float = 1.0  # discount factor
+    lam: float = 0.95  # lambda of GAE
+    cliprange: float = 0.2  # the policy ratio is clipped to 1 +- cliprange
+    cliprange_value: float = 0.2  # the value is clipped to its old estimate +- this; 0: no clipping
     vf_coef: float = 0.5  # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
-    ptx_coef: float = 0.0  # weight of the language-model loss on demonstrations mixed in
+    ptx_coef: float = 0.0  # weight of the language-model loss on demonstrations (PPO-ptx)
     kl_coef: float = 0.05  # beta, weight of the per-token KL penalty
-    kl_target: float = 0.0  # nats per answer for the adaptive controller; 0 keeps kl_coef fixed
-    kl_horizon: int = 10  # iterations over which the adaptive controller corrects a full error
-    whiten_advantages: bool = True  # advantages to mean 0 and deviation 1 over the batch's real tokens
-    score_clip: float = 5.0  # normalised scores are clipped to +- this; 0 turns it off
-    missing_eos_score: float = -3.0  # score of an answer that never ends, in place of the reward model's
-    freeze_layers: int = 0  # the first N blocks and the embeddings of the policy stay as they were
-    offload_inactive: bool = False  # four_models: those that a phase does not need wait in main memory
-    devices: tuple[str, ...] = ()  # four_models: of policy, reference, value and reward, each its own; empty: one
-    lora: LoRAConfig = LoRAConfig()  # shared_base: the adapters of policy and value
-    quant: QuantConfig = QuantConfig()  # shared_base: 4-bit storage of the base
+    kl_target: float = 0.0  # target of the adaptive KL controller, in nats per response; 0: kl_coef is fixed
+    kl_horizon: int = 10  # horizon of the adaptive KL controller, in iterations
+    whiten_advantages: bool = True  # whiten the advantages (mean 0, deviation 1) over response tokens
+    score_clip: float = 5.0  # normalised scores are clipped to +- this; 0: no clipping
+    missing_eos_score: float = -3.0  # replaces the score of a response without an end token
+    freeze_layers: int = 0  # freeze the first N blocks and the embeddings of the policy
+    offload_inactive: bool = False  # four_models: move networks that a phase does not use to CPU memory
+    devices: tuple[str, ...] = ()  # four_models: devices of policy, reference, value, reward; empty: one for all
+    lora: LoRAConfig = LoRAConfig()  # shared_base: adapters of policy and value model
+    quant: QuantConfig = QuantConfig()  # shared_base: 4-bit quantisation of the base
     optim: OptimConfig = OptimConfig(lr=3e-4, min_lr_ratio=1.0, warmup_steps=5, weight_decay=0.0)
     value_lr: float = 1e-3  # peak learning rate of the value model
-    sample_every: int = 1  # iterations between logged episodes
-    save_every: int = 10  # iterations between resumable saves
-    eval_every: int = 10  # iterations between evaluations on held-out prompts
-    eval_prompts: int = 128  # held-out prompts per evaluation
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # compute dtype of the blocks; log-probs stay fp32
+    sample_every: int = 1  # iterations between logged rollouts
+    save_every: int = 10  # iterations between saved states, which --resume continues from
+    eval_every: int = 10  # iterations between validations
+    eval_prompts: int = 128  # prompts per validation
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # compute dtype of the blocks; log-probabilities: fp32
 
     def __post_init__(self) -> None:
         _check_name("ppo", self.name)
@@ -318,14 +319,14 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The report card."""
+    """The report card of all stages."""
 
     prompts: int = 512  # held-out prompts per stage
-    responses: int = 2  # responses to each prompt at temperature 1: a prompt's true reward is their mean
-    comparisons: int = 2000  # held-out comparisons that judge the reward model
-    max_new_tokens: int = 48  # longest answer, in tokens
-    temperature: float = 1.0  # of answers to real data; the card of the embedded world takes both 1 and 0
-    batch_size: int = 256  # prompts answered at once
+    responses: int = 2  # responses per prompt at temperature 1; their true rewards are averaged
+    comparisons: int = 2000  # held-out comparisons for the accuracy of the reward model
+    max_new_tokens: int = 48  # maximum length of a response, in tokens
+    temperature: float = 1.0  # sampling temperature on real data; tinychat is always evaluated at both 1 and 0
+    batch_size: int = 256  # prompts per generation batch
 
     def __post_init__(self) -> None:
         check(self.responses >= 1, "evaluate.responses must be at least 1.")
@@ -333,12 +334,12 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How several processes under torchrun divide a model among them; alone, a process takes no notice of it."""
+    """How torchrun processes shard a model; without effect in a single process."""
 
-    reshard: bool = True  # let go of a block's weights between its forward and its backward: less memory, more traffic
-    gather_bf16: bool = False  # with precision bf16, gather the blocks' weights as bf16: half the traffic
-    cpu_offload: bool = False  # weights, gradients and optimizer state wait in main memory
-    timeout_minutes: int = 60  # how long processes wait for one that does not come; building data counts too
+    reshard: bool = True  # free gathered weights after the forward pass: saves memory, adds communication
+    gather_bf16: bool = False  # with precision bf16: gather weights in bf16, which halves communication
+    cpu_offload: bool = False  # keep weights, gradients and optimizer state in CPU memory
+    timeout_minutes: int = 60  # timeout of collective operations, which includes building the data
 
     def __post_init__(self) -> None:
         check(self.timeout_minutes >= 1, "parallel.timeout_minutes must be at least 1.")
@@ -346,17 +347,17 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on. `presets.get(name)` makes one."""
+    """All settings of a run. `presets.get(name)` returns those of a preset."""
 
-    preset: str = "laptop"  # which preset these settings started from
-    out: str = ""  # folder of the runs; empty: checkpoints/<preset>
-    seed: int = 1  # the only source of randomness
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the best there is
-    weights: str = ""  # what stands in for pretraining: smollm2, a hub name, a folder or a .gguf; empty: pretraining
-    init: str | None = None  # start the stage from this checkpoint instead of the previous stage's
-    data: str | None = None  # train on this file or public set instead of the stage's own
-    resume: bool = False  # go on where an interrupted run of this stage stopped
-    overwrite: bool = False  # replace what is finished in the folder, once the new run has finished
+    preset: str = "laptop"  # preset that these settings are based on
+    out: str = ""  # folder of all run folders; empty: checkpoints/<preset>
+    seed: int = 1  # random seed of the whole run
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto: the best available one
+    weights: str = ""  # pretrained weights: smollm2, a hub name, a folder or a .gguf; empty: our pretraining
+    init: str | None = None  # start from this checkpoint instead of that of the previous stage
+    data: str | None = None  # train on this file or public data set instead of the one in the settings
+    resume: bool = False  # continue an interrupted run of this stage
+    overwrite: bool = False  # replace a finished run, once the new run has finished
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     world: WorldConfig = WorldConfig()
@@ -377,7 +378,7 @@ class Settings:
         return Path(self.out) if self.out else project_folder() / "checkpoints" / self.preset
 
     def summary(self) -> str:
-        """One line for the top of a notebook."""
+        """One line that describes preset, seed and model, for the top of a notebook."""
         shape = self.model
         return (
             f"preset {self.preset}, seed {self.seed}: {shape.n_layers} layers, dim {shape.dim}, {shape.n_heads} heads "
@@ -385,7 +386,7 @@ class Settings:
         )
 
     def replace(self, **changes: Any) -> Settings:
-        """A copy with changes; dotted fields as double underscores: `replace(ppo__kl_coef=0.0, seed=2)`."""
+        """A changed copy; double underscores stand for dots: `replace(ppo__kl_coef=0.0, seed=2)`."""
         nested: dict[str, dict[str, Any]] = {}
         flat: dict[str, Any] = {}
         for key, value in changes.items():
@@ -409,7 +410,7 @@ def _replace_nested(config: Any, changes: dict[str, Any]) -> Any:
 
 
 def project_folder() -> Path:
-    """The checkout that the current folder lies in (so a notebook finds it too), else the current folder."""
+    """The checkout that contains the current folder (notebooks run in a subfolder), else the current folder."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "checkpoints").is_dir() and (folder / "notebooks").is_dir():
@@ -418,11 +419,11 @@ def project_folder() -> Path:
 
 
 def shown(path: Path) -> str:
-    """A path as people want to read it: from the project's folder on, where it lies inside."""
+    """A path for messages: relative to the project folder when inside it, else absolute."""
     path, project = path.resolve(), project_folder().resolve()
     return path.relative_to(project).as_posix() if path.is_relative_to(project) else str(path)
 
 
 def to_json(config: Any) -> str:
-    """A config as indented JSON, the same bytes for the same settings."""
+    """A config as indented JSON; equal settings give equal bytes."""
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)

@@ -1,4 +1,4 @@
-"""One table of settings for every machine: a preset's name is all that changes between CI, a laptop and a GPU."""
+"""Presets: the settings of every stage for CI (`tiny`), a laptop, one GPU, and LLaMA 2 7B."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _llama3(
     )  # fmt: skip
 
 
-# Published shapes, from the models' own config.json; tests compare their numbers of parameters with the published ones.
+# Published shapes, from each model's config.json; tests compare the parameter counts with the published ones (P13).
 MODEL_SHAPES = {
     "smollm2-135m": _smollm2(576, 30, 9, 3, 1536, 100_000.0),  # arXiv:2502.02737
     "smollm2-360m": _smollm2(960, 32, 15, 5, 2560, 100_000.0),
@@ -49,7 +49,7 @@ MODEL_SHAPES = {
     "llama3.2-3b": _llama3(3072, 28, 24, 8192, 32.0, True),
 }
 
-WEIGHTS = {"smollm2": "smollm2-135m", "meta-llama/Llama-2-7b-hf": "llama2-7b"}  # the shape of a preset's `weights`
+WEIGHTS = {"smollm2": "smollm2-135m", "meta-llama/Llama-2-7b-hf": "llama2-7b"}  # a preset's `weights` -> their shape
 
 LAPTOP = Settings(
     preset="laptop",
@@ -107,8 +107,8 @@ TINY = Settings(
     evaluate=c.EvaluateConfig(prompts=32, comparisons=64, max_new_tokens=24, batch_size=32),
 )  # fmt: skip
 
-# One GPU of 8 GB and up: a larger one may take larger batches and accumulate less.
-# `pretrain` trains about 120 M parameters from scratch; every other stage starts from `weights`.
+# One GPU with at least 8 GB; a larger one allows larger batches and less accumulation.
+# `pretrain` trains about 120 M parameters from scratch; all other stages start from `weights`.
 GPU = Settings(
     preset="gpu", weights="smollm2",
     model=dataclasses.replace(MODEL_SHAPES["smollm2-135m"], vocab_size=16_384, max_seq_len=2048, rope_theta=10_000.0),
@@ -144,8 +144,8 @@ GPU = Settings(
     evaluate=c.EvaluateConfig(prompts=256, max_new_tokens=128, batch_size=64),
 )  # fmt: skip
 
-# One GPU of 24 GB and up, or several under torchrun: 4-bit base, adapters for every stage over it (QLoRA's settings,
-# arXiv:2305.14314, appendix B.2), and PPO's four networks on that one base.
+# One GPU with at least 24 GB, or several under torchrun. Every stage trains adapters over one 4-bit base (settings of
+# QLoRA, arXiv:2305.14314, appendix B.2); the four networks of PPO share that base.
 _ADAPTER = c.LoRAConfig(rank=64, alpha=16.0, dropout=0.1)
 _NF4 = c.QuantConfig(kind="nf4")
 _QLORA = c.SFTConfig(
@@ -181,15 +181,15 @@ PRESETS = {settings.preset: settings for settings in (TINY, LAPTOP, GPU, LLAMA2_
 
 
 def default_name() -> str:
-    """`INSTRUCT_LLAMA_PRESET` when it is set, else what the hardware allows; the laptop preset runs everywhere."""
+    """`INSTRUCT_LLAMA_PRESET` when it is set, else "laptop", which runs on any machine."""
     return os.environ.get("INSTRUCT_LLAMA_PRESET") or "laptop"
 
 
 def get(name: str | None = None) -> Settings:
-    """Every stage's settings for a preset; without a name, of the default one.
+    """The settings of a preset, by default of `default_name()`.
 
-    The folder of runs and the seed also come from the environment where `INSTRUCT_LLAMA_OUT` and
-    `INSTRUCT_LLAMA_SEED` are set: that is how `tour` tells the notebooks.
+    `INSTRUCT_LLAMA_OUT` and `INSTRUCT_LLAMA_SEED`, when set, replace the folder of runs and the seed: `tour` passes
+    them to the notebooks this way. Raises `UserError` for an unknown preset or a seed that is no whole number.
     """
     name = name or default_name()
     if name not in PRESETS:

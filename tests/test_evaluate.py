@@ -456,12 +456,12 @@ def test_the_report_reads_as_one_table_and_sample_answers(report):
     assert re.search(r"^pretrain: asked as prose \d.* greedy \d", text, re.M)
     assert re.search(r"^sft: best of 16 by the reward model \d.*KL at most 1.84 nats", text, re.M)
     assert re.search(r"^sft: perplexity of held-out demonstrations \d", text, re.M)
-    assert re.search(r"^ppo: KL from SFT -?\d.* nats a response", text, re.M)
+    assert re.search(r"^ppo: KL from SFT -?\d.* nats per response", text, re.M)
     assert re.search(r"^ppo: reward-model score -?\d.* greedy -?\d", text, re.M)
     assert re.search(r"^ppo: validation, which chose these weights: score -?\d.*KL -?\d", text, re.M)
     assert re.search(r"^reward: pair accuracy \d.* ceiling \d", text, re.M)
     assert re.search(r"^  false +\d.*\] +ceiling \d", text, re.M)
-    assert all(len(line) <= 120 for line in lines[: lines.index("pretrain answers:")])
+    assert all(len(line) <= 120 for line in lines[: lines.index("pretrain responses:")])
     assert all(prompt in text for prompt in tinychat.FIXED_PROMPTS)
 
 

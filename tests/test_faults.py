@@ -239,7 +239,7 @@ def test_a_question_longer_than_the_context(runs, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("word " * 500 + "\nHello\n\n"))
     assert main(["chat", str(out / "sft"), *args]) == 0
     said = capsys.readouterr().out
-    assert "longer than the model's context of 160 tokens: say less." in said and said.count("> ") == 3
+    assert "longer than the model's context of 160 tokens: shorten it." in said and said.count("> ") == 3
 
 
 def test_resume_with_other_settings(fails, runs):

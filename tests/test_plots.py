@@ -128,7 +128,7 @@ def test_optimum_says_how_much_of_the_gap_is_closed():
 
 def test_reward_histogram_counts_the_pairs_ranked_right():
     figure = plots.reward_histogram([1.0, 2.0, 3.0, 4.0], [0.0, 3.0, 1.0, 1.0])
-    assert figure.axes[1].get_title() == "75.0% ranked right"
+    assert figure.axes[1].get_title() == "75.0% ranked correctly"
 
 
 def test_intervals_stand_top_down_at_their_values():

@@ -156,7 +156,7 @@ def test_sampling_picture_shows_the_model_beside_what_is_sampled_from():
     assert says == pytest.approx(logits.softmax(-1).tolist())
     assert sampled == pytest.approx(filter_logits(logits, 0.5, 2, 1.0).exp().tolist())
     entropy = -sum(p * torch.tensor(p).log().item() for p in sampled if p)
-    assert f"2 of 5 tokens can be drawn, entropy {entropy:.2f} nats" in ax.get_title(loc="left")
+    assert f"2 of 5 tokens can be sampled, entropy {entropy:.2f} nats" in ax.get_title(loc="left")
 
 
 def test_raw_text_prompt_has_no_chat_markers(model):
@@ -209,7 +209,7 @@ def test_episode_page_tells_scores_and_tokens():
 def test_episode_page_of_a_sparse_record():
     page = widgets.rollout_page({"prompt": [{"role": "user", "content": "Hi"}], "response": "Hello you",
                                  "true_reward": None}, tokenizer=Words())  # fmt: skip
-    assert "prompt: Hi\nanswer: Hello you" in repr(page)
+    assert "prompt: Hi\nresponse: Hello you" in repr(page)
 
 
 def test_rollout_browser_goes_from_first_to_last_and_to_one_iteration(static, live, monkeypatch):

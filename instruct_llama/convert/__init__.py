@@ -1,4 +1,4 @@
-"""Other people's checkpoints, in and out: Hugging Face, Meta, GGUF and PEFT; and merging."""
+"""Import and export of checkpoints (Hugging Face, Meta, GGUF, PEFT), and merging of adapters."""
 
 from .exports import export
 from .imports import import_checkpoint

@@ -1,7 +1,7 @@
-"""Our checkpoints out: a Hugging Face folder, a PEFT adapter with its base, a GGUF file.
+"""Export of our checkpoints as a Hugging Face folder, a PEFT adapter with its base, or a GGUF file.
 
-The numbers are not changed, but for a GGUF file's, which are rounded to what is asked: another library that loads them
-computes the same logits. Adapters are merged first where the format has none.
+Weights are exported exactly, so other libraries compute the same logits; only GGUF rounds them to the chosen type.
+Adapters are merged first, except for PEFT.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def export(
     to: Target, source: Path, target: Path, into: Into = "dequantised", overwrite: bool = False,
     quant: gguf_files.Quant = "auto",
 ) -> list[str]:  # fmt: skip
-    """Write a checkpoint in another project's format; returns lines that say what was written, and what to do with it.
+    """Write a checkpoint in another project's format; returns lines that say what was written and how to load it.
 
-    `into` chooses the base that an adapter is merged into (P16), `quant` how the weights of a GGUF file are kept.
-    Raises `UserError` for a reward model, where the format does not fit the checkpoint or `quant` the format, and where
-    something is at `target`, unless it is a checkpoint to `overwrite`.
+    `into` is the base that an adapter is merged into (P16), `quant` the weight type of a GGUF file. Raises `UserError`
+    for a reward model, when the format does not fit the checkpoint or `quant` the format, and when `target` exists,
+    unless it is a checkpoint to `overwrite`.
     """
     check(to == "gguf" or quant == "auto", "--quant is for GGUF files: leave it out, or export with --to gguf.")
     info = checkpoint.read_info(source)
-    check(info["kind"] == "lm", f"{source} is a reward model, and other projects keep those in other ways: give an LM.")
+    check(info["kind"] == "lm", f"{source} is a reward model, which cannot be exported: give a language model.")
     if to == "gguf":
         _check_file(target, overwrite)
     else:
@@ -65,7 +65,7 @@ def _check_file(target: Path, overwrite: bool) -> None:
 
 
 def write_folder(model: Llama, tokenizer: Tokenizer, target: Path) -> None:
-    """A folder as `transformers` writes it: weights, settings, tokenizer and chat template."""
+    """Write a folder in the layout of `transformers`: weights, settings, tokenizer and chat template."""
     state = checkpoint.model_state(model)
     renamed = {foreign_key(key, "hf"): value for key, value in state.items()}
     checkpoint.write_tensors(target / "model.safetensors", renamed, {"format": "pt"})
@@ -90,9 +90,9 @@ def write_folder(model: Llama, tokenizer: Tokenizer, target: Path) -> None:
 
 
 def export_peft(source: Path, info: dict[str, Any], target: Path) -> list[str]:
-    """A PEFT adapter folder, and beside it, in `base`, the weights that it was trained over.
+    """Write a PEFT adapter folder, with the base model that it was trained over in its subfolder `base`.
 
-    For QLoRA those are the dequantised ones: over the original weights the same adapter is another model (P16).
+    For QLoRA the base holds the dequantised weights: over the original ones the adapter gives another model (P16).
     """
     check("adapter" in info, f"{source} has no adapter: export it with --to hf.")
     config, state = checkpoint.read_adapter(source, info)
@@ -133,7 +133,7 @@ def _peft_config(config: Any, beside: list[str], base: Path) -> dict[str, Any]:
 
 
 def _paths(targets: tuple[str, ...]) -> list[str]:
-    """Where in a layer the projections are: "wq" -> "attention.wq"."""
+    """Module paths of the projections within a layer: "wq" -> "attention.wq"."""
     return [f"{'feed_forward' if name.startswith('w_') else 'attention'}.{name}" for name in targets]
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders and hub names: `config.json`, safetensors, `tokenizer.json`; in and out."""
+"""Hugging Face folders and hub names: `config.json`, safetensors and `tokenizer.json`, read and written."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.
 
 
 class Unreachable(UserError):
-    """The hub does not answer, and the files are not in its local cache."""
+    """The hub cannot be reached, and the files are not in its local cache."""
 
     def __init__(self, name: str, reason: str):
         self.reason = reason
         super().__init__(
-            f"{name} cannot be fetched, the hub does not answer ({reason}): try again with a network, or give a folder "
-            "with its files."
+            f"{name} cannot be downloaded, the hub does not answer ({reason}): try again with a network, or give a "
+            "folder with its files."
         )
 
 
 def fetch(name: str) -> Path:
-    """The folder of a hub repository, from the hub or its local cache. Raises `UserError` with the way out."""
+    """The folder of a hub repository, from the hub or its local cache. Raises `UserError` when there is none."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -45,18 +45,18 @@ def fetch(name: str) -> Path:
         raise UserError(
             f"The hub has no repository {name!r}, or it is private: check the name, or `hf auth login`."
         ) from error
-    except OSError as error:  # no network, or offline by choice
+    except OSError as error:  # no network, or offline mode
         raise Unreachable(name, (str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 def read(folder: Path) -> Foreign:
-    """Open a folder. Raises `UserError` that names what is missing, half downloaded or of another architecture."""
+    """Open a folder. Raises `UserError` that names what is missing, truncated or of another architecture."""
     config = model_config(_json(folder / "config.json"), folder)
     slices, dtypes = _open(folder)
-    if config.tie_embeddings:  # some files hold the tied output as well
+    if config.tie_embeddings:  # some files contain the tied output too
         slices.pop("lm_head.weight", None)
     names = {foreign_key(key, "hf"): key for key in our_shapes(config)}
-    ignored = [name for name in slices if name.endswith("rotary_emb.inv_freq")]  # made anew from the settings
+    ignored = [name for name in slices if name.endswith("rotary_emb.inv_freq")]  # recomputed from the settings
     renamed = {names.get(name, name): place for name, place in slices.items() if name not in ignored}
     return Foreign(
         config=config,
@@ -68,21 +68,21 @@ def read(folder: Path) -> Foreign:
 
 
 def _open(folder: Path) -> tuple[dict[str, tuple[Callable[[], torch.Tensor], tuple[int, ...]]], set[torch.dtype]]:
-    """(reader, shape) of every tensor in the folder's safetensors files, and the dtypes they have."""
+    """(reader, shape) of every tensor in the folder's safetensors files, and the set of their dtypes."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(_json(index)["weight_map"].values()))
         missing = [name for name in files if not (folder / name).is_file()]
-        check(not missing, f"{folder} lacks {', '.join(missing)}, of {len(files)} files: fetch them again.")
+        check(not missing, f"{folder} lacks {', '.join(missing)}, of {len(files)} files: download them again.")
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
-        check(bool(files), f"{folder} has no .safetensors file: fetch those of the repository, not its .bin files.")
+        check(bool(files), f"{folder} has no .safetensors file: download those of the repository, not its .bin files.")
     found, dtypes = {}, set()
     for name in files:
         try:
             opened = safe_open(folder / name, "pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is only half there or damaged ({error}): fetch it again.") from error
+            raise UserError(f"{folder / name} is truncated or damaged ({error}): download it again.") from error
         for key in opened.keys():
             part = opened.get_slice(key)
             dtype = _DTYPES.get(part.get_dtype())
@@ -93,15 +93,15 @@ def _open(folder: Path) -> tuple[dict[str, tuple[Callable[[], torch.Tensor], tup
 
 
 def _json(path: Path) -> dict[str, Any]:
-    check(path.is_file(), f"{path.parent} has no {path.name}: give a folder as `transformers` writes it.")
+    check(path.is_file(), f"{path.parent} has no {path.name}: give a folder written by `transformers`.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch it again.") from error
+        raise UserError(f"{path} is damaged ({error}): download it again.") from error
 
 
 def model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
-    """Our settings from a `config.json`. Raises `UserError` for anything that is not a LLaMA as we build it."""
+    """Our `ModelConfig` from a `config.json`. Raises `UserError` for any architecture other than our LLaMA."""
     heads, dim = raw.get("num_attention_heads", 0), raw.get("hidden_size", 0)
     foreign = {
         "model_type": (raw.get("model_type"), "llama"),
@@ -121,15 +121,15 @@ def model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)), **_rope(raw, folder),
         )  # fmt: skip
     except KeyError as error:
-        raise UserError(f"config.json in {folder} lacks {error}: fetch it again.") from error
+        raise UserError(f"config.json in {folder} lacks {error}: download it again.") from error
 
 
 def _rope(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Rotary settings, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them."""
+    """RoPE settings, as written by transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`)."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    check(kind in ("default", "linear", "llama3"), f"{folder} stretches positions by {kind!r}: not supported here.")
+    check(kind in ("default", "linear", "llama3"), f"{folder} has RoPE scaling {kind!r}: give another model.")
     if kind == "default":
         return {"rope_theta": theta}
     if kind == "linear":
@@ -144,7 +144,7 @@ def _rope(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def config_json(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """A `config.json` that `transformers` 4 and 5 understand."""
+    """The content of a `config.json` that `transformers` 4 and 5 can read."""
     scaling, rope = config.rope_scaling, None
     if scaling.kind == "linear":
         rope = {"rope_type": "linear", "type": "linear", "factor": scaling.factor}

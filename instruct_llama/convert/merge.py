@@ -1,4 +1,4 @@
-"""A LoRA run as one plain model: which base its adapter goes into, and how exact that is."""
+"""Merging the adapter of a LoRA run into its base model, and measuring how exact the result is (P16)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Into = Literal["dequantised", "original"]
 
 @torch.no_grad()
 def merged(source: Path, into: Into = "dequantised") -> tuple[Llama, Tokenizer, list[str]]:
-    """A LoRA run as one plain model, its tokenizer, and lines that say how exact each way of merging is.
+    """The merged model of a LoRA run, its tokenizer, and lines that say how exact each way of merging is.
 
-    What was trained is the dequantised base plus the adapter, so that is the default. Merging into the original
-    weights of a 4-bit run makes another model; both differences are measured on a probe batch and told (P16).
+    The adapter was trained over the dequantised base, so that is the default. Merging it into the original weights of
+    a 4-bit run gives another model. Both differences are measured on a probe batch and reported (P16).
     Raises `UserError` for a full checkpoint.
     """
     info = checkpoint.read_info(source)
     check("adapter" in info, f"{source} is a full checkpoint: there is no adapter to merge.")
-    # 16 bits stay 16: of 7 B, two dense copies are 27 GB at most
+    # keeps 16-bit weights in 16 bits: two dense copies of 7 B take 27 GB
     dtype = checkpoint.stored_dtype(source / info["base"])
     model, tokenizer = checkpoint.load(source, dtype=dtype)
     probe = torch.randint(tokenizer.vocab_size, (4, 64), generator=seeds.generator("cpu", 0, "probe"))
@@ -47,12 +47,12 @@ def merged(source: Path, into: Into = "dequantised") -> tuple[Llama, Tokenizer, 
 def merge_run(source: Path, target: Path, into: Into = "dequantised", overwrite: bool = False) -> list[str]:
     """Merge a LoRA run into a plain checkpoint at `target`; returns lines that say how exact it is. See `merged`.
 
-    Raises `UserError` where `target` holds a checkpoint, unless that was merged from the same run, or `overwrite`.
+    Raises `UserError` when `target` exists, unless it was merged from the same run or is a checkpoint to `overwrite`.
     """
     info = checkpoint.read_info(source)
     origin = os.path.relpath(source, target)
     again = False
-    with contextlib.suppress(UserError):  # not ours, or nothing there
+    with contextlib.suppress(UserError):  # no run folder
         again = checkpoint.read_info(target).get("merged_from") == origin
     folders.check_target(target, overwrite or again, checkpoint.read_folders(source))
     model, tokenizer, lines = merged(source, into)

@@ -1,4 +1,4 @@
-"""Meta's own files: `consolidated.NN.pth`, one for each GPU they were made for, `params.json`, `tokenizer.model`."""
+"""Import of Meta's files: `consolidated.NN.pth` (one per model-parallel rank), `params.json`, `tokenizer.model`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 def read(folder: Path) -> Foreign:
-    """Open a folder of Meta's. Raises `UserError` that names what is missing or damaged."""
+    """Open a folder in Meta's format. Raises `UserError` that names what is missing or damaged."""
     files = sorted(folder.glob("consolidated.*.pth"))
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(files))]
     missing = sorted(set(expected) - {file.name for file in files})
@@ -27,7 +27,7 @@ def read(folder: Path) -> Foreign:
     tokenizer = _tokenizer(folder)
     config = model_config(params, shards, tokenizer.vocab_size)
     names = {foreign_key(key, "meta"): key for key in our_shapes(config)}
-    left_out = {"rope.freqs", "output.weight"} if config.tie_embeddings else {"rope.freqs"}  # frequencies are made anew
+    left_out = {"rope.freqs", "output.weight"} if config.tie_embeddings else {"rope.freqs"}  # recomputed
     present = [name for name in shards[0] if name not in left_out]
     split = {name: split_dim(name, shards[0][name], config) for name in present}
     tensors, shapes = {}, {}
@@ -37,33 +37,33 @@ def read(folder: Path) -> Foreign:
         check(not absent, f"{name} is missing in {', '.join(absent)}: download the model again.")
         tensors[key] = partial(_joined, shards, name, split[name], config if turns(key) else None)
         shapes[key] = _shape(shards, name, split[name])
-    notes = (f"The files do not say how long the context is: {config.max_seq_len} tokens are taken.",)
+    notes = (f"The files do not state the context length: {config.max_seq_len} tokens are assumed.",)
     return Foreign(config, tensors, shapes, shards[0][present[0]].dtype, tokenizer, notes)
 
 
 def _load(file: Path) -> State:
-    """A `.pth` file, mapped into memory, as numbers only: a pickle that wants to run code is refused (P05)."""
+    """The tensors of a `.pth` file, memory-mapped. Raises `UserError` for a pickle that would run code (P05)."""
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:  # an old file that cannot be mapped
+        except RuntimeError as error:  # the old format cannot be mapped
             if "mmap can only be used" not in str(error):
                 raise
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's own error, a broken zip archive, a short file …
-        why = "it holds more than numbers" if "nsupported" in str(error) or "GLOBAL" in str(error) else "it is damaged"
+    except Exception as error:  # of pickle, a broken zip archive, a short file …
+        why = "it holds more than tensors" if "nsupported" in str(error) or "GLOBAL" in str(error) else "it is damaged"
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{file} was not read, {why} ({first}): download it again from Meta.") from error
     tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-    check(tensors, f"{file} is not a file of weights by name: give Meta's consolidated.NN.pth.")
+    check(tensors, f"{file} is not a dictionary of tensors: give Meta's consolidated.NN.pth.")
     return state
 
 
 def split_dim(name: str, part: torch.Tensor, config: ModelConfig) -> int | None:
-    """Along which dimension a weight is cut into shards; None: each shard has all of it.
+    """The dimension along which a weight is sharded; None when it is replicated.
 
-    What writes to the residual stream is cut by columns, all else by rows. LLaMA 1 and 2 cut the embedding by its
-    width, LLaMA 3 by its vocabulary.
+    Projections into the residual stream are sharded by columns, others by rows. LLaMA 1 and 2 shard the embedding by
+    width, LLaMA 3 by vocabulary.
     """
     if part.dim() == 1:
         return None
@@ -80,14 +80,14 @@ def _shape(shards: list[State], name: str, dim: int | None) -> tuple[int, ...]:
 
 
 def _joined(shards: list[State], name: str, dim: int | None, turned: ModelConfig | None) -> torch.Tensor:
-    """A weight from all shards; rows of wq and wk in our order."""
+    """A weight joined from all shards, with the rows of wq and wk in our order."""
     weight = shards[0][name] if dim is None else torch.cat([shard[name] for shard in shards], dim)
     return weight if turned is None else neighbours_to_halves(weight, turned)
 
 
 def _params(folder: Path) -> dict[str, Any]:
     path = folder / "params.json"
-    check(path.is_file(), f"{folder} has no params.json: it lies beside the .pth files in Meta's download.")
+    check(path.is_file(), f"{folder} has no params.json: copy it from Meta's download.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -95,10 +95,10 @@ def _params(folder: Path) -> dict[str, Any]:
 
 
 def model_config(params: dict[str, Any], shards: list[State], vocab_size: int) -> ModelConfig:
-    """Our settings from `params.json`; what it leaves open is read off the weights.
+    """Our `ModelConfig` from `params.json`; what that lacks is derived from the weights.
 
-    LLaMA 3.1 and 3.2 say only that positions are stretched, not by how much: by 8, and by 32 in the small models of
-    3.2, which tie their embeddings (their `config.json` on the hub).
+    LLaMA 3.1 and 3.2 state that RoPE is scaled, but not the factor: it is 8, and 32 in the small models of 3.2, which
+    tie their embeddings (`config.json` on the hub).
     """
     try:
         dim, heads = params["dim"], params["n_heads"]
@@ -118,18 +118,18 @@ def model_config(params: dict[str, Any], shards: list[State], vocab_size: int) -
 
 
 def _tied(shards: list[State]) -> bool:
-    """Whether the output projection is the embedding once more, as in LLaMA 3.2's files, or not there at all."""
+    """Whether the output projection equals the embedding, as in LLaMA 3.2's files, or is absent."""
     pairs = [(shard.get("output.weight"), shard.get("tok_embeddings.weight")) for shard in shards]
     return all(out is None or (table is not None and torch.equal(out, table)) for out, table in pairs)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    """`tokenizer.json` where there is one, else LLaMA 2's `tokenizer.model`; LLaMA 3's own is of another kind."""
+    """The tokenizer of `tokenizer.json`, else of LLaMA 2's `tokenizer.model`. Raises `UserError` for LLaMA 3's."""
     if (folder / JsonTokenizer.file_name).is_file():
         return JsonTokenizer.from_file(folder / JsonTokenizer.file_name)
     path = folder / Tokenizer.file_name
     if path.is_file() and path.read_bytes()[:5] == b"IQ== ":  # a tiktoken file: "!" in base 64, a space, its rank
         raise UserError(
-            f"{path} is LLaMA 3's, which is read from a tokenizer.json: put that of the Hugging Face repository beside."
+            f"{path} is LLaMA 3's, which is not read: put the tokenizer.json of the Hugging Face repository beside it."
         )
     return Tokenizer.from_file(path)

@@ -1,7 +1,7 @@
-"""What each family of files calls the weights of a LLaMA, and in which order the rows of wq and wk stand.
+"""Weight names in each checkpoint format, and the row order of wq and wk.
 
-Hugging Face pairs the dimensions (i, i + E/2) of a head for rotary positions, as we do; Meta and GGUF pair neighbours,
-(2i, 2i + 1). The rows of wq and wk are the only weights that differ, by one permutation within each head.
+For rotary positions Hugging Face pairs dimensions (i, i + E/2) of a head, as we do; Meta and GGUF pair neighbours,
+(2i, 2i + 1). Only the rows of wq and wk differ, by a permutation within each head.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Family = Literal["hf", "meta", "gguf"]
 
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint as a reader found it: shapes and names are already ours, the numbers are still in their files."""
+    """An opened checkpoint of another format, with our names; its weights are read when needed."""
 
     config: ModelConfig
     tensors: dict[str, Callable[[], torch.Tensor]]  # our key -> reads the weight
     shapes: dict[str, tuple[int, ...]]  # our key -> its shape in the file
-    dtype: torch.dtype  # in which the weights are kept
+    dtype: torch.dtype  # of the stored weights
     tokenizer: Tokenizer
     notes: tuple[str, ...] = ()  # what the user should know
 
@@ -54,7 +54,7 @@ COLUMN = {"hf": 0, "meta": 1, "gguf": 2}
 
 
 def foreign(path: str, family: Family) -> str:
-    """Another family's name for one of our modules: "layers.0.attention.wq" -> "blk.0.attn_q"."""
+    """The name of one of our modules in another format: "layers.0.attention.wq" -> "blk.0.attn_q"."""
     inner = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
     if inner is None:
         return OUTER[path][COLUMN[family]]
@@ -62,24 +62,24 @@ def foreign(path: str, family: Family) -> str:
 
 
 def foreign_key(key: str, family: Family) -> str:
-    """The same for a weight: "norm.weight" -> "model.norm.weight"."""
+    """The name of one of our weights in another format: "norm.weight" -> "model.norm.weight"."""
     path, _, name = key.rpartition(".")
     return f"{foreign(path, family)}.{name}"
 
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of a checkpoint of ours with its shape."""
+    """Name and shape of every weight in our checkpoint of this config."""
     with torch.device("meta"):
         return {key: tuple(value.shape) for key, value in checkpoint.model_state(Llama(config)).items()}
 
 
 def turns(key: str) -> bool:
-    """Whether the rows of this weight are what rotary positions turn."""
+    """Whether RoPE applies to the output of this weight, so that its row order depends on the format."""
     return key.endswith(("wq.weight", "wk.weight"))
 
 
 def neighbours_to_halves(weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Rows of wq or wk (heads * E, in) from Meta's order of pairs to ours."""
+    """wq or wk (heads * E, in) with rows permuted from Meta's order to ours."""
     width = config.dim // config.n_heads  # E
     return weight.view(-1, width // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 

@@ -1,6 +1,6 @@
-"""Vocabularies between formats: SentencePiece, `tokenizer.json` and the lists in a GGUF file.
+"""Conversion of vocabularies between SentencePiece, `tokenizer.json` and GGUF.
 
-`sentencepiece_model_pb2` needs the package protobuf, which TensorBoard brings.
+`sentencepiece_model_pb2` needs the package protobuf, a dependency of TensorBoard.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from ..config import check
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the kinds of pieces, in both formats
-# How llama.cpp's names of byte-pair vocabularies split text before merging: the maker's `tokenizer.json`.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types, equal in both formats
+# Pre-tokenizers behind llama.cpp's names of BPE vocabularies, from the models' own `tokenizer.json`.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -38,12 +38,12 @@ _SPLITS: dict[str, Callable[[], list[Any]]] = {
 
 
 def from_gguf(fields: dict[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer of a GGUF file; a `tokenizer.json` beside the file goes first."""
+    """The tokenizer of a GGUF file; a `tokenizer.json` beside the file takes precedence."""
     beside = path.with_name(JsonTokenizer.file_name)
     if beside.is_file():
         return JsonTokenizer.from_file(beside)
     field = {key.removeprefix("tokenizer."): value for key, value in fields.items() if key.startswith("tokenizer.")}
-    # Names of embedding rows after the last token are left out, but for one that stands for an end or for padding.
+    # Unused rows after the last token are dropped, except those named as end or padding token.
     named = {value for key, value in field.items() if key.endswith("_token_id")}
     kinds = enumerate(field.get("ggml.token_type", []))
     size = max((i + 1 for i, kind in kinds if kind != UNUSED or i in named), default=None)
@@ -54,7 +54,7 @@ def from_gguf(fields: dict[str, Any], path: Path) -> Tokenizer:
     known = kind == "gpt2" and field.get("ggml.pre") in _SPLITS
     check(
         known,
-        f"{path} has a vocabulary of the kind {kind!r}, {field.get('ggml.pre')!r}: put the model's tokenizer.json "
+        f"{path} has an unknown vocabulary, {kind!r} with {field.get('ggml.pre')!r}: put the model's tokenizer.json "
         "beside the file.",
     )
     tokens = field["ggml.tokens"]
@@ -70,7 +70,7 @@ def from_gguf(fields: dict[str, Any], path: Path) -> Tokenizer:
 def _byte_level(field: dict[str, Any]) -> str:
     """A `tokenizer.json` from a GGUF file's tokens and merges."""
     tokens, merges = field["ggml.tokens"], [tuple(merge.split(" ")) for merge in field["ggml.merges"]]
-    ignore = field["ggml.pre"] == "llama-bpe"  # its whole words need no path of merges
+    ignore = field["ggml.pre"] == "llama-bpe"  # whole words are tokens even without a path of merges
     model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=ignore)
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[field["ggml.pre"]]())
@@ -82,7 +82,7 @@ def _byte_level(field: dict[str, Any]) -> str:
 
 
 def _sentencepiece(field: dict[str, Any]) -> bytes:
-    """A SentencePiece model from a GGUF file's pieces, scores and kinds."""
+    """A SentencePiece model from a GGUF file's pieces, scores and types."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -90,7 +90,7 @@ def _sentencepiece(field: dict[str, Any]) -> bytes:
     for piece, score, kind in pieces:
         proto.pieces.add(piece=piece, score=score, type=kind)
     spec = proto.trainer_spec
-    spec.model_type, spec.byte_fallback, spec.vocab_size = 2, True, len(proto.pieces)  # 2: byte pairs
+    spec.model_type, spec.byte_fallback, spec.vocab_size = 2, True, len(proto.pieces)  # 2: BPE
     for name in ("bos", "eos", "unknown", "padding"):
         if (index := field.get(f"ggml.{name}_token_id")) is not None:
             short = {"unknown": "unk", "padding": "pad"}.get(name, name)
@@ -103,16 +103,16 @@ def _sentencepiece(field: dict[str, Any]) -> bytes:
 
 
 def _pieces(tokenizer: Tokenizer) -> Any:
-    """A SentencePiece model as its parsed file."""
+    """A SentencePiece model as a parsed protobuf message."""
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model_bytes)
 
 
 def to_gguf(tokenizer: Tokenizer, writer: Any, rows: int) -> None:
-    """Give a GGUF writer the vocabulary, filled up to the `rows` of the embedding, as llama.cpp wants it.
+    """Write the vocabulary to a GGUF writer, padded to the `rows` of the embedding.
 
-    Raises `UserError` for a `tokenizer.json` that llama.cpp has no name for.
+    Raises `UserError` for a `tokenizer.json` whose pre-tokenizer llama.cpp does not know.
     """
     spare = [f"[PAD{i}]" for i in range(tokenizer.vocab_size, rows)]
     unused = [UNUSED] * len(spare)
@@ -121,7 +121,7 @@ def to_gguf(tokenizer: Tokenizer, writer: Any, rows: int) -> None:
         split = json.dumps(parsed["pre_tokenizer"], sort_keys=True)
         known = {_as_json(pre_tokenizers.Sequence(make())): name for name, make in _SPLITS.items()}
         known |= {_as_json(make()[0]): name for name, make in _SPLITS.items() if len(make()) == 1}
-        check(split in known, "llama.cpp knows no name for the way this tokenizer.json splits text: export to hf.")
+        check(split in known, "llama.cpp does not know this tokenizer.json's pre-tokenizer: export --to hf.")
         tokens = tokenizer.pieces_as_stored()
         added = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in parsed["added_tokens"]}
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"]]
@@ -135,15 +135,15 @@ def to_gguf(tokenizer: Tokenizer, writer: Any, rows: int) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_token_list([piece.piece for piece in pieces] + spare)
         writer.add_token_scores([piece.score for piece in pieces] + [0.0] * len(spare))
-        # After a user-defined piece llama.cpp begins a new text, with a space in front; SentencePiece does not. One of
-        # one character, such as our line break, is found all the same when it is a normal piece.
+        # After a user-defined piece llama.cpp starts a new text, with a leading space; SentencePiece does not. A piece
+        # of one character, such as our line break, is matched as a normal piece too.
         single = {piece.piece: NORMAL for piece in pieces if piece.type == USER_DEFINED and len(piece.piece) == 1}
         writer.add_token_types([single.get(piece.piece, piece.type) for piece in pieces] + unused)
         writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(False)  # the chat format writes its own
+    writer.add_add_bos_token(False)  # the chat format adds its own
     writer.add_chat_template(tokenizer.chat_template)
 
 
@@ -152,7 +152,7 @@ def _as_json(part: Any) -> str:
 
 
 def to_json(tokenizer: Tokenizer) -> str:
-    """A SentencePiece model as `tokenizer.json`, which encodes each text between special tokens alike."""
+    """A SentencePiece model as `tokenizer.json`; both encode text between special tokens identically."""
     pieces = _pieces(tokenizer).pieces
     vocab = {piece.piece: i for i, piece in enumerate(pieces)}
     model = models.BPE(vocab, _merges(pieces, vocab), unk_token=pieces[tokenizer.unk_id].piece, byte_fallback=True)
@@ -166,7 +166,7 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 
 def _merges(pieces: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges behind byte-pair pieces: every way to make a piece of two others, the best pieces first."""
+    """The BPE merges: every split of a piece into two pieces, in order of decreasing score."""
     found = []
     for piece in pieces:
         if piece.type == NORMAL:

@@ -1,4 +1,4 @@
-"""What is measured of the stages: true reward, rankings, intervals, and the report card that holds them."""
+"""Evaluation of the stages: true reward, ranking accuracy, baselines, intervals, and the report card."""
 
 from .report import (
     EXPECTED,

@@ -1,7 +1,7 @@
-"""What a sceptic would compare a policy with, and what the reward model says of responses of a known kind.
+"""Baselines for a policy, and the reward model's accuracy on responses of known kinds.
 
-The pretrained model asked as its corpus tells a conversation; the best of n samples by the reward model; the KL
-divergence and the reward-model score of a policy's own samples.
+The baselines: the pretrained model prompted with prose as in its corpus, and best-of-n sampling by the reward model.
+Also here: reward-model scores and log-probabilities of responses, for the scores and the KL of a policy's samples.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..worlds.tinychat.corpus import FRAMES
 from ..worlds.tinychat.skills import Prompt, as_messages
 from .statistics import accuracy_estimate, win
 
-PROSE_FRAME = FRAMES[1]  # how a prompt is told to a model that has never seen a chat
+PROSE_FRAME = FRAMES[1]  # prompt format for a model that has never seen a chat
 
 
 def as_prose(prompt: Prompt) -> str:
-    """A prompt as the corpus tells a conversation, up to where the response starts."""
+    """A prompt as prose, in the format of conversations in the corpus, up to where the response starts."""
     turns = [turn["content"] for turn in as_messages(prompt)] + [""]
     told = [PROSE_FRAME.format(q=q, a=a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
     return " ".join(told).rstrip()
@@ -38,9 +38,9 @@ def as_prose(prompt: Prompt) -> str:
 def prose_responses(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: EvaluateConfig, seed: int = 0
 ) -> list[str]:
-    """How a pretrained model continues each prompt told as prose: to the end of the document, the line or the turn.
+    """A pretrained model's response to each prompt given as prose, up to the end of the document, line or turn.
 
-    Where the model goes on to ask the next question itself, the response ends before it.
+    Where the model continues with a next question, the response ends before it.
     """
     generator = seeds.generator(model.tok_embeddings.weight.device, seed, "prose")
     ends, starts = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), [tokenizer.encode(as_prose(p)) for p in prompts]
@@ -56,10 +56,10 @@ def prose_responses(
 def raw_scores(
     reward_model: ScalarLlama, pad_id: int, items: Sequence[Sequence[Sequence[int]]], batch_size: int = 64
 ) -> list[list[float]]:
-    """The raw reward-model score of every sequence, read at its last token.
+    """The raw reward-model score of every sequence, read at its last token (P19).
 
-    `items` holds for each prompt the ids of that prompt with each of its responses; about `batch_size` sequences are
-    scored at once.
+    `items` holds for each prompt its ids followed by those of each of its responses. About `batch_size` sequences are
+    scored per forward pass.
     """
     most = max((len(sequences) for sequences in items), default=1)
     prompts, device, found = max(1, batch_size // most), next(reward_model.parameters()).device, []
@@ -82,7 +82,7 @@ def response_logprobs(
     for start in range(0, len(rows), batch_size):
         batch = dialog_batch(rows[start : start + batch_size], tokenizer.pad_id).to(device)
         logprobs = filter_logits(policy(batch.tokens), suppress_tokens=tokenizer.suppress_tokens)  # (B, T, V)
-        targets = torch.where(batch.loss_mask, batch.targets, tokenizer.eos_id)  # a pad is banned: -inf, and no number
+        targets = torch.where(batch.loss_mask, batch.targets, tokenizer.eos_id)  # not a pad: its -inf * 0 is NaN
         found += response_sum(token_logprobs(logprobs, targets), batch.loss_mask).tolist()
     return found
 
@@ -91,15 +91,15 @@ def best_of(
     policy: Llama, tokenizer: Tokenizer, reward_model: ScalarLlama, prompts: Sequence[Prompt], n: int,
     config: EvaluateConfig, seed: int = 0,
 ) -> list[str]:  # fmt: skip
-    """Of n responses sampled at temperature 1 to each prompt, the one with the highest reward-model score.
+    """For each prompt, the best of n responses sampled at temperature 1, by reward-model score.
 
-    A response without its end token has no place to read a score at: it stands only where no response has one.
+    A response without an end token has no score: one is returned only where no response has an end token.
     """
     check(n >= 1, f"best_of takes the best of {n} responses: ask for at least 1.")
     repeated, sampling = [prompt for prompt in prompts for _ in range(n)], SamplingConfig(config.max_new_tokens)
     sampled = generate_ids(policy, tokenizer, repeated, sampling, seed, config.batch_size, keys=("best_of",))
     groups = [sampled[i : i + n] for i in range(0, len(sampled), n)]
-    # Equal responses are scored once; order is kept, so a tie goes to the one that was sampled first.
+    # Equal responses are scored once; order is kept, so the first sampled one wins a tie.
     ended = [list(dict.fromkeys(tuple(ids) for ids in group if ids[-1] == tokenizer.eos_id)) for group in groups]
     scored = [i for i, responses in enumerate(ended) if responses]
     items = [[(*tokenizer.encode_prompt(prompts[i]), *response) for response in ended[i]] for i in scored]
@@ -117,11 +117,11 @@ def best_of_kl_bound(n: int) -> float:
 def kind_accuracy(
     reward_model: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Prompt], seed: int = 0, batch_size: int = 64
 ) -> dict[str, dict[str, float]]:
-    """For each faulty kind of response, the share of prompts at which the ideal response scores higher.
+    """For each faulty kind of response, the share of prompts on which the ideal response scores higher (P45).
 
     {kind: {mean, low, high, n, ceiling}}, with Wilson's interval; equal scores count one half. The ceiling is the share
-    for a model that knows the labeller's utility exactly. All kinds of one prompt are drawn from equal random numbers,
-    so a rude response holds the very words of the ideal one, and the two differ by their kind alone.
+    of a model that equals the labeller's utility. All kinds of a prompt are drawn with equal random numbers, so a rude
+    response contains the words of the ideal one and differs in its kind only.
     """
     faulty, items, utilities = tinychat.KINDS[1:], [], []
     for number, prompt in enumerate(prompts):

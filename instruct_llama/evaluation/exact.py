@@ -1,6 +1,6 @@
-"""PPO on the enumerable language, where the best policy is known: the same functions as the stage's, over tables.
+"""PPO on the enumerable language, where the optimal policy is known, with the stage's own functions.
 
-This is the master test of the whole PPO code (pitfall P00) and the first picture of notebook 07.
+It tests the whole PPO code (P00) and gives the first picture of notebook 07.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..worlds import enumerable
 
 @dataclass(frozen=True)
 class EnumerableTokens:
-    """The few ids of an enumerable language, by the names a tokenizer gives them."""
+    """The special ids of an enumerable language, under the names of a tokenizer."""
 
     pad_id: int = enumerable.PAD
     eos_id: int = enumerable.EOS
@@ -26,7 +26,7 @@ class EnumerableTokens:
 
 
 def config_for(language: enumerable.Language, iterations: int = 150) -> PPOConfig:
-    """PPO settings for a table: many short episodes, large steps, the score neither normalised nor clipped."""
+    """PPO settings for a table: many short rollouts, large steps, scores neither normalised nor clipped."""
     return PPOConfig(
         iterations=iterations, rollouts_per_iteration=512, generation_batch_size=512, mini_batch_size=128,
         micro_batch_size=512, num_ppo_epochs=4, max_new_tokens=language.max_new_tokens, kl_coef=language.beta,
@@ -41,9 +41,9 @@ def train_table_policy(
     seed: int = 0,
     watch: Callable[[int, enumerable.PrefixTable], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train a table policy by PPO; returns, for every iteration, its exact J, score, KL and share of the gap closed.
+    """Train a table policy with PPO; returns its exact J, score, KL and share of the gap closed per iteration.
 
-    The gap is what lies between J of the reference and J* of the best policy there is.
+    The gap is J* of the optimal policy minus J of the reference.
     """
     policy, reference = enumerable.reference(language), enumerable.reference(language)
     value = enumerable.PrefixTable(language, scalar=True)

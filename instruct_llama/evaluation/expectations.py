@@ -1,4 +1,4 @@
-"""What the laptop preset should show, for any seed, and the lines in which a notebook holds its figures against it."""
+"""The results expected of the laptop preset at any seed, and their comparison with those of a notebook."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXPECTED: Mapping[str, tuple[float, float]] = MappingProxyType(
 
 
 def compare_with_expected(settings: Settings, stage: str, figures: Mapping[str, float]) -> None:
-    """Print a stage's figures beside their expected range; only the laptop preset is expected to reach anything."""
+    """Print a stage's figures beside their expected ranges, which exist for the laptop preset only."""
     for name, value in figures.items():
         expected = EXPECTED.get(f"{stage}/{name}")
         if settings.preset != "laptop" or expected is None:

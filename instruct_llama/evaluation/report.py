@@ -1,9 +1,8 @@
-"""What each stage achieved, on held-out prompts that no stage has seen, with 95 % intervals: the report card.
+"""The report card: results of each stage on held-out prompts that no stage has seen, with 95 % intervals.
 
-Held-out means held-out wording: no prompt of the "heldout" split is trained on or validated on, but what some of them
-ask was trained on in other words. Four skills give most of the prompts, so the mean over skills stands beside the mean
-over prompts. The figures of validation, which chose the weights that were kept, are not part of it. Real data hold out
-no third part: their card is of validation, and says so.
+Held-out means held-out wording: no "heldout" prompt is used for training or validation, but some ask in other words
+what was trained on. Four skills make up most prompts, so the mean over skills is reported too. Validation results are
+listed apart, because they chose the weights. Real data has no third split: its card uses validation records.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def sample_responses(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0,
     keys: Sequence[seeds.Key] = ("generate",),
 ) -> list[str]:  # fmt: skip
-    """One answer to each prompt, as the report card asks for them; `keys` name the random numbers."""
+    """One response to each prompt, sampled by the settings of the report card; `keys` name the random stream."""
     return generate(
         model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed,
         batch_size=config.batch_size, keys=keys,
@@ -64,7 +63,7 @@ def sample_responses(
 def true_reward(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: EvaluateConfig, seed: int = 0
 ) -> tuple[Estimate, list[float]]:
-    """Mean true reward of a model's own answers, and each one."""
+    """The mean true reward of a model's sampled responses, and that of each response."""
     rewards = true_rewards(prompts, sample_responses(model, tokenizer, prompts, config, seed))
     return estimate(rewards), rewards
 
@@ -75,7 +74,7 @@ def true_rewards(prompts: Sequence[Prompt], texts: Iterable[str]) -> list[float]
 
 
 def _by_skill(prompts: Sequence[Prompt], rewards: Sequence[float]) -> dict[str, list[float]]:
-    """The rewards at each skill's prompts, in the order of `tinychat.SKILLS`; a skill without prompts is left out."""
+    """The rewards of each skill's prompts, in the order of `tinychat.SKILLS`; skills without prompts are omitted."""
     found: dict[str, list[float]] = {skill: [] for skill in tinychat.SKILLS}
     for prompt, reward in zip(prompts, rewards, strict=True):
         found[tinychat.skill_of(prompt)].append(reward)
@@ -83,12 +82,12 @@ def _by_skill(prompts: Sequence[Prompt], rewards: Sequence[float]) -> dict[str, 
 
 
 def skill_means(prompts: Sequence[Prompt], rewards: Sequence[float]) -> dict[str, Estimate]:
-    """The mean reward at each skill's prompts."""
+    """The mean reward over each skill's prompts."""
     return {skill: estimate(values) for skill, values in _by_skill(prompts, rewards).items()}
 
 
 def mean_over_skills(prompts: Sequence[Prompt], rewards: Sequence[float]) -> Estimate:
-    """The mean of the skills' means: each skill counts the same, however many prompts it has."""
+    """The mean of the skill means: every skill has the same weight, whatever its number of prompts."""
     return mean_of_groups(_by_skill(prompts, rewards))
 
 
@@ -97,17 +96,16 @@ def reward_accuracy(
     model: ScalarLlama, tokenizer: Tokenizer, comparisons: Sequence[Any], temperature: float, max_len: int = 256,
     batch_size: int = 64,
 ) -> tuple[Estimate, float]:  # fmt: skip
-    """Share of held-out pairs that the reward model ranks as the noisy labeller did, and the best share reachable.
+    """Share of held-out pairs that the reward model ranks as the noisy labeller did, and its ceiling.
 
-    Comparisons longer than `max_len` tokens are left out; the ceiling is not a number where the labeller's utilities
-    are unknown. Pairs share responses and comparisons share prompts, so the interval is over prompts; n is the number
-    of comparisons. Raises `UserError` when none is left.
+    Comparisons longer than `max_len` tokens are omitted. The ceiling is NaN when the utilities are unknown. Pairs of a
+    prompt are dependent, so the bootstrap resamples prompts; n counts comparisons. Raises `UserError` if none fits.
     """
     fitted = [(fit_comparison(tokenizer, c["prompt"], c["completions"], max_len), c) for c in comparisons]
     fitted = [(ids, c) for ids, c in fitted if ids is not None]
     check(bool(fitted), f"None of the {len(comparisons)} comparisons fits {max_len} tokens: allow more.")
-    fitted.sort(key=lambda pair: row_length(pair[0]))  # to save padding
-    sums, device = {}, next(model.parameters()).device  # of each prompt: its pairs that are ranked right, its pairs
+    fitted.sort(key=lambda pair: row_length(pair[0]))  # reduces padding
+    sums, device = {}, next(model.parameters()).device  # prompt -> [pairs ranked correctly, pairs]
     for start in range(0, len(fitted), batch_size):
         batch = ranked_batch([ids for ids, _ in fitted[start : start + batch_size]], tokenizer.pad_id).to(device)
         scores, batch = completion_scores(model, batch).cpu(), batch.to("cpu")  # (N,)
@@ -123,12 +121,12 @@ def reward_accuracy(
 
 
 def stage_folders(out: Path) -> list[Path]:
-    """The finished run folders under `out`, in the order of the pipeline, others after them by name.
+    """The finished run folders under `out`: stages in pipeline order, then others by name.
 
-    Hidden ones are none: a run that replaces another is written beside it, as `.sft.new`. Exports are none either.
+    Hidden folders are excluded (a replacement run is written to `.sft.new` first), and so are exports.
     """
     order = list(folders_.STAGE_OF)
-    for new in out.glob(".*.new"):  # a kill may have left no other
+    for new in out.glob(".*.new"):  # after a kill it may be the only copy
         checkpoint.folders.recover_for_reading(checkpoint.folders.final_path(new))
     shown = (f.parent for f in sorted(out.glob("*/config.json")) if not f.parent.name.startswith("."))
     found = [f for f in shown if not checkpoint.folders.is_foreign(f) and checkpoint.is_complete(f)]
@@ -137,16 +135,16 @@ def stage_folders(out: Path) -> list[Path]:
 
 # ------------------------------------------------------------------------------------------ the embedded world's card
 
-TEMPERATURES = {"": 1.0, "_greedy": 0.0}  # what a figure's name ends with, and the temperature it was sampled at
+TEMPERATURES = {"": 1.0, "_greedy": 0.0}  # suffix of a figure's name -> sampling temperature
 BEST_OF = 16
-Values = dict[str, list[float]]  # figure -> its value at each prompt
+Values = dict[str, list[float]]  # figure -> its value for each prompt
 
 
 def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Judge every finished stage under `settings.out_dir`, write report.json, return its content.
+    """Evaluate every finished stage under `settings.out_dir`, write report.json, return its content.
 
-    Every model answers the same prompts at temperature 1 and at 0, whatever `evaluate.temperature` says. Several
-    processes take a stage each in turn, so each stage is judged as by one process alone.
+    Every model responds to the same prompts at temperature 1 and at 0; `evaluate.temperature` is not used. Stages are
+    sharded over processes, so each stage is evaluated by one process.
     """
     folders = {folder.name: folder for folder in stage_folders(settings.out_dir)}
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
@@ -168,7 +166,7 @@ def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[
 def _judge_reward_model(
     name: str, folders: Mapping[str, Path], prompts: Sequence[Prompt], settings: Settings, device: str | torch.device
 ) -> tuple[dict[str, Any], Values]:
-    """A reward model's entry: pairs ordered as the noisy labeller did, and the ideal response against every fault."""
+    """A reward model's entry: its pair accuracy, and its accuracy per kind of faulty response."""
     model, tokenizer = checkpoint.load(folders[name], device)
     config, temperature = settings.evaluate, settings.world.temperature
     comparisons = tinychat.comparisons(settings.seed, config.comparisons, temperature, split="heldout")
@@ -181,7 +179,7 @@ def _judge_reward_model(
 def _judge_policy(
     name: str, folders: Mapping[str, Path], prompts: Sequence[Prompt], settings: Settings, device: str | torch.device
 ) -> tuple[dict[str, Any], Values]:
-    """A language model's entry, and its values prompt by prompt, to be paired with those of other stages."""
+    """A language model's entry, and its values per prompt, for paired differences to other stages."""
     info, (model, tokenizer) = checkpoint.read_info(folders[name]), checkpoint.load(folders[name], device)
     config, seed, values = settings.evaluate, settings.seed, {}
     entry: dict[str, Any] = {"best": info.get("best", {})}
@@ -221,12 +219,12 @@ def _judge_policy(
 
 
 def _trained_ppo_settings(info: Mapping[str, Any], asked: PPOConfig) -> dict[str, Any]:
-    """The ppo settings that a run was trained by; those `asked` for where its config.json holds none."""
+    """The PPO settings that a run was trained with; `asked` fills in what its config.json lacks."""
     return {**asdict(asked), **info.get("settings", {}).get("ppo", {})}
 
 
 def _began_with_sft(info: Mapping[str, Any], folders: Mapping[str, Path]) -> bool:
-    """Whether a PPO run began with the SFT run of the same folder, which then is what its penalty measured from."""
+    """Whether a PPO run started from the SFT run in the same folder, which is then its KL reference."""
     start = info.get("settings", {}).get("init")
     same = "sft" in folders and (not start or Path(start).resolve() == folders["sft"].resolve())
     return same and not checkpoint.changed_inputs(info, checkpoint.fingerprints([folders["sft"]]))
@@ -236,10 +234,10 @@ def _scores_and_kl(
     policy: Llama, info: Mapping[str, Any], sampled: Sequence[list[int]], suffix: str, folders: Mapping[str, Path],
     prompts: Sequence[Prompt], ppo_settings: Mapping[str, Any], device: str | torch.device,
 ) -> Values:  # fmt: skip
-    """What PPO goes by, of responses that its policy sampled: normalised scores, and at temperature 1 the KL from SFT.
+    """Normalised scores of responses that a PPO policy sampled, and at temperature 1 their KL to SFT.
 
-    The scores are of the reward model that PPO was trained with, normalised, clipped and replaced as PPO did it, by its
-    settings `ppo_settings`; the KL is k1, in nats a response. Neither is given of weights that the run did not read.
+    The scores are those of PPO training: same reward model, and normalised, clipped and replaced by `ppo_settings`. The
+    KL is k1, in nats per response. Each is omitted when its weights have changed since the run read them.
     """
     values, reward = {}, "reward-lora" if "adapter" in info and "reward-lora" in folders else "reward"
     if reward in folders and not checkpoint.changed_inputs(info, checkpoint.fingerprints([folders[reward]])):
@@ -258,7 +256,7 @@ def _scores_and_kl(
 
 
 def _differences(values: Mapping[str, Values], ppo: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of every stage, its paired differences to SFT, and of other PPO runs those to `ppo`, over the same prompts."""
+    """Every stage's paired differences to SFT, and those of other PPO runs to `ppo`, over the same prompts."""
     found: dict[str, dict[str, Any]] = {name: {} for name in values}
     for name, mine in values.items():
         rivals = [] if name in ("pretrain", "sft") else ["sft", *(["ppo"] if name in ppo and name != "ppo" else [])]
@@ -277,7 +275,7 @@ def _differences(values: Mapping[str, Values], ppo: Sequence[str]) -> dict[str, 
 
 @torch.no_grad()
 def perplexity(model: Llama, tokenizer: Tokenizer, dialogs: Sequence[Any], max_len: int) -> tuple[float, int]:
-    """e to the mean loss of the dialogs' answers, and their number of tokens; dialogs that do not fit are left out."""
+    """Perplexity of the dialogs' responses, and their number of tokens; dialogs that do not fit are omitted."""
     fitted = [fit_dialog(tokenizer, dialog, max_len) for dialog in dialogs]
     fitted, loss, tokens = [dialog for dialog in fitted if dialog is not None], 0.0, 0
     check(bool(fitted), f"None of the {len(dialogs)} held-out dialogs fits {max_len} tokens: allow more.")
@@ -292,23 +290,23 @@ def perplexity(model: Llama, tokenizer: Tokenizer, dialogs: Sequence[Any], max_l
 def reward_model_scores(
     judge: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Any], answered: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """The reward model's raw score of each answer: answers of several models, in the prompts' order, to as many lists.
+    """Raw reward-model scores of several models' responses, one list per model, in the order of the prompts.
 
-    A prompt whose answers do not fit the reward model's context is left out of every list.
+    A prompt whose responses do not fit the reward model's context is omitted from every list.
     """
     longest = judge.config.max_seq_len
     fitted = [fit_comparison(tokenizer, p, texts, longest) for p, *texts in zip(prompts, *answered, strict=True)]
     items = [ids for ids in fitted if ids is not None]
-    check(bool(items), f"No prompt with its answers fits the reward model's {longest} tokens: ask shorter ones.")
+    check(bool(items), f"No prompt with its responses fits the reward model's {longest} tokens: use shorter ones.")
     return [list(scores) for scores in zip(*raw_scores(judge, tokenizer.pad_id, items, len(answered)), strict=True)]
 
 
 def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Judge every finished stage on real data, which have no true reward; write report.json, return its content.
+    """Evaluate every finished stage on real data, without true reward; write report.json, return its content.
 
-    Language models: perplexity of validation answers, and how often the run's own reward model prefers their answers to
-    the first stage's. Reward models: the share of validation pairs that they order as people did. Validation chose the
-    weights that each stage kept, so these figures flatter it.
+    Language models: perplexity of validation responses, and how often the run's reward model prefers their responses to
+    those of the first stage. Reward models: pair accuracy on validation comparisons. Validation chose the weights of
+    each stage, so these figures are optimistic.
     """
     folders, config, stages = stage_folders(settings.out_dir), settings.evaluate, {}
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
@@ -322,7 +320,7 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
             judge = (model, tokenizer)
             if heldout.comparisons:
                 some = heldout.comparisons[: config.comparisons]
-                size = max(1, config.batch_size // 2)  # a row holds two answers
+                size = max(1, config.batch_size // 2)  # a comparison has two responses
                 found, _ = reward_accuracy(model, tokenizer, some, 1.0, settings.reward.seq_len, size)
                 entry["accuracy"] = asdict(found)
         else:
@@ -333,7 +331,7 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
             shown = zip(prompts[:3], said[folder.name][:3], strict=True)
             entry["samples"] = [{"prompt": p, "response": a} for p, a in shown]
         stages[folder.name] = entry
-        del model  # before the next one comes
+        del model  # frees memory before the next one is loaded
     if judge and prompts:
         scores = dict(zip(said, reward_model_scores(*judge, prompts, list(said.values())), strict=True))
         first = next(iter(said))
@@ -346,7 +344,7 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
 
 
 def _asked(folders: Sequence[Path], prompts: Sequence[Any], settings: Settings) -> list[Any]:
-    """The first prompts as every model can be asked them: cut as in training, with room for an answer."""
+    """The first prompts, cut as in training so that they fit every model's context with room for a response."""
     config, tokenizer = settings.evaluate, Tokenizer.load(folders[0])
     context = min(checkpoint.shape_of(folder).max_seq_len for folder in folders)
     room = min(settings.sft.seq_len, context - config.max_new_tokens)
@@ -355,7 +353,7 @@ def _asked(folders: Sequence[Path], prompts: Sequence[Any], settings: Settings) 
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report card as text: true rewards, what they are compared with, what the reward model knows, some answers."""
+    """The report card as text: true rewards, baselines, accuracy of the reward model, sample responses."""
     stages: Mapping[str, Any] = report["stages"]
     policies = {name: entry for name, entry in stages.items() if "true_reward" in entry}
     world = any("true_reward" in entry or "ceiling" in entry for entry in stages.values())  # else real data
@@ -368,19 +366,19 @@ def describe(report: Mapping[str, Any]) -> str:
     lines += ["", *(f"{name}: {line}" for name, entry in stages.items() for line in _what_else(entry))]
     for name, entry in stages.items():
         if "kinds" in entry:
-            lines += ["", f"{name}: at how many prompts the ideal response scores above a faulty one"]
+            lines += ["", f"{name}: share of prompts on which the ideal response scores above a faulty one"]
             lines += [
                 f"  {kind:<12}{_shown(one):<24}ceiling {one['ceiling']:.3f}" for kind, one in entry["kinds"].items()
             ]
     for name, entry in stages.items():
         if "samples" in entry:
-            lines += ["", f"{name} answers:"]
+            lines += ["", f"{name} responses:"]
             lines += [f"  {_last_turn(item)}\n    {item['response'].strip()[:160]!r}" for item in entry["samples"]]
     return "\n".join(lines)
 
 
 def _reward_table(policies: Mapping[str, Any]) -> list[str]:
-    """A line for every policy with its mean over prompts and its difference to SFT; under it, the mean over skills."""
+    """Two lines per policy: mean over prompts with the difference to SFT, and mean over skills."""
     wide = max(18, *map(len, policies)) + 2
     heads = ("temperature 1", "greedy", "minus SFT", "minus SFT, greedy")
     lines = [f"{'stage':<{wide}}" + "".join(f"{head:<25}" for head in heads).rstrip(), "-" * (wide + 98)]
@@ -394,7 +392,7 @@ def _reward_table(policies: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(figures: Mapping[str, float] | None, signed: bool = False) -> str:
-    """An estimate of the report as text; a dash where there is none."""
+    """An estimate of the report as text; a dash for None."""
     if figures is None:
         return "-"
     one = Estimate(*(figures[key] for key in ("mean", "low", "high", "n")))
@@ -402,7 +400,7 @@ def _shown(figures: Mapping[str, float] | None, signed: bool = False) -> str:
 
 
 def _what_else(entry: Mapping[str, Any]) -> list[str]:
-    """What the report says of a stage beside its true reward, a line each; figures of validation are named as such."""
+    """A stage's other figures, one line each; validation figures are named as such."""
     best, lines = entry["best"], []
     if "as_prose" in entry:
         lines.append(f"asked as prose {_shown(entry['as_prose'])}, greedy {_shown(entry['as_prose_greedy'])}")
@@ -417,7 +415,7 @@ def _what_else(entry: Mapping[str, Any]) -> list[str]:
         where = " on validation prompts" if "true_reward" not in entry else ""
         lines.append(f"reward-model score {_shown(entry['score'])}{greedy}{where}")
     if "kl" in entry:
-        lines.append(f"KL from SFT {_shown(entry['kl'])} nats a response")
+        lines.append(f"KL from SFT {_shown(entry['kl'])} nats per response")
     if "minus_ppo" in entry:
         pair = (_shown(entry[key], signed=True) for key in ("minus_ppo", "minus_ppo_greedy"))
         lines.append("true reward minus that of ppo {}, greedy {}".format(*pair))
@@ -433,10 +431,10 @@ def _what_else(entry: Mapping[str, Any]) -> list[str]:
     if shown:
         chosen = ", ".join(f"{'KL' if key == 'kl' else key} {value:.2f}" for key, value in shown.items())
         lines.append(f"validation, which chose these weights: {chosen}")
-    return lines or ([] if "true_reward" in entry else ["there was nothing to measure it on"])
+    return lines or ([] if "true_reward" in entry else ["no data to evaluate it on"])
 
 
 def _last_turn(item: Mapping[str, Any]) -> str:
-    """A prompt in one line: of a dialog, its last turn."""
+    """A prompt in one line; for a dialog, its last turn."""
     prompt = item["prompt"]
     return prompt if isinstance(prompt, str) else " ".join(prompt[-1]["content"].split())[:160]

@@ -1,4 +1,4 @@
-"""Means with their 95 % intervals: of independent values, of paired differences, over groups, of shares, of ratios."""
+"""Estimates with 95 % intervals: means, paired differences, means over groups, shares and ratios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def signed(self) -> str:
-        """As text with signs, for a difference."""
+        """The estimate as text with signs, for a difference."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
@@ -36,16 +36,16 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of ours - theirs over the same prompts, and its 95 % interval by the bootstrap over prompts."""
+    """Mean of ours - theirs over the same prompts, with its 95 % bootstrap interval over prompts."""
     check(
         len(ours) == len(theirs),
-        f"There are {len(ours)} values and {len(theirs)} to pair them with: ask both models the same prompts.",
+        f"There are {len(ours)} values and {len(theirs)} to pair them with: evaluate both models on the same prompts.",
     )
     return estimate([a - b for a, b in zip(ours, theirs, strict=True)], seed)
 
 
 def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Estimate:
-    """Mean of the groups' means, each group counting the same, and its interval: resampled within each group."""
+    """Mean of the group means, equally weighted, with a bootstrap interval from resampling within each group."""
     if not groups or not all(len(values) for values in groups.values()):
         raise UserError("There is nothing to estimate from: give at least one held-out record.")
     rng, mean, resampled = seeds.numpy_generator(seed, "bootstrap"), 0.0, np.zeros(RESAMPLES)
@@ -58,9 +58,9 @@ def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Esti
 
 
 def ratio_estimate(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Estimate:
-    """sum(parts) / sum(wholes), and its 95 % interval by the bootstrap over the n groups that they are sums of.
+    """sum(parts) / sum(wholes), with its 95 % bootstrap interval over groups; each group has one part and one whole.
 
-    For a share of things that are not independent within a group, as pairs of responses to one prompt.
+    For shares whose items are dependent within a group, such as pairs of responses to one prompt.
     """
     check(sum(wholes) > 0, "There is nothing to estimate from: give at least one held-out record.")
     x, y = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)  # (n,)
@@ -70,12 +70,12 @@ def ratio_estimate(parts: Sequence[float], wholes: Sequence[float], seed: int = 
 
 
 def accuracy_estimate(correct: float, n: int) -> Estimate:
-    """A share of n with Wilson's 95 % interval (Wilson, 1927), right also near 0 and 1."""
+    """A share of n with Wilson's 95 % interval (Wilson, 1927), which is accurate near 0 and 1 too."""
     z, p = 1.959964, correct / n
     centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Estimate(p, float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n)), n)
 
 
 def win(ours: float, theirs: float) -> float:
-    """1 where ours is higher, 0 where theirs is, one half where they are equal."""
+    """1 when ours is higher, 0 when theirs is, one half when they are equal."""
     return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ RopeTable = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1 or B
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without bias, as everywhere in LLaMA; `Llama.init_weights` fills the weights."""
     # nn.Linear's own filling would draw from global state. Under `torch.device("meta")` it stays without memory.
-    return skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
+    layer = skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
+    return cast(nn.Linear, layer)
 
 
 class RMSNorm(nn.Module):
@@ -258,7 +261,7 @@ class Llama(nn.Module):
         """
         x = F.dropout(self.embed(tokens), self.config.embed_dropout, self.training)  # (B, T, D)
         rotation, mask = self.rope_and_mask(tokens, segment_ids, cache)
-        for layer in self.layers:
+        for layer in cast(Sequence[Block], self.layers):
             if self.config.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpointed_block(layer, x, rotation, mask)  # (B, T, D)
             else:
@@ -291,12 +294,15 @@ class Llama(nn.Module):
             f"A row of {end} tokens is longer than the context, model.max_seq_len {self.config.max_seq_len}: "
             "cut the text, or train a model with a longer context.",
         )
-        unmasked = segment_ids is None if cache is None else cache.unpadded and (start == 0 or end - start == 1)
-        if unmasked:
+        if cache is None:
+            key_segment_ids = segment_ids  # (B, S)
+        else:  # rows without padding need no mask, for a first read and for one new token
+            needless = cache.unpadded and (start == 0 or end - start == 1)
+            key_segment_ids = None if needless else cache.segment_ids[:, :end]  # (B, S)
+        if key_segment_ids is None:
             positions, mask = torch.arange(start, end, device=device)[None], None  # (1, T)
         else:
-            seen = segment_ids if cache is None else cache.segment_ids[:, :end]  # (B, S)
-            visible = attention_mask(seen[:, start:], seen)  # (B, T, S)
+            visible = attention_mask(key_segment_ids[:, start:], key_segment_ids)  # (B, T, S)
             positions = visible.sum(-1) - 1  # (B, T) how many of its own segment came before
             mask = visible[:, None]  # (B, 1, T, S)
         angles = positions[:, None, :, None] * self.inv_freq.to(device)  # (1 or B, 1, T, E/2)
@@ -345,9 +351,10 @@ def attention_weights(
     The model itself never holds these: `scaled_dot_product_attention` goes from q, k and v to the mix.
     """
     segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
-    rotation, mask = model.rope_and_mask(tokens, segment_ids, None)  # mask (B, 1, T, T)
+    rotation, mask = model.rope_and_mask(tokens, segment_ids, None)
+    assert mask is not None  # (B, 1, T, T), since there are segment ids
     x, weights = model.embed(tokens), []  # (B, T, D)
-    for layer in model.layers:
+    for layer in cast(Sequence[Block], model.layers):
         q, k, _ = layer.attention.qkv(layer.attention_norm(x), rotation)  # (B, H, T, E), (B, G, T, E)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, E)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T)

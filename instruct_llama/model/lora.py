@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ class QuantMatmul(torch.autograd.Function):
         return F.linear(x, layer.dequantize().to(x.dtype))  # (..., in) -> (..., out)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
         weight = ctx.layer.dequantize().to(grad.dtype)  # (out, in)
         return (grad @ weight).to(ctx.dtype), None  # (..., out) -> (..., in)
 
@@ -118,6 +119,9 @@ class LoRALinear(nn.Module):
         return self.base.dequantize() if isinstance(self.base, QuantLinear) else self.base.weight.detach().float()
 
 
+Projection: TypeAlias = nn.Linear | QuantLinear | LoRALinear
+
+
 @contextlib.contextmanager
 def cache_dense_weights(model: nn.Module) -> Iterator[None]:
     """Inside, a model on the CPU makes its 4-bit weights dense once, and not again for every token that it samples.
@@ -146,9 +150,10 @@ def state_dict_mismatches(own: Mapping[str, Sequence[int]], given: Mapping[str, 
     ]
 
 
-def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def projections(model: nn.Module) -> list[tuple[str, Projection]]:
     """(path, layer) of the blocks' seven projections, dense, 4-bit or adapted; never embeddings or heads."""
-    return [(path, layer) for path, layer in model.named_modules() if path.rpartition(".")[2] in PROJECTIONS]
+    named = cast(Iterable[tuple[str, Projection]], model.named_modules())
+    return [(path, layer) for path, layer in named if path.rpartition(".")[2] in PROJECTIONS]
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
@@ -178,7 +183,7 @@ def quantize(model: nn.Module, config: QuantConfig) -> None:
         return
     for path, layer in projections(model):
         check(type(layer) is nn.Linear, f"{path} is a {type(layer).__name__}: quantise a dense model, then adapt it.")
-        model.set_submodule(path, QuantLinear(layer, config))
+        model.set_submodule(path, QuantLinear(cast(nn.Linear, layer), config))
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -287,7 +292,7 @@ def merge(
     """
     layers_with_adapter(model, name)
     check((into == "original") == (original is not None), 'merge needs `original` for into="original", and only then.')
-    weights = dict(projections(original)) if original is not None else {}
+    weights = cast(dict[str, nn.Linear], dict(projections(original)) if original is not None else {})
     check(all(type(layer) is nn.Linear for layer in weights.values()), "The `original` of merge must be a dense model.")
     merged = copy.deepcopy(model)
     for path, layer in projections(merged):

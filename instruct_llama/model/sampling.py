@@ -69,7 +69,11 @@ class SpecialTokens(Protocol):
 
     pad_id: int
     eos_id: int
-    suppress_tokens: Sequence[int]  # never sampled
+
+    @property
+    def suppress_tokens(self) -> Sequence[int]:
+        """Tokens that are never sampled."""
+        ...
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What the notebooks show: plots, widgets, their style, and the tour that executes them all."""
+"""Plots, widgets and style of the notebooks, and the tour that executes all of them."""

@@ -1,8 +1,8 @@
-"""Pictures of what the stages did and how their parts work, in one small style, with units on their axes.
+"""Plots of training runs and model internals, in one style, with units on their axes.
 
-Every function returns a `Picture` (a matplotlib Figure) and shows nothing by itself: end a cell with the call.
-Nothing here touches pyplot or leaves a setting behind. A history is what `metrics.jsonl` holds: records such as
-{"step": 10, "train/loss": 3.2, "val/loss": 3.4}, any of which may lack any key.
+Every function returns a `Picture` (a matplotlib Figure) and displays nothing: end a cell with the call.
+Nothing here uses pyplot or changes global settings. A history is the content of `metrics.jsonl`: records such as
+{"step": 10, "train/loss": 3.2, "val/loss": 3.4}. Any record may lack any key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HATCHES = ("", "////", "....", "xxxx", "----")  # of bars
 def _draw(ax: Axes, history: History, keys: Sequence[str], *, x: str = "step", labels: Sequence[str] = (),
           ylabel: str = "", smooth: float = 0.0, band: Mapping[str, str] | None = None,
           lines: Mapping[str, float] | None = None, first: int = 0) -> None:  # fmt: skip
-    """The curves of `keys` on one panel; `first` is the look (colour, dashes, marker) of the first of them."""
+    """Draw the curves of `keys` on one panel; `first` is the index of the first curve's style in LOOKS."""
     history = list(history)
     for i, key in enumerate(keys):
         at, values = series(history, key, x)
@@ -41,10 +41,10 @@ def _draw(ax: Axes, history: History, keys: Sequence[str], *, x: str = "step", l
         if smooth and len(values) > 10:  # a few validation points need no smoothing
             ax.plot(at, values, color=COLOURS[look], alpha=0.25, linewidth=0.8)
             values = smoothed(values, smooth)
-        every = (len(at) * i // (8 * len(keys)), max(1, len(at) // 8))  # so that markers of two curves stand apart
+        every = (len(at) * i // (8 * len(keys)), max(1, len(at) // 8))  # keeps markers of two curves apart
         ax.plot(at, values, **LOOKS[look], markevery=every, label=labels[i] if labels else key)
     if not ax.lines:
-        ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", va="center", color="0.4")
+        ax.text(0.5, 0.5, "no records yet", transform=ax.transAxes, ha="center", va="center", color="0.4")
     for i, (name, value) in enumerate((lines or {}).items()):
         ax.axhline(value, color="0.35", linestyle=(0, (1 + 4 * i, 2)), linewidth=1.3, label=f"{name}: {value:.3g}")
     if len(ax.get_legend_handles_labels()[1]) > 1:
@@ -57,11 +57,11 @@ def _draw(ax: Axes, history: History, keys: Sequence[str], *, x: str = "step", l
 
 @style()
 def curves(history: History, keys: Sequence[str] | str, *, title: str = "", **options: Any) -> Picture:
-    """Metrics over a run, on one panel; keys and records that are missing are left out.
+    """Metrics over a run, on one panel; missing keys and records are skipped.
 
-    Options: x, the key of the horizontal axis ("step"); labels, one for each key; ylabel; smooth in [0, 1), the share
-    of the past in a moving average, drawn over the faint raw curve; band {key: key of its deviation}, shaded to both
-    sides; lines {name: value}, drawn across, such as a known ceiling.
+    Options: x, the key of the horizontal axis ("step"); labels, one per key; ylabel; smooth in [0, 1), the weight of
+    the past in a moving average, drawn over the faint raw curve; band {key: key of its deviation}, a shaded interval;
+    lines {name: value}, horizontal lines such as a known ceiling.
     """
     figure, ax = panels()
     _draw(ax, history, [keys] if isinstance(keys, str) else list(keys), **options)
@@ -71,7 +71,7 @@ def curves(history: History, keys: Sequence[str] | str, *, title: str = "", **op
 
 @style()
 def losses(history: History, *, smooth: float = 0.8, lines: Mapping[str, float] | None = None) -> Picture:
-    """A supervised stage: training and validation loss, and beside them the accuracy or else the learning rate."""
+    """Training and validation loss of a supervised stage, with the accuracy (else the learning rate) beside them."""
     history = list(history)
     figure, (left, right) = panels(1, 2, width_ratios=(3, 2))
     _draw(left, history, ("train/loss", "val/loss"), labels=("training", "validation"), smooth=smooth, lines=lines)
@@ -81,10 +81,10 @@ def losses(history: History, *, smooth: float = 0.8, lines: Mapping[str, float] 
 
 
 def is_live() -> bool:
-    """Whether someone's notebook front end runs this cell, so that pictures that grow, and controls, make sense.
+    """Whether an interactive notebook front end runs this cell, so that live plots and controls are useful.
 
-    INSTRUCT_LLAMA_STATIC=1 says no and =0 says yes. Otherwise: JupyterLab, Notebook and VS Code name the cell in
-    their request to the kernel; nbclient, which runs notebooks for nbconvert, nbmake and the tour, does not.
+    INSTRUCT_LLAMA_STATIC=1 means no, 0 means yes. Without it: JupyterLab, Notebook and VS Code send a cell id with
+    their requests to the kernel; nbclient, which runs notebooks for nbconvert, nbmake and the tour, does not.
     """
     choice = os.environ.get("INSTRUCT_LLAMA_STATIC", "")
     if choice:
@@ -94,12 +94,12 @@ def is_live() -> bool:
 
 
 class LivePlot:
-    """A picture that grows while a stage trains: hand it to the stage's `run` as `watch`, close it afterwards.
+    """A plot that is updated while a stage trains: pass it to the stage's `run` as `watch`, close it afterwards.
 
-    Keys that end alike share a panel ("train/loss", "val/loss"). The one picture is redrawn in place at most every
-    `every` seconds, and for about 3% of the time at most; `close()`, or leaving a `with`, draws the last records.
-    Where nobody watches, as in a tour, only the last picture is drawn (see `is_live`). Without a notebook kernel it
-    only collects the records, in `.history`.
+    Keys with the same last part share a panel ("train/loss", "val/loss"). The plot is redrawn in place at most every
+    `every` seconds, and drawing takes about 3% of the time at most; `close()`, or leaving a `with`, draws the last
+    records. Without a live front end, as in a tour, only the final plot is drawn (see `is_live`). Without a notebook
+    kernel it only collects the records, in `.history`.
     """
 
     def __init__(self, *keys: str, every: float = 2.0, show: Callable[..., Any] | None = None, **options: Any) -> None:
@@ -118,7 +118,7 @@ class LivePlot:
             self._update()
 
     def close(self) -> None:
-        """Draws what the last records added; the picture then stays in the notebook."""
+        """Draw the last records; the picture stays in the notebook."""
         if len(self.history) > self._drawn:
             self._update()
 
@@ -153,12 +153,12 @@ class LivePlot:
 
 @style()
 def ppo_panel(history: History) -> Picture:
-    """The eight curves that tell how PPO fares, over its iterations."""
+    """The eight panels that show the progress of PPO, over its iterations."""
     history = list(history)
     figure, axes = panels(2, 4, (10.0, 4.0), sharex=True)
     groups = ("score rlhf_reward", "true_reward", "kl kl_k3", "response_length", "entropy", "clip_frac",
               "explained_variance", "ratio_abs_error")  # fmt: skip
-    names = {"rlhf_reward": "less KL penalty", "kl": "k1 estimate", "kl_k3": "k3 estimate"}
+    names = {"rlhf_reward": "minus KL penalty", "kl": "k1 estimate", "kl_k3": "k3 estimate"}
     for ax, group in zip(axes.flat, groups, strict=True):
         _draw(ax, history, [f"ppo/{k}" for k in group.split()], labels=[names.get(k, k) for k in group.split()])
     for ax in axes[0]:
@@ -168,9 +168,9 @@ def ppo_panel(history: History) -> Picture:
 
 @style()
 def hacking(regular: History, hacked: History, *, names: Sequence[str] = ("with KL penalty", "kl_coef = 0")) -> Picture:
-    """Reward hacking: two PPO runs, the reward model's score beside the true reward, over the same iterations."""
+    """Reward hacking: reward-model score and true reward of two PPO runs, over the same iterations."""
     figure, axes = panels(1, 2, sharex=True)
-    titles = {"score": "what the reward model says", "true_reward": "what is true"}
+    titles = {"score": "reward-model score", "true_reward": "true reward"}
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         _draw(ax, regular, (f"ppo/{key}",), labels=names[:1])
         _draw(ax, hacked, (f"ppo/{key}",), labels=names[1:], first=1)
@@ -181,43 +181,43 @@ def hacking(regular: History, hacked: History, *, names: Sequence[str] = ("with 
 @style()
 def optimum(points: History, j_ref: float, j_star: float, *, beta: float | None = None,
             frontier: Sequence[tuple[float, float]] = ()) -> Picture:  # fmt: skip
-    """PPO walking onto a known optimum; `points` holds {"step", "j"} or {"step", "j", "kl", "reward"} per iteration.
+    """PPO approaching a known optimum; `points` holds {"step", "j"} or {"step", "j", "kl", "reward"} per iteration.
 
-    Left: J = reward − beta KL, between the reference's and the best. Right, where points have kl and reward: the walk
-    in their plane, `frontier` [(KL, reward)] of the best policies at many betas, and with `beta` all that is worth J*.
+    Left: J = reward − beta KL, between that of the reference and the optimum. Right, when points have kl and reward:
+    their path, `frontier` [(KL, reward)] of the optimal policies at many betas, and with `beta` the line J = J*.
     """
     points = list(points)
     js, (kl, reward) = series(points, "j")[1], series(points, "reward", "kl")
     figure, axes = panels(1, 2 if len(kl) else 1, squeeze=False)
     _draw(axes[0, 0], points, ("j",), labels=("PPO",), ylabel="J = reward − β KL (reward)",
-          lines={"best possible, J*": j_star, "reference": j_ref})  # fmt: skip
+          lines={"optimum, J*": j_star, "reference": j_ref})  # fmt: skip
     axes[0, 0].set(xlabel="iteration", title=f"{(js[-1] - j_ref) / (j_star - j_ref):.1%} of the gap closed")
     if len(kl):
         ax, ends = axes[0, 1], np.array([0.0, 1.15 * max(kl.max(), *(k for k, _ in frontier), 0.01)])
-        ax.plot(*np.array(sorted(frontier)).reshape(-1, 2).T, color="0.6", linewidth=4, label="best policies")
+        ax.plot(*np.array(sorted(frontier)).reshape(-1, 2).T, color="0.6", linewidth=4, label="optimal policies")
         if beta is not None:
-            ax.plot(ends, j_star + beta * ends, ":", color="0.2", label="worth J*")
+            ax.plot(ends, j_star + beta * ends, ":", color="0.2", label="J = J*")
         ax.plot(kl, reward, "-o", color=COLOURS[1], markersize=3, linewidth=1, label="PPO")
-        ax.plot(kl[-1:], reward[-1:], "*", color="black", markersize=10, label="its end")
-        ax.set(xlabel="KL to the reference (nats per answer)", ylabel="expected reward", title="the walk")
+        ax.plot(kl[-1:], reward[-1:], "*", color="black", markersize=10, label="last iteration")
+        ax.set(xlabel="KL to the reference (nats per response)", ylabel="expected reward", title="path of PPO")
         ax.legend()
     return figure
 
 
 @style()
 def reward_histogram(chosen: Sequence[float], rejected: Sequence[float], *, unit: str = "deviations") -> Picture:
-    """Scores of the chosen and rejected answers of the same comparisons, in order; beside them their differences."""
+    """Histograms of the scores of chosen and rejected responses (paired by index), and of their differences."""
     chosen, rejected = array(chosen), array(rejected)
     figure, (left, right) = panels(1, 2)
     bins = np.histogram_bin_edges(np.concatenate((chosen, rejected)), bins=24)
     left.hist(rejected, bins, color="#f0b27a", edgecolor="#8a3f00", hatch="////", label="rejected")
     left.hist(chosen, bins, histtype="step", color=COLOURS[0], linewidth=2, label="chosen")
-    left.set(xlabel=f"score ({unit})", ylabel="answers (count)")
+    left.set(xlabel=f"score ({unit})", ylabel="responses (count)")
     left.legend()
     right.hist(chosen - rejected, bins=24, color=COLOURS[0], alpha=0.7, edgecolor="white")
     right.axvline(0, color="black", linewidth=1)
     right.set(xlabel=f"chosen − rejected ({unit})", ylabel="comparisons (count)")
-    right.set_title(f"{(chosen > rejected).mean():.1%} ranked right")
+    right.set_title(f"{(chosen > rejected).mean():.1%} ranked correctly")
     return figure
 
 
@@ -225,10 +225,10 @@ def reward_histogram(chosen: Sequence[float], rejected: Sequence[float], *, unit
 def intervals(rows: Mapping[str, Mapping[str, float]], *, xlabel: str = "true reward (0 to 1)", title: str = "",
               expected: Mapping[str, tuple[float, float]] | None = None,
               shaded: str = "expected") -> Picture:  # fmt: skip
-    """Means with their 95% intervals, a row each: the report card as a picture.
+    """The report card as a plot: means with 95% intervals, one row each.
 
-    `rows` is {name: {"mean", "low", "high"}}, as in `report.json`; `expected` {name: (from, to)} is shaded behind, and
-    `shaded` is what the legend calls it.
+    `rows` is {name: {"mean", "low", "high"}}, as in `report.json`; `expected` {name: (from, to)} is shaded, and
+    `shaded` is its name in the legend.
     """
     figure, ax = panels(size=(7.0, 0.9 + 0.34 * len(rows)))
     for y, (name, row) in enumerate(rows.items()):
@@ -246,7 +246,7 @@ def intervals(rows: Mapping[str, Mapping[str, float]], *, xlabel: str = "true re
 
 
 def _legend_above(ax: Axes, title: str, legend: bool) -> None:
-    """Title and legend on one line above the axes, where they hide neither numbers nor each other."""
+    """Put title and legend on one line above the axes, where they overlap nothing."""
     ax.set_title(title, loc="left" if legend else "center")
     if legend:
         columns = len(ax.get_legend_handles_labels()[1])
@@ -256,13 +256,13 @@ def _legend_above(ax: Axes, title: str, legend: bool) -> None:
 @style()
 def bars(values: Mapping[str, float | Sequence[float]], *, ylabel: str, series: Sequence[str] = ("",), title: str = "",
          xlabel: str = "", number: str = "{:.3g}") -> Picture:  # fmt: skip
-    """Named bars with their numbers; several values to a name stand side by side, and `series` names them.
+    """Named bars with their numbers; several values per name are drawn side by side, named by `series`.
 
-    Numbers wider than their bars stand upright, so that neighbours do not run together.
+    Numbers wider than their bars are rotated, so that neighbours do not overlap.
     """
     table = np.array([np.atleast_1d(value) for value in values.values()], dtype=float)  # (names, series)
     figure, ax = panels()
-    room = 5.5 / (len(table) * table.shape[1])  # inches of a bar
+    room = 5.5 / (len(table) * table.shape[1])  # width of a bar in inches
     upright = max(len(number.format(value)) for value in table.flat) * 0.075 > room
     for i, column in enumerate(table.T):
         at = np.arange(len(table)) + (i + 0.5) * 0.8 / table.shape[1] - 0.4
@@ -270,7 +270,7 @@ def bars(values: Mapping[str, float | Sequence[float]], *, ylabel: str, series: 
                        edgecolor="white", label=series[i])  # fmt: skip
         ax.bar_label(drawn, [number.format(v) for v in column], padding=2, fontsize=7.5, rotation=90 * upright)
     ax.set_xticks(range(len(values)), list(values), parse_math=False)
-    if sum(max(map(len, name.split("\n"))) for name in values) > 90:  # characters: more would run together
+    if sum(max(map(len, name.split("\n"))) for name in values) > 90:  # characters; longer labels would overlap
         ax.tick_params(axis="x", rotation=35)
         for label in ax.get_xticklabels():
             label.set_horizontalalignment("right")
@@ -284,10 +284,10 @@ def bars(values: Mapping[str, float | Sequence[float]], *, ylabel: str, series: 
 @style()
 def token_heat(pieces: Sequence[str], values: Sequence[float], title: str = "", *, number: str = "{:+.2f}",
                under: Sequence[Any] = ()) -> Picture:  # fmt: skip
-    """Tokens as cells, coloured by one value each and with its number under it (none for nan); masks are 0 and 1.
+    """Tokens as cells, each coloured by its value and with that number below (none for nan); masks are 0 and 1.
 
-    Signed values go from orange (negative) over white to violet; the numbers say the same in grey. `under` is written
-    in the cells instead of the values, such as the tokens' ids.
+    Signed values are coloured from orange (negative) through white to violet. `under` replaces the numbers in the
+    cells, for example by token ids.
     """
     numbers = array(values)
     scale = np.nanmax(np.abs(numbers), initial=1e-9)
@@ -313,9 +313,9 @@ def token_heat(pieces: Sequence[str], values: Sequence[float], title: str = "", 
 
 @style()
 def flow(boxes: Mapping[str, tuple[float, float, str]], arrows: Sequence[tuple[Any, ...]]) -> Picture:
-    """Boxes {text: (x, y, colour)} joined by arrows: pairs of the boxes' numbers, counted from 0.
+    """A flow chart of boxes {text: (x, y, colour)} and arrows (start, end), which are box indices from 0.
 
-    An arrow (start, end, note) is bent below the boxes between its ends, and has its note beside it.
+    An arrow (start, end, note) is bent below the boxes between its ends and labelled with the note.
     """
     figure, ax = panels(size=(8.6, 3.4))
     drawn = [ax.text(x, y, text, ha="center", va="center", bbox={"boxstyle": "round,pad=0.4", "fc": colour})
@@ -335,11 +335,11 @@ def flow(boxes: Mapping[str, tuple[float, float, str]], arrows: Sequence[tuple[A
 
 @style()
 def attention_grid(weights: Any, pieces: Sequence[str], *, title: str = "", names: Sequence[str] = ()) -> Picture:
-    """Attention, a panel a head: weights (H, T, T); a row is the token that looks, a column what it looks at."""
+    """Attention weights (H, T, T), one panel per head; rows are queries, columns are keys."""
     weights = array(weights)
     heads, length = weights.shape[:2]
     columns = min(heads, 2 if heads <= 4 else 4)
-    rows, named = -(-heads // columns), columns < 3 and length <= 20  # else there is no room for the tokens
+    rows, named = -(-heads // columns), columns < 3 and length <= 20  # else the tokens do not fit
     size = 7.0, 0.6 + rows * 5.6 / max(columns, 1.5)
     figure, axes = panels(rows, columns, size, squeeze=False, sharex=True, sharey=True)
     figure.set_layout_engine("compressed")
@@ -348,7 +348,7 @@ def attention_grid(weights: Any, pieces: Sequence[str], *, title: str = "", name
         ax.set_visible(False)
     for head, ax in zip(range(heads), axes.flat, strict=False):
         image = ax.imshow(np.ma.array(weights[head], mask=future), cmap="Blues", vmin=0, vmax=1)
-        ax.set_facecolor("0.93")  # the future, which no token may look at
+        ax.set_facecolor("0.93")  # future keys, which causal attention masks
         ax.grid(False)
         ax.set_title(names[head] if names else f"head {head}")
         if named:
@@ -357,9 +357,9 @@ def attention_grid(weights: Any, pieces: Sequence[str], *, title: str = "", name
             ax.set_yticks(range(length), words, fontsize=7, parse_math=False)
         else:
             ax.locator_params(integer=True)
-        wide = columns < 3  # else the labels of neighbours would meet
-        ax.set_xlabel("key, looked at (position)" if wide else "key (position)")
-        ax.set_ylabel("query, looks (position)" if wide else "query (position)")
+        wide = columns < 3  # else neighbouring labels would overlap
+        ax.set_xlabel("key (position, attended to)" if wide else "key (position)")
+        ax.set_ylabel("query (position, attends)" if wide else "query (position)")
         ax.label_outer()
     figure.colorbar(image, ax=axes, label="attention (share)", shrink=0.8)
     if title:
@@ -369,7 +369,7 @@ def attention_grid(weights: Any, pieces: Sequence[str], *, title: str = "", name
 
 @style()
 def rope_picture(head_dim: int = 32, theta: float = 10_000.0, length: int = 128) -> Picture:
-    """Rotary positions (RoFormer, arXiv:2104.09864): how far each pair turns, and what turning does to a match.
+    """Rotary positions (RoFormer, arXiv:2104.09864): the rotation of each pair, and its effect on q . k.
 
     Left: cos(position x theta^(-2i/head_dim)) of pair i. Right: q . k of two equal vectors, over their distance.
     """
@@ -381,13 +381,13 @@ def rope_picture(head_dim: int = 32, theta: float = 10_000.0, length: int = 128)
     left.grid(False)
     left.set(xlabel="position (tokens)", ylabel="pair of channels, i", title=f"rotation, theta = {theta:,.0f}")
     right.plot(np.cos(turns).mean(axis=0), color=COLOURS[0])
-    right.set(xlabel="distance (tokens)", ylabel="q · k (share of its largest)", title="a vector meets itself")
+    right.set(xlabel="distance (tokens)", ylabel="q · k (share of its largest)", title="q = k before rotation")
     return figure
 
 
 @style()
 def codebook(nf4: Sequence[float], fp4: Sequence[float], *, weights: Any = None, title: str = "") -> Picture:
-    """The 16 values of NF4 and FP4 on number lines; above them the weights, if given, over their block's largest."""
+    """The 16 values of NF4 and FP4 on number lines; above them a histogram of scaled `weights`, if given."""
     figure, axes = panels(1 if weights is None else 2, 1, (7.0, 2.0 if weights is None else 3.4), squeeze=False,
                           sharex=True)  # fmt: skip
     ax = axes[-1, 0]
@@ -396,7 +396,7 @@ def codebook(nf4: Sequence[float], fp4: Sequence[float], *, weights: Any = None,
         ax.hlines(y, -1, 1, color="0.7", linewidth=1)
         ax.plot(codes, np.full(len(codes), y), "|", color=COLOURS[1 - y], markersize=12, markeredgewidth=1.8)
         for code in codes:
-            if code == 0 or np.sort(np.abs(codes - code))[1] > 0.02:  # FP4's smallest values crowd around 0
+            if code == 0 or np.sort(np.abs(codes - code))[1] > 0.02:  # FP4's smallest values are close to 0
                 ax.text(code, y + 0.22, f"{code:.2f}", rotation=60, fontsize=7, ha="center", va="bottom")
     ax.set_yticks((0, 1), ("FP4", "NF4"))
     ax.set(ylim=(-0.4, 1.9), xlabel="value (share of the largest weight in the block)")

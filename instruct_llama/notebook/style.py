@@ -1,4 +1,4 @@
-"""How every picture of the project looks: small, readable in grey, PNG in any notebook; and records as points."""
+"""The style of all plots (small, readable in greyscale, PNG in any notebook), and helpers for their data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ History = Iterable[Mapping[str, Any]]  # the records of metrics.jsonl
 
 COLOURS = ("#1b4f91", "#d9730d", "#2f9e6e", "#8a4fbf", "#444444")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1)))
-LOOKS = [  # of curves: apart in grey, too
+LOOKS = [  # of curves, distinct in greyscale too
     {"color": c, "linestyle": d, "marker": m} for c, d, m in zip(COLOURS, DASHES, "os^Dv", strict=True)
 ]
 # fmt: off
@@ -29,7 +29,7 @@ STYLE = {
 LABELS = {  # by the last part of a metric's key
     "loss": "loss (nats)", "accuracy": "accuracy (share)", "lr": "learning rate", "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second", "gap": "chosen − rejected (score)", "score": "RM score (deviations)",
-    "true_reward": "true reward (0 to 1)", "kl": "KL (nats per answer)", "response_length": "length (tokens)",
+    "true_reward": "true reward (0 to 1)", "kl": "KL (nats per response)", "response_length": "length (tokens)",
     "entropy": "entropy (nats per token)", "clip_frac": "clipped (share of tokens)",
     "explained_variance": "explained variance (share)", "ratio": "mean ratio",
     "ratio_abs_error": "mean |ratio - 1|", "approx_kl": "KL of old to new policy (nats per token)",
@@ -39,22 +39,22 @@ LABELS = {  # by the last part of a metric's key
 
 
 def style() -> Any:
-    """The settings of every picture here, as a context: `with il.plots.style(): ...` for a figure of your own."""
+    """A context with the settings of all plots here: `with il.plots.style(): ...` for a figure of your own."""
     return matplotlib.rc_context(STYLE)
 
 
 class Picture(Figure):
-    """A Figure that shows itself as PNG in any notebook, whatever the backend; pyplot never hears of it."""
+    """A Figure that is displayed as PNG in any notebook, whatever the backend, and is unknown to pyplot."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        with style():  # straight to the canvas: savefig would draw twice; no metadata: the same picture, the same bytes
+        with style():  # not savefig, which draws twice; without metadata, equal pictures have equal bytes
             FigureCanvasAgg(self).print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
 
 def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.0, 2.6), **options: Any):
-    """A Picture of `size` inches and its axes, as `Figure.subplots` gives them."""
+    """A Picture of `size` inches and its axes, as returned by `Figure.subplots`."""
     figure = Picture(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
@@ -65,18 +65,18 @@ def array(values: Any) -> np.ndarray:
 
 
 def visible(piece: str) -> str:
-    """A token's text in one line: spaces, line breaks and what cannot be printed become signs."""
+    """A token's text in one line: spaces, line breaks and unprintable characters become symbols."""
     piece = piece.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "▁")
     return "".join(c if c.isprintable() else "�" for c in piece) or "∅"
 
 
 def shade(value: float) -> str:
-    """A background for black text: orange for -1 over white for 0 (and nan) to violet for +1, as "#rrggbb"."""
+    """A background colour "#rrggbb" for black text: orange at -1, white at 0 (and nan), violet at +1."""
     return to_hex(matplotlib.colormaps["PuOr"](0.5 + 0.27 * float(np.clip(np.nan_to_num(value), -1, 1))))
 
 
 def series(history: History, key: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
-    """The points (x, key) of the records that hold both as finite numbers: two float arrays of one length."""
+    """The x values and `key` values of the records that have both, finite: two float arrays of equal length."""
     pairs = [(r[x], r[key]) for r in history if r.get(x) is not None and r.get(key) is not None]
     points = np.array(pairs, dtype=float).reshape(-1, 2)
     points = points[np.isfinite(points).all(axis=1)]
@@ -84,7 +84,7 @@ def series(history: History, key: str, x: str = "step") -> tuple[np.ndarray, np.
 
 
 def smoothed(values: Sequence[float], weight: float) -> np.ndarray:
-    """Exponential moving average; `weight` in [0, 1) is the share of the past; unbiased at the start, as Adam's."""
+    """Exponential moving average with bias correction (as in Adam); `weight` in [0, 1) is that of the past."""
     mean, out = 0.0, []
     for i, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value

@@ -1,4 +1,4 @@
-"""The whole story in one command: execute every notebook in order, keep an HTML page of each, grade the result."""
+"""The tour: execute all notebooks in order, save each as an HTML page, and print the report card."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def notebooks() -> list[Path]:
 
 @contextlib.contextmanager
 def told(settings: Settings) -> Iterator[None]:
-    """The environment through which notebooks learn preset, folder, seed and --real; restored afterwards."""
+    """A context with the environment variables that pass preset, folder, seed and --real to the notebooks."""
     wanted = {
         "INSTRUCT_LLAMA_PRESET": settings.preset,
         "INSTRUCT_LLAMA_OUT": str(settings.out_dir.resolve()),
         "INSTRUCT_LLAMA_SEED": str(settings.seed),
         "INSTRUCT_LLAMA_STATIC": "1",  # static figures, no widget state in the saved notebooks
-        "INSTRUCT_LLAMA_REAL": "1" if getattr(settings, "real", False) else "",  # a `Tour`, not the plain settings
+        "INSTRUCT_LLAMA_REAL": "1" if getattr(settings, "real", False) else "",  # `Tour` settings only
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -52,7 +52,7 @@ def told(settings: Settings) -> Iterator[None]:
 
 
 def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
-    """Run one notebook in a fresh kernel; the bar moves with its cells. Raises `CellExecutionError` if one fails."""
+    """Run one notebook in a fresh kernel, with progress per cell. Raises `CellExecutionError` if a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=None, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}},
@@ -61,24 +61,24 @@ def execute(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     )  # fmt: skip
     try:
         client.execute()
-    finally:  # a failed notebook is kept too: its traceback is what one wants to see
+    finally:  # also when a cell fails
         notebook.metadata.pop("widgets", None)
     return notebook
 
 
-# Brackets grow only in a font that knows how; the names are those of such fonts, where one is installed.
+# Brackets grow only in fonts with a MathML table; these are the common ones.
 _FONTS = '<style>math {font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "STIX Math", math}</style>'
 
 
 def formula(latex: str, display: Literal["inline", "block"] = "inline") -> str:
-    """A formula as MathML, which browsers draw themselves."""
+    """A LaTeX formula as MathML, which browsers render without JavaScript."""
     made = latex2mathml.converter.convert(latex, display=display)
-    spaced = r'<mo form="prefix" lspace="0.167em" rspace="0.167em">\2</mo>'  # TeX's spaces around log, max and others
+    spaced = r'<mo form="prefix" lspace="0.167em" rspace="0.167em">\2</mo>'  # TeX's spacing of log, max and others
     return re.sub(r"<m([io])>([a-z]{2,})</m\1>", spaced, made)
 
 
 class _Renderer(IPythonRenderer):
-    """Markdown to HTML, formulas too."""
+    """Renders Markdown as HTML, with formulas as MathML."""
 
     def inline_math(self, body: str) -> str:
         return formula(body)
@@ -91,29 +91,29 @@ class _Renderer(IPythonRenderer):
 
 
 def write_page(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write an executed notebook as one HTML page that needs no network and no file beside it."""
+    """Write an executed notebook as one HTML page that needs no network and no other file."""
     exporter = HTMLExporter()
     exporter.register_filter("markdown2html", lambda text: MarkdownWithMath(_Renderer(escape=False)).render(text))
     page, _ = exporter.from_notebook_node(notebook)
     head, end, body = page.partition("</head>")
-    head = re.sub(r"<script\b.*?</script>", "", head, flags=re.DOTALL)  # MathJax, require.js: fetched from the network
+    head = re.sub(r"<script\b.*?</script>", "", head, flags=re.DOTALL)  # MathJax and require.js need the network
     path.write_text(head + _FONTS + end + body, encoding="utf-8")
 
 
 def run(settings: Settings) -> int:
     """Execute all notebooks; returns 0, or 1 as soon as a cell fails.
 
-    The `Tour` of the command line adds `real`, and `record`: then the notebooks themselves get these outputs, once all
-    have run.
+    The command line's `Tour` settings add `real`, and `record`, which saves the outputs into the notebooks themselves
+    once all have run.
     """
     out, paths, pages, started = settings.out_dir, notebooks(), [], time.perf_counter()
     executed, record = {}, getattr(settings, "record", False)
     there = [folder.name for folder in evaluate.stage_folders(out)] if record else []
-    check(not there, f"{shown(out)} holds finished stages ({', '.join(there)}), and what is recorded comes from "
-          "one run from nothing: take another --out, or remove them.")  # fmt: skip
+    check(not there, f"{shown(out)} holds finished stages ({', '.join(there)}), but --record needs an "
+          "empty folder: take another --out, or remove them.")  # fmt: skip
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes it anew
+    (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes a new one
     layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
     with told(settings), tqdm(total=len(paths), bar_format=layout) as bar, ThreadPoolExecutor(1) as aside:
         for path in paths:
@@ -128,14 +128,14 @@ def run(settings: Settings) -> int:
             bar.update(round(at) + 1 - bar.n)
             nbformat.write(notebook, folder / path.name)
             executed[path] = notebook
-            pages.append(aside.submit(write_page, notebook, folder / f"{path.stem}.html"))  # while the next one starts
+            pages.append(aside.submit(write_page, notebook, folder / f"{path.stem}.html"))  # beside the next notebook
             bar.write(f"{path.stem}: {time.perf_counter() - clock:.0f} s")
     for page in pages:
-        page.result()  # raises what went wrong in writing it
+        page.result()  # raises the error, if writing failed
     if record:
         for path, notebook in executed.items():
             with atomic(path) as temporary:
-                nbformat.write(notebook, temporary, split_lines=False)  # a cell's text is one string in them
+                nbformat.write(notebook, temporary, split_lines=False)  # cell text as one string
     written = out / "report.json"
     report = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else evaluate.report_card(settings)
     print("\n" + evaluate.describe(report))

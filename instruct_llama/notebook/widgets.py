@@ -1,8 +1,8 @@
-"""Interactive viewers, which also show a picture or a table where no front end is.
+"""Interactive viewers that also work without a live notebook front end.
 
-Each shows one picture or table for its default settings, as PNG or HTML. Before a live notebook front end it adds
-controls that redraw that same picture in place. So a saved notebook or HTML page holds ordinary pictures, and where
-no one can move a slider (nbconvert, nbmake, the tour) not one ipywidget is made.
+Each displays one picture or table for its default settings, as PNG or HTML. In a live front end it adds controls that
+redraw the picture in place. Saved notebooks and HTML pages therefore contain plain pictures, and no ipywidgets are
+created in nbconvert, nbmake or the tour.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .plots import HATCHES, attention_grid, bars, codebook, is_live, rope_pictur
 from .style import COLOURS, Picture, panels, shade, style, visible
 
 BOX = "color:#111;background:#fff;border:1px solid #999;padding:4px 8px;text-align:left;white-space:pre-wrap;"
-BOX += "overflow-wrap:anywhere"  # an untrained model writes words without end
+BOX += "overflow-wrap:anywhere"  # an untrained model generates very long words
 
 
 class Page:
-    """A piece of HTML, and the same as plain text for where there is no HTML. Make it from escaped text only."""
+    """HTML with a plain-text version for front ends without HTML. Build it from escaped text only."""
 
     def __init__(self, html: str, text: str) -> None:
         self.html, self.text = html, text
@@ -53,7 +53,7 @@ def _choice(value: Any, options: Sequence[Any]) -> partial:
 
 
 def _show(draw: Callable[..., Any], **controls: partial) -> None:
-    """Displays `draw` of every control's default; before a live front end also the controls, which redraw it."""
+    """Display `draw` with the defaults of the controls; in a live front end also the controls, which redraw it."""
     if not is_live():
         display(draw(**{name: control.keywords["value"] for name, control in controls.items()}))
         return
@@ -68,12 +68,12 @@ def _show(draw: Callable[..., Any], **controls: partial) -> None:
 def _drawn(draw: Callable[..., Any], made: Mapping[str, Any]) -> Any:
     try:
         return draw(**{name: widget.value for name, widget in made.items()})
-    except UserError as error:  # in a callback it would end in a log that nobody reads
+    except UserError as error:  # a callback would hide it in a log
         return Page(f"<p>{escape(str(error))}</p>", str(error))
 
 
 def _encode(model: Any, tokenizer: Any, prompt: Any, chat: bool) -> Tensor:
-    ids = tokenizer.encode_prompt(prompt) if chat else tokenizer.encode(prompt)  # pretraining saw no special token
+    ids = tokenizer.encode_prompt(prompt) if chat else tokenizer.encode(prompt)  # pretraining text has no chat tokens
     return torch.tensor([ids], device=next(model.parameters()).device)  # (1, T)
 
 
@@ -81,22 +81,22 @@ def _encode(model: Any, tokenizer: Any, prompt: Any, chat: bool) -> Tensor:
 
 
 def sampling_picture(logits: Tensor, tokenizer: Any, temperature: float, top_k: int, top_p: float) -> Picture:
-    """The likeliest next tokens: what the model says beside what is sampled from. `logits` is (V,)."""
+    """Probabilities of the most likely next tokens, before and after filtering. `logits` is (V,)."""
     kept = filter_logits(logits, temperature, top_k, top_p).exp()  # (V,)
     model_says = logits.float().softmax(-1)
     ids = model_says.topk(min(8, len(logits))).indices.tolist()
     pairs = zip(ids, tokenizer.pieces(ids), strict=True)
     values = {f"{visible(piece)[:10]}\n{i}": (float(model_says[i]), float(kept[i])) for i, piece in pairs}
-    entropy = float(torch.special.entr(kept).sum()) + 0.0  # no minus before a zero
+    entropy = float(torch.special.entr(kept).sum()) + 0.0  # turns -0.0 into 0.0
     title = (f"temperature {temperature:g}, top-k {top_k or 'all'}, top-p {top_p:g}: {int((kept > 0).sum())} of "
-             f"{len(logits)} tokens can be drawn, entropy {entropy:.2f} nats")  # fmt: skip
+             f"{len(logits)} tokens can be sampled, entropy {entropy:.2f} nats")  # fmt: skip
     return bars(values, ylabel="probability (share)", xlabel="next token and its id", title=title, number="{:.2f}",
-                series=("the model", "sampled from"))  # fmt: skip
+                series=("model", "after filtering"))  # fmt: skip
 
 
 def sampling_playground(model: Any, tokenizer: Any, prompt: Any, *, temperature: float = 0.7, top_k: int = 0,
                         top_p: float = 0.9, chat: bool = True) -> None:  # fmt: skip
-    """What temperature, top-k and top-p do to the next token after `prompt` (with `chat=False`, raw running text)."""
+    """The effect of temperature, top-k and top-p on the next token after `prompt` (`chat=False`: plain text)."""
     tokens = _encode(model, tokenizer, prompt, chat)
     with eval_mode(model), torch.no_grad():
         logits = model(tokens)[0, -1].float().cpu()  # (V,)
@@ -110,7 +110,7 @@ def sampling_playground(model: Any, tokenizer: Any, prompt: Any, *, temperature:
 
 def attention_viewer(model: Any, tokenizer: Any, text: Any, *, layer: int = 0, head: int | str = "all",
                      chat: bool = True) -> None:  # fmt: skip
-    """Who looks at whom in `text`, layer by layer and head by head."""
+    """Attention weights between the tokens of `text`, by layer and head."""
     tokens = _encode(model, tokenizer, text, chat)
     with eval_mode(model):
         weights = [layer[0].float().cpu() for layer in attention_weights(model, tokens)]  # each (H, T, T)
@@ -125,7 +125,7 @@ def attention_viewer(model: Any, tokenizer: Any, text: Any, *, layer: int = 0, h
 
 
 def rope_viewer(head_dim: int = 32, theta: float = 10_000.0, *, length: int = 128) -> None:
-    """How fast rotary positions turn, and how the match of two equal vectors fades with their distance."""
+    """The rotation angles of RoPE, and q . k of two equal vectors over their distance."""
     _show(
         rope_picture,
         head_dim=_choice(head_dim, sorted({8, 16, 32, 64, 128, head_dim})),
@@ -140,7 +140,7 @@ def rope_viewer(head_dim: int = 32, theta: float = 10_000.0, *, length: int = 12
 def scale_blocks(weights: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Weights in blocks, each divided by its largest magnitude: (blocks, block_size) in [-1, 1], scales (blocks, 1).
 
-    A last block that is not full is left out, unless it is the only one.
+    An incomplete last block is omitted, unless it is the only one.
     """
     flat = weights.detach().float().cpu().flatten()
     block_size = min(block_size, len(flat))
@@ -150,30 +150,30 @@ def scale_blocks(weights: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def rounding_error(scaled: Tensor, scales: Tensor, codes: Tensor) -> float:
-    """What rounding every weight to the nearest code changes: |error| / |weights|, both Euclidean norms."""
+    """Relative error of rounding every weight to the nearest code: ||error|| / ||weights||, Euclidean norms."""
     codes = codes.sort().values
     nearest = codes[torch.bucketize(scaled, (codes[1:] + codes[:-1]) / 2)]
     return float(((nearest - scaled) * scales).norm() / (scaled * scales).norm())
 
 
 def nf4_explorer(weights: Tensor, *, block_size: int = 64) -> None:
-    """The 16 values of NF4 and FP4 under a histogram of real weights, and what the size of a block costs and saves."""
-    from bitsandbytes.functional import get_4bit_type  # slow to import, and needed nowhere else here
+    """The 16 values of NF4 and FP4 below a histogram of weights, with memory and error by block size."""
+    from bitsandbytes.functional import get_4bit_type  # slow to import, used only here
 
     nf4, fp4 = (get_4bit_type(kind, device="cpu") for kind in ("nf4", "fp4"))
-    weights = weights.detach().flatten()[: 1 << 20]  # a million are enough for a histogram
+    weights = weights.detach().flatten()[: 1 << 20]  # a million suffice for a histogram
 
     def draw(block_size: int) -> Picture:
         scaled, scales = scale_blocks(weights, block_size)
         errors = [rounding_error(scaled, scales, codes) for codes in (nf4, fp4)]
-        title = f"blocks of {block_size}: {4 + 32 / block_size:.2f} bits a weight; rounding error "
+        title = f"blocks of {block_size}: {4 + 32 / block_size:.2f} bits per weight; rounding error "
         return codebook(nf4, fp4, weights=scaled, title=title + "NF4 {:.1%}, FP4 {:.1%}".format(*errors))
 
     _show(draw, block_size=_choice(block_size, sorted({16, 32, 64, 128, 256, 512, 1024, 4096, block_size})))
 
 
 def training_memory(config: ModelConfig, rank: int, block_size: int = 64) -> dict[str, dict[str, float]]:
-    """Bytes that training keeps, activations aside: {method: {part: bytes}} for full, LoRA and QLoRA training.
+    """Training memory without activations: {method: {part: bytes}} for full, LoRA and QLoRA training.
 
     Trained weights are fp32 with a gradient and AdamW's two moments, 16 bytes each. A frozen base takes 2 bytes a
     weight, or under QLoRA (arXiv:2305.14314) 4 bits and a doubly quantised scale per block; embeddings and norms stay
@@ -193,7 +193,7 @@ def training_memory(config: ModelConfig, rank: int, block_size: int = 64) -> dic
 
 @style()
 def memory_picture(config: ModelConfig, rank: int) -> Picture:
-    """The three methods' memory at `rank`, and how the adapters' share of it grows with the rank."""
+    """Memory of the three methods at `rank`, and that of the adapters by rank."""
     methods = training_memory(config, rank)
     scale, unit = (2**30, "GiB") if sum(methods["full"].values()) > 2**30 else (2**20, "MiB")
     figure, (left, right) = panels(1, 2, width_ratios=(3, 2))
@@ -221,11 +221,11 @@ def memory_picture(config: ModelConfig, rank: int) -> Picture:
 
 
 def rank_memory(config: ModelConfig, *, rank: int = 8) -> None:
-    """What full, LoRA and QLoRA training of a model of this shape keep in memory, by the adapters' rank."""
+    """Memory of full, LoRA and QLoRA training for a model of this shape, by adapter rank."""
     _show(lambda rank: memory_picture(config, rank), rank=_slider(rank, 1, 256))
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- responses
 
 
 def _words(prompt: Any) -> str:
@@ -250,7 +250,7 @@ STRIPS = {"kl": "KL to the reference (nats per token)", "rewards": "reward (scor
 
 
 def rollout_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rewards"), tokenizer: Any = None) -> Page:
-    """One episode of `samples.jsonl`: prompt, answer, scores, and its tokens coloured by each of `strips`."""
+    """One rollout of `samples.jsonl`: prompt, response, scores, and tokens coloured by each of `strips`."""
     pieces = episode.get("pieces") or tokenizer.pieces(tokenizer.encode(episode["response"]))
     strips = [name for name in strips if episode.get(name)]
     facts = [f"iteration {episode['step']}"] if "step" in episode else []
@@ -259,7 +259,7 @@ def rollout_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rew
     facts += [f"KL {sum(episode['kl']):.2f} nats", f"{len(episode['kl'])} tokens"] if episode.get("kl") else []
     head, prompt = ", ".join(facts), _words(episode["prompt"])
     html = f"<p><b>{escape(head)}</b></p>"
-    texts = (f"prompt: {prompt}", f"answer: {episode['response']}")
+    texts = (f"prompt: {prompt}", f"response: {episode['response']}")
     html += "".join(f'<div style="{BOX}">{escape(text)}</div>' for text in texts)
     html += "".join(_strip(STRIPS[name], pieces, episode[name]) for name in strips)
     rows = [" " * 16 + "".join(f"{name:>12}" for name in strips)] + [
@@ -270,11 +270,11 @@ def rollout_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rew
 
 
 def rollout_browser(rollouts: Sequence[Mapping[str, Any]], tokenizer: Any = None, *, count: int = 3) -> None:
-    """PPO's logged episodes: `count` from the first iteration to the last, or of one iteration, coloured by token.
+    """PPO's logged rollouts with coloured tokens: `count` of them over all iterations, or of one iteration.
 
-    An episode is a record of `samples.jsonl`; `tokenizer` is needed only where a record has no "pieces".
+    A rollout is a record of `samples.jsonl`; `tokenizer` is needed only for records without "pieces".
     """
-    check(len(rollouts) > 0, "rollout_browser was given no episodes: read them from the run's samples.jsonl.")
+    check(len(rollouts) > 0, "rollout_browser was given no rollouts: read them from the run's samples.jsonl.")
     spread = sorted({round(i) for i in np.linspace(0, len(rollouts) - 1, count)})
 
     def draw(iteration: int | None, colour: tuple[str, ...]) -> Page:
@@ -288,7 +288,7 @@ def rollout_browser(rollouts: Sequence[Mapping[str, Any]], tokenizer: Any = None
 
 
 def responses_page(answers: Mapping[str, Sequence[str]], prompts: Sequence[Any]) -> Page:
-    """A table: a row for each prompt, a column for each model; `answers` is {model: responses, one a prompt}."""
+    """A table with a row per prompt and a column per model; `answers` is {model: responses, one per prompt}."""
     rows = [[_words(prompt), *row] for prompt, *row in zip(prompts, *answers.values(), strict=True)]
     rows.insert(0, ["prompt", *answers])
     cells = [[f'<td style="{BOX};vertical-align:top">{escape(text)}</td>' for text in row] for row in rows]
@@ -299,7 +299,7 @@ def responses_page(answers: Mapping[str, Sequence[str]], prompts: Sequence[Any])
 
 def side_by_side(models: Mapping[str, tuple[Any, Any]], prompts: Sequence[Any] = tinychat.FIXED_PROMPTS, *,
                  max_new_tokens: int = 48, temperature: float = 1.0, seed: int = 0) -> Page:  # fmt: skip
-    """Every model's answers to the same prompts; in brackets the true reward, where the embedded world has one."""
+    """Every model's responses to the same prompts, with the true reward in brackets for tinychat prompts."""
     answers = {}
     for name, (model, tokenizer) in models.items():
         texts = generate(
@@ -310,7 +310,7 @@ def side_by_side(models: Mapping[str, tuple[Any, Any]], prompts: Sequence[Any] =
 
 
 def _worth(prompt: Any, text: str) -> str:
-    """The true reward in brackets; nothing for a prompt from outside the embedded world, which has none."""
+    """The true reward in brackets; empty for a prompt from outside tinychat, which has none."""
     try:
         return f"  [{tinychat.true_reward(prompt, text).total:.2f}]"
     except ValueError:
@@ -319,9 +319,9 @@ def _worth(prompt: Any, text: str) -> str:
 
 def compare_chat(models: Mapping[str, tuple[Any, Any]], prompt: Any, *, max_new_tokens: int = 64,
                  temperature: float = 0.0, seed: int = 0) -> None:  # fmt: skip
-    """Any stage beside any other: `models` is {name: (model, tokenizer)}; all answer `prompt`, or a list of prompts.
+    """Compare models: `models` is {name: (model, tokenizer)}; all respond to `prompt`, or to a list of prompts.
 
-    Live, two menus choose who answers what is typed. A prompt is a str or a list of messages.
+    In a live front end, two menus choose the models that respond to a typed prompt. A prompt is a str or messages.
     """
     prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], Mapping) else list(prompt)
 
@@ -332,7 +332,7 @@ def compare_chat(models: Mapping[str, tuple[Any, Any]], prompt: Any, *, max_new_
     handle = display(ask(list(models), prompts), display_id=True)
     if is_live():
         _chat_controls(
-            lambda left, right, text: ask(list(dict.fromkeys((left, right))), [text]),  # one column where both agree
+            lambda left, right, text: ask(list(dict.fromkeys((left, right))), [text]),  # one column for one model
             handle, list(models), _words(prompts[-1]),
         )  # fmt: skip
 
@@ -343,7 +343,7 @@ def _chat_controls(answer: Callable[..., Page], handle: Any, names: list[str], t
         "right": ipywidgets.Dropdown(options=names, value=names[-1], description="right"),
         "text": ipywidgets.Textarea(value=text, layout=ipywidgets.Layout(width="90%")),
     }
-    button = ipywidgets.Button(description="answer")
+    button = ipywidgets.Button(description="generate")
 
     def clicked(_: Any) -> None:
         button.disabled = True

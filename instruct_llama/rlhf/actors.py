@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import OptimConfig
+from ..model.llama import Llama
 from ..model.sampling import SpecialTokens
 from .rollout import Rollouts
 
@@ -25,26 +26,33 @@ class Actors(Protocol):
     reward_scale: float
     processes: int  # how many work together; 1 without torchrun
 
-    def use(self, role: Role, training: bool = False) -> AbstractContextManager[nn.Module]:
+    def use(self, role: Role, training: bool = False) -> AbstractContextManager[Llama]:
         """The network of a role, ready to compute; with `training`, ready for a backward pass too."""
+        ...
 
     def optimizing(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Inside, policy, value and the optimizer's state are where they train."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, scaled where fp16 needs it."""
+        ...
 
     def step(
         self, optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int, loss: float, where: str
     ) -> tuple[float, ...]:
         """Clip each network's gradient, step, clear; the norms before clipping. Raises `UserError` if one, or the loss,
         is not finite."""
+        ...
 
     def map(self, function: Callable[[int], Rollouts], n: int) -> list[Rollouts]:
         """[function(0), …, function(n - 1)]; several processes share the calls, and each gets the whole list."""
+        ...
 
     def shard_rows(self, rows: Sequence[int]) -> tuple[list[int], int]:
         """This process's rows of a micro-batch, and the weight of their loss: 1, or 0 for a process without rows."""
+        ...
 
     def reduce_sum(self, figures: dict[str, float]) -> dict[str, float]:
         """Each figure summed over the processes."""
+        ...

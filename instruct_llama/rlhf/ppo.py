@@ -46,13 +46,11 @@ def run_iteration(
 
 def draw_prompts(prompts: Sequence[list[int]], config: PPOConfig, seed: int, iteration: int) -> list[list[int]]:
     """The prompts of an iteration, a function of (seed, iteration); each comes once before any comes again."""
-    start, drawn = iteration * config.rollouts_per_iteration, []
-    for position in range(start, start + config.rollouts_per_iteration):
-        epoch, index = divmod(position, len(prompts))
-        if not drawn or index == 0:  # the first prompt of this iteration, or of a new pass
-            order = epoch_order(len(prompts), seed, epoch, "prompts")
-        drawn.append(prompts[order[index]])
-    return drawn
+    n, start = len(prompts), iteration * config.rollouts_per_iteration
+    end = start + config.rollouts_per_iteration
+    epochs = range(start // n, -(-end // n))  # the passes over the prompts that this iteration falls into
+    order = np.concatenate([epoch_order(n, seed, epoch, "prompts") for epoch in epochs])
+    return [prompts[i] for i in order[start - epochs[0] * n : end - epochs[0] * n]]
 
 
 def sample_rollouts(

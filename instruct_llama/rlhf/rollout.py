@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PPOConfig, SamplingConfig
 from ..data.batching import RankedBatch
-from ..model.llama import Llama, ScalarLlama
+from ..model.llama import Llama
 from ..model.sampling import SpecialTokens, filter_logits, sample
 from .losses import (
     explained_variance,
@@ -33,10 +34,12 @@ from .losses import (
     whiten,
 )
 
+LATER = cast(Tensor, None)  # filled in by `ppo.generate_responses`, `ppo.score_rollouts` and `compute_advantages`
+
 
 @dataclass
 class Rollouts:
-    """B prompts with one response each; what is None is filled in later: see `ppo.sample_rollouts`."""
+    """B prompts with one response each, and what is computed of them."""
 
     prompts: list[list[int]]  # token ids of each prompt
     tokens: Tensor  # (B, T) int64, prompt and response, right-padded
@@ -45,13 +48,13 @@ class Rollouts:
     response_mask: Tensor  # (B, N) bool, True up to and including the end token
     has_eos: Tensor  # (B,) bool, whether the response has its end token
     sampled_logprobs: Tensor  # (B, N) float32, as the sampler computed them; kept to check the recomputed ones
-    logprobs: Tensor | None = None  # (B, N) float32, of the policy that sampled
-    ref_logprobs: Tensor | None = None  # (B, N) float32, of the frozen reference
-    values: Tensor | None = None  # (B, N) float32
-    scores: Tensor | None = None  # (B,) float32, normalised and clipped; `missing_eos_score` without end token
-    rewards: Tensor | None = None  # (B, N) float32, score at the last token minus the KL penalty at each
-    advantages: Tensor | None = None  # (B, N) float32
-    returns: Tensor | None = None  # (B, N) float32
+    logprobs: Tensor = LATER  # (B, N) float32, of the policy that sampled
+    ref_logprobs: Tensor = LATER  # (B, N) float32, of the frozen reference
+    values: Tensor = LATER  # (B, N) float32
+    scores: Tensor = LATER  # (B,) float32, normalised and clipped; `missing_eos_score` without end token
+    rewards: Tensor = LATER  # (B, N) float32, score at the last token minus the KL penalty at each
+    advantages: Tensor = LATER  # (B, N) float32
+    returns: Tensor = LATER  # (B, N) float32
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -163,13 +166,13 @@ def by_micro_batch(rollouts: Rollouts, size: int, compute: Callable[[Rollouts], 
     return torch.cat(computed)[torch.tensor(order, device=rollouts.tokens.device).argsort()]
 
 
-def response_values(model: ScalarLlama, rollouts: Rollouts) -> Tensor:
+def response_values(model: Llama, rollouts: Rollouts) -> Tensor:
     """Value of the state in which each response token is chosen: (B, N)."""
     per_token = model(rollouts.tokens)  # (B, T)
     return gather_response_positions(per_token, rollouts.prompt_lengths, rollouts.responses.shape[1]).float()
 
 
-def response_scores(model: ScalarLlama, rollouts: Rollouts, config: PPOConfig, mean: float, scale: float) -> Tensor:
+def response_scores(model: Llama, rollouts: Rollouts, config: PPOConfig, mean: float, scale: float) -> Tensor:
     """(B,) the scores that PPO uses, from the reward model's raw score at the end token: see `final_scores`."""
     raw = pool_last_token(model(rollouts.tokens), rollouts.lengths - 1)  # (B,)
     return final_scores(raw, rollouts.has_eos, mean, scale, config.score_clip, config.missing_eos_score)
@@ -184,7 +187,7 @@ def final_scores(
     return torch.where(has_eos, scores, missing_eos_score)
 
 
-def completion_scores(model: ScalarLlama, batch: RankedBatch) -> Tensor:
+def completion_scores(model: Llama, batch: RankedBatch) -> Tensor:
     """(N,) raw reward-model scores of ranked completions, each read at its own end token."""
     per_token = model(batch.tokens, segment_ids=batch.segment_ids)  # (P, T)
     return pool_last_token(per_token[batch.prompt], batch.last_positions)  # (N,)

@@ -1,1 +1,1 @@
-"""Commands around the stages: chat, doctor, studies, tested versions."""
+"""Commands beside the stages: chat, doctor, studies over seeds, tested versions."""

@@ -1,4 +1,4 @@
-"""Talking to a checkpoint: a conversation in the terminal, or a file of prompts."""
+"""Chat with a checkpoint: a conversation in the terminal, or responses to a file of prompts."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ..model.sampling import sample, stream
 
 @dataclass(frozen=True, eq=False)
 class ChatSession:
-    """A model with everything that decides how it answers."""
+    """A model with its tokenizer, system message, sampling settings and seed."""
 
     model: Llama
     tokenizer: Tokenizer
-    system: str  # the system message of every dialog that has none; empty: none, or the model's own
+    system: str  # system message of dialogs that have none; empty: that of the model's chat template, if any
     sampling: SamplingConfig
     seed: int
 
     @property
     def generator(self) -> torch.Generator:
-        """A fresh one of this seed, on the model's device."""
+        """A new generator with this seed, on the model's device."""
         return seeds.generator(self.model.tok_embeddings.weight.device, self.seed, "conversation")
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """A dialog as a prompt that leaves room for an answer; the oldest exchanges go first.
+        """The ids of a dialog as a prompt that leaves room for a response, without the oldest exchanges if needed.
 
         Raises `UserError` when the last turn alone is too long.
         """
@@ -42,17 +42,17 @@ class ChatSession:
             messages = [{"role": "system", "content": self.system}, *messages]
         context = self.model.config.max_seq_len
         ids = fit_prompt(self.tokenizer, messages, context - min(self.sampling.max_new_tokens, context // 4))
-        check(ids is not None, f"That is longer than the model's context of {context} tokens: say less.")
+        check(ids is not None, f"That is longer than the model's context of {context} tokens: shorten it.")
         return ids
 
     def sampling_after(self, ids: list[int]) -> SamplingConfig:
-        """The sampling settings after a prompt, whose response has only the rest of the context."""
+        """The sampling settings, with max_new_tokens limited to the context that the prompt leaves."""
         room = self.model.config.max_seq_len - len(ids)
         return replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """An answer's text as it grows; a character whose bytes are not all there waits for the rest."""
+    """The text of a response, piece by piece; incomplete UTF-8 characters are held back."""
     seen, text = [], ""
     for i in ids:
         seen.append(i)
@@ -71,7 +71,7 @@ def converse(chat: ChatSession) -> None:
         messages.append({"role": "user", "content": line})
         try:
             ids = chat.encode(messages)
-        except UserError as error:  # said too much: the conversation goes on without it
+        except UserError as error:  # too long: the conversation continues without it
             print(error)
             messages.pop()
             continue
@@ -93,7 +93,7 @@ def _ask() -> str:
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
-    """Prompts from a file: JSON records as `data` reads them, or plain text with a prompt in each line."""
+    """The prompts of a file: JSON records in the formats of `data`, or plain text with one prompt per line."""
     records = sources.read(path)
     if records.kind != "text":
         return [record["prompt"] for record in sources.as_prompts(records)]
@@ -102,7 +102,7 @@ def read_prompts(path: Path) -> list[list[Message]]:
 
 
 def answer_file(chat: ChatSession, path: Path, batch_size: int) -> None:
-    """Answer every prompt of a file; prints `{"prompt", "response"}` as JSON lines, in order."""
+    """Respond to every prompt of a file; prints `{"prompt", "response"}` as JSON lines, in order."""
     check(batch_size > 0, f"--batch-size is {batch_size}; it must be at least 1.")
     prompts, generator = read_prompts(path), chat.generator
     for start in range(0, len(prompts), batch_size):

@@ -1,8 +1,8 @@
-"""Checks that this machine can run the tutorial, and says what to do about whatever cannot.
+"""Checks that this machine can run the tutorial, with a cure for each failed check.
 
-`python -m instruct_llama doctor` prints one line a check: ok, warn (works, but read the rest of the line) or FAIL.
-A probe says what is there, a check judges it. Nothing but the standard library is imported before a probe needs it,
-so a package that is missing is a line of the report and not a traceback.
+`python -m instruct_llama doctor` prints one line per check: ok, warn (works, but read the advice) or FAIL.
+Probes collect facts, checks evaluate them. Packages outside the standard library are imported only by the probes that
+need them, so a missing package is reported and causes no traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..training import memory
 from ..training.memory import GB, memory_available
 from .versions import compared_versions, missing_packages
 
-PYTHON = ((3, 10), (3, 14))  # first release that works, first that does not; pyproject.toml says the same
+PYTHON = ((3, 10), (3, 14))  # first supported and first unsupported release, as in pyproject.toml
 TORCH = ((2, 6), (2, 14))
 PLANNED = (10,)  # notebooks that are not written yet
 INSTALL = "run `python -m pip install -e .` in the project folder"
@@ -30,12 +30,12 @@ INSTALL = "run `python -m pip install -e .` in the project folder"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
-    name: str  # what was looked at
-    ok: bool  # False: something will not work
+    name: str  # of the check
+    ok: bool  # False: the check failed
     value: str  # what was found
-    cure: str = ""  # what to do; beside ok it makes a warning
+    cure: str = ""  # what to do; with ok=True it is a warning
 
     def __str__(self) -> str:
         mark = "FAIL" if not self.ok else "warn" if self.cure else "ok"
@@ -43,7 +43,7 @@ class Finding:
 
 
 def run(settings: Settings) -> int:
-    """Print every finding; returns the exit status, 1 when something failed."""
+    """Print every finding; returns the exit status, 1 when a check failed."""
     findings = examine(settings)
     print(*findings, sep="\n")
     print(f"\nMemory of each stage at preset {settings.preset}, on its device:", *memory.table(settings), sep="\n  ")
@@ -57,7 +57,7 @@ def run(settings: Settings) -> int:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """The findings of every check, in a fixed order; a check that breaks is a finding too."""
+    """The findings of all checks, in a fixed order; a check that raises gives a failed finding."""
     findings = []
     for name, check in CHECKS.items():
         try:
@@ -66,17 +66,17 @@ def examine(settings: Settings) -> list[Finding]:
             ok, value, cure = False, f"cannot be imported ({error})", INSTALL
         except UserError as error:
             ok, value, cure = False, "not usable", str(error)
-        except Exception as error:  # the report must reach its last line, whatever one library does
+        except Exception as error:  # no library error may stop the report
             ok, value, cure = False, f"{type(error).__name__}: {error}", f"{INSTALL}; if it stays, report it"
         findings.append(Finding(name, ok, value.partition("\n")[0], cure))
     return findings
 
 
-# ---------------------------------------------------------------- probes: what is there
+# ---------------------------------------------------------------- probes: facts about this machine
 
 
 def python_version() -> tuple[int, int, int]:
-    """The running Python."""
+    """The version of the running Python."""
     return sys.version_info[:3]
 
 
@@ -86,16 +86,16 @@ def module_version(name: str) -> str:
 
 
 def threads_and_cores() -> tuple[int, int]:
-    """Threads that torch computes with, and logical cores that this process may use."""
+    """The number of torch's threads, and of logical cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return importlib.import_module("torch").get_num_threads(), cores
 
 
 def device_facts(wanted: str) -> tuple[str, str, bool]:
-    """What `--device wanted` means here, its maker's name for it, and whether it computes in bf16.
+    """The device that `--device wanted` selects, its model name, and whether it computes in bf16.
 
-    Raises UserError when it is not there.
+    Raises UserError when it is not available.
     """
     import torch
 
@@ -128,7 +128,7 @@ def four_bit_error(device: str) -> float:
 
 
 def adam_8bit_step(device: str) -> float:
-    """How far a first 8-bit Adam step with lr 1e-3 moves a weight: by lr, as Adam's first step always does."""
+    """The mean change of a weight in a first 8-bit Adam step with lr 1e-3, which should equal lr."""
     import torch
     from bitsandbytes.optim import Adam8bit
 
@@ -139,14 +139,14 @@ def adam_8bit_step(device: str) -> float:
 
 
 def free_disk(folder: Path) -> tuple[int, bool]:
-    """Bytes free where `folder` is or would be made, and whether that place can be written."""
+    """Free bytes on the disk of `folder` (or of its nearest existing parent), and whether it is writable."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free, folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def tinychat_sample(seed: int) -> str:
-    """A question of the embedded world, whose answer was judged once by the true reward."""
+    """A prompt of tinychat, after its response has been scored once by the true reward."""
     from ..worlds import tinychat
 
     *prompt, answer = next(iter(tinychat.demonstrations(seed, 1)))["messages"]
@@ -155,12 +155,12 @@ def tinychat_sample(seed: int) -> str:
 
 
 def data_file(path: str) -> str:
-    """One sentence about a file of records, or a public set. Raises UserError when it cannot be read."""
+    """A sentence that describes a file of records or a public data set. Raises UserError for an unreadable file."""
     from ..data import public_sets, sources
 
     if path in public_sets.SETS:
         built = (project_folder() / "data" / f"{path}.jsonl").is_file()
-        return f"{path} is in data/." if built else f"{path} will be built by the stage that wants it."
+        return f"{path} is in data/." if built else f"{path} will be built by the stage that needs it."
     return sources.read(path).describe()
 
 
@@ -203,22 +203,22 @@ def _check_threads(settings: Settings) -> Verdict:
     threads, cores = threads_and_cores()
     value = f"{threads} on {cores} cores"
     if threads > cores:
-        return True, value, f"set OMP_NUM_THREADS={cores}: threads that wait for a core slow the others down"
-    return True, value, "unset OMP_NUM_THREADS to compute on all cores" if threads == 1 < cores else ""
+        return True, value, f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other down"
+    return True, value, "unset OMP_NUM_THREADS to use all cores" if threads == 1 < cores else ""
 
 
 def _check_device(settings: Settings) -> Verdict:
     device, model, bf16 = device_facts(settings.device)
     stages = (settings.pretrain.loop, settings.sft.loop, settings.qlora.loop, settings.reward.loop, settings.ppo)
     ok = bf16 or all(stage.precision != "bf16" for stage in stages)
-    cure = "this device has no bf16: set precision to fp16 or fp32"
+    cure = "this device does not support bf16: set precision to fp16 or fp32"
     return _verdict(ok, f"{device} ({model}), bf16 {'yes' if bf16 else 'no'}", cure)
 
 
 def _check_4bit(settings: Settings) -> Verdict:
     device, *_ = device_facts(settings.device)
     error = four_bit_error(device)
-    cure = "4-bit weights come back wrong: run `python -m pip install -U bitsandbytes`, or give --device cpu"
+    cure = "the 4-bit round trip gives wrong weights: run `python -m pip install -U bitsandbytes`, or give --device cpu"
     return _verdict(error < 0.15, f"NF4 round trip on {device}, relative error {error:.3f}", cure)
 
 
@@ -241,17 +241,17 @@ def _check_memory(settings: Settings) -> Verdict:
     largest = max(needs, key=needs.__getitem__)
     needed = needs[largest] + base
     available = memory_available(device)
-    value = f"{available / GB:.1f} GB available, about {needed / GB:.1f} GB wanted by {largest} at {settings.preset}"
+    value = f"{available / GB:.1f} GB available, about {needed / GB:.1f} GB needed by {largest} at {settings.preset}"
     return _verdict(available >= needed, value, "close other programs, or choose a smaller preset: --preset tiny")
 
 
 def _check_disk(settings: Settings) -> Verdict:
     folder = settings.out_dir
-    needed = memory.disk_bytes(settings) + 0.3 * GB  # and notebooks with their pages
+    needed = memory.disk_bytes(settings) + 0.3 * GB  # for notebooks and their pages
     free, writable = free_disk(folder.absolute())
     if not writable:
-        return False, f"{folder} cannot be written", "choose a folder of your own with --out DIR"
-    value = f"{free / GB:.1f} GB free for {folder}, about {needed / GB:.1f} GB wanted"
+        return False, f"{folder} is not writable", "choose another folder with --out DIR"
+    value = f"{free / GB:.1f} GB free for {folder}, about {needed / GB:.1f} GB needed"
     return _verdict(free >= needed, value, "free some space, or choose another disk with --out DIR")
 
 
@@ -265,12 +265,12 @@ def _check_notebooks(settings: Settings) -> Verdict:
     numbers = notebook_numbers()
     gaps = [f"{number:02}" for number in range(max(numbers, default=0)) if number not in (*numbers, *PLANNED)]
     if gaps:
-        return False, f"{', '.join(gaps)} missing", "bring them back with `git checkout -- notebooks`"
+        return False, f"{', '.join(gaps)} missing", "restore them with `git checkout -- notebooks`"
     return _verdict(bool(numbers), f"{len(numbers)} found", "run this inside the folder of the clone, where they are")
 
 
 def _check_jupyter(settings: Settings) -> Verdict:
-    module_version("ipykernel")  # nbclient, which takes seconds to import, is among the packages above
+    module_version("ipykernel")  # nbclient is slow to import, and checked by "packages"
     return True, f"JupyterLab {module_version('jupyterlab')}, ipywidgets {module_version('ipywidgets')}", ""
 
 

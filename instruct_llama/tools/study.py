@@ -1,7 +1,7 @@
-"""The study over seeds: the whole pipeline for each seed, one line of figures in a file, and how often targets are met.
+"""The study over seeds: runs the whole pipeline per seed, stores one line of results each, and checks targets.
 
-A finished seed is skipped, and an interrupted one goes on where it stopped. Several commands may share the work, each
-with seeds of its own: they append to one file.
+Finished seeds are skipped, and interrupted ones resume. Several commands with different seeds can run in parallel and
+append to one file.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from filelock import FileLock
 from .. import pipeline
 from ..config import Settings, check, project_folder, shown, to_json
 from ..evaluation import report as evaluate
-from ..stages import ppo, pretrain, reward, sft  # noqa: F401  all now: a stage imported later could be other code
+from ..stages import ppo, pretrain, reward, sft  # noqa: F401  early: later the code could have changed
 from ..training import checkpoint, distributed
 from ..training.device import pick_device
 from ..training.run_log import read_jsonl
 
 STAGES = ("pretrain", "sft", "sft-qlora", "reward", "ppo")
 WITHOUT_PENALTY = "ppo-kl0"  # PPO with kl_coef 0
-SEEDS_WITHOUT_PENALTY = (1, 2, 3)  # trained without the penalty too
-NOTE = "study.json"  # in a seed's folder: by what it is trained, and how long each stage took
-Line = dict[str, Any]  # what the results hold of a seed
+SEEDS_WITHOUT_PENALTY = (1, 2, 3)  # seeds that also train WITHOUT_PENALTY
+NOTE = "study.json"  # in a seed's folder: hashes of settings and code, seconds per stage
+Line = dict[str, Any]  # the results of one seed
 Figures = Mapping[str, Any]  # the report card's stages
 
 
@@ -43,18 +43,18 @@ Figures = Mapping[str, Any]  # the report card's stages
 
 
 def run(settings: Settings, seeds: Sequence[int], results: Path | None = None, kl0: bool = False) -> Path:
-    """Train and judge every seed that the results do not hold yet, and append a line for each; returns their file.
+    """Train and evaluate every seed that is not in the results yet, append a line for each; returns their file.
 
-    Stages lie under `seeds/<seed>/` of the out folder. Seeds 1 to 3 also train PPO without its KL penalty, and with
-    `kl0` every seed does. Raises `UserError` for a seed's folder that was trained by other settings or other code.
+    Run folders are under `seeds/<seed>/` of the out folder. Seeds 1 to 3, or all with `kl0`, also train PPO without its
+    KL penalty. Raises `UserError` for a seed's folder that was trained by other settings or code.
     """
     check(
         distributed.world_size() == 1,
-        "A study runs in one process: start it again with other --seeds to share the work.",
+        "A study runs in one process: start several with different --seeds to share the work.",
     )
     results = results or project_folder() / "notebooks" / "results" / "seeds.jsonl"
     check(bool(seeds), "A study needs at least one seed: --seeds 1 2 3.")
-    git_state()  # of the code that runs, not of what the checkout is when the first seed ends
+    git_state()  # cached now: the checkout may change while the study runs
     todo = []
     for seed in dict.fromkeys(seeds):
         mine = settings.replace(seed=seed, out=str(settings.out_dir / "seeds" / str(seed)))
@@ -72,7 +72,7 @@ def run(settings: Settings, seeds: Sequence[int], results: Path | None = None, k
 
 
 def run_seed(settings: Settings, stages: Sequence[str]) -> Line:
-    """Train what is missing of one seed, judge it, and return its line; one process at a time."""
+    """Train the missing stages of one seed, evaluate it, and return its line; one process at a time."""
     settings.out_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.out_dir / ".study.lock"):
         return _run_seed(settings, stages)
@@ -86,7 +86,7 @@ def _run_seed(settings: Settings, stages: Sequence[str]) -> Line:
         if stage in note["seconds"]:
             continue
         if (settings.out_dir / stage / "state").is_dir() and stage not in note["resumed"]:
-            note["resumed"].append(stage)  # its seconds are only those of the part that finished it
+            note["resumed"].append(stage)  # its seconds cover the resumed part only
             write_note()
         clock = time.perf_counter()
         _train(stage, settings)
@@ -107,27 +107,27 @@ def _run_seed(settings: Settings, stages: Sequence[str]) -> Line:
 
 
 def _train(stage: str, settings: Settings) -> None:
-    """Train a stage, or go on with it; nothing where it has finished."""
+    """Train a stage or resume it; does nothing when it has finished."""
     if stage != WITHOUT_PENALTY:
         pipeline.require(stage, settings)
     elif not checkpoint.is_complete(settings.out_dir / stage):
         pipeline.run("ppo", settings.replace(ppo__kl_coef=0.0, ppo__name=WITHOUT_PENALTY, resume=True))
 
 
-# ---------------------------------------------------------------------------------------------------- what made a line
+# ------------------------------------------------------------------------------------------------- provenance of a line
 
 
 def settings_hash(settings: Settings) -> str:
-    """What tells settings apart, whatever the seed, and wherever and with how many processes they are run."""
+    """A hash of the settings, without seed, folder, device and parallelism."""
     same = settings.replace(seed=0, out="", device="auto", resume=False, overwrite=False, parallel=Settings().parallel)
     return hashlib.sha256(to_json(same).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def code_hash() -> str:
-    """What tells versions of this package apart: a commit does not when there are changes that are in no commit.
+    """A hash of this package's source files, which also covers uncommitted changes.
 
-    Computed once a process: files that change while a study runs are not what it runs.
+    Cached, because files that change while a study runs are not the code that it runs.
     """
     package, found = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -137,7 +137,7 @@ def code_hash() -> str:
 
 @functools.cache
 def git_state() -> dict[str, Any]:
-    """The commit of this package and whether the package holds changes beside it; empty without git."""
+    """The commit of this package, and whether it has uncommitted changes; the commit is empty without git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -151,7 +151,7 @@ def git_state() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were computed on."""
+    """CPU, cores, threads and torch version of this machine."""
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.is_file():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
@@ -170,7 +170,7 @@ def _note(settings: Settings) -> Line | None:
 
 
 def _check_note(settings: Settings) -> None:
-    """Stages are used again only where the same settings and code made them."""
+    """Raise `UserError` unless the folder's stages were trained by the same settings and code."""
     folder, note, wanted = settings.out_dir, _note(settings), _made_by(settings)
     check(
         note is not None or not evaluate.stage_folders(folder),
@@ -184,12 +184,12 @@ def _check_note(settings: Settings) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a results file, in their order; none where there is no file yet. One cut by a kill is left out."""
+    """The lines of a results file, in order; empty without a file. A line truncated by a kill is skipped."""
     return read_jsonl(path)
 
 
 def append(path: Path, line: Line, unless: Callable[[], bool] = lambda: False) -> bool:
-    """Add a line in one write, under a lock, unless another process has made it needless; returns whether it did."""
+    """Append a line in one write, under a lock, except when `unless()` holds; returns whether it was added."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if unless():
@@ -208,7 +208,7 @@ def _holds(path: Path, settings: Settings, stages: Sequence[str]) -> bool:
 
 
 def candidates(path: Path) -> list[list[Line]]:
-    """The lines by what made them (preset, settings, code), first come first; of a seed, its last line."""
+    """The lines grouped by (preset, settings, code), in order of appearance; the last line of each seed."""
     found: dict[tuple, dict[int, Line]] = {}
     for line in read(path):
         found.setdefault((line["preset"], line["settings"], line["code"]), {})[line["seed"]] = line
@@ -222,15 +222,15 @@ def candidates(path: Path) -> list[list[Line]]:
 class Target:
     """A figure of the report card and the range it should lie in, for every seed."""
 
-    name: str  # the figure and the range, in words
-    value: Callable[[Figures], float]  # raises KeyError where the report has no such figure
+    name: str  # figure and range, for display
+    value: Callable[[Figures], float]  # raises KeyError when the report lacks it
     low: float = -float("inf")
     high: float = float("inf")
-    strict: bool = False  # the ends of the range do not count
+    strict: bool = False  # exclude the ends of the range
 
 
 def weakness(kinds: Figures) -> str:
-    """The kind of fault that the labellers themselves overrate: the one with the lowest ceiling."""
+    """The kind of fault that the labellers overrate: the one with the lowest ceiling."""
     return min(kinds, key=lambda kind: kinds[kind]["ceiling"])
 
 
@@ -278,25 +278,25 @@ TARGETS = tuple(_targets())
 
 @dataclass(frozen=True)
 class Row:
-    """How one target was met over the seeds; a figure that is not there, and should be, is not a number and missed."""
+    """How many seeds met one target; a missing figure counts as NaN and as missed."""
 
     target: str
     passed: int
     of: int
     lowest: float
     highest: float
-    missed: tuple[int, ...]  # the seeds at which it was not met
+    missed: tuple[int, ...]  # seeds that missed the target
 
 
 def made_by(settings: Settings) -> tuple[str, str, str]:
-    """What tells the lines of these settings and this code from others: preset, settings, code."""
+    """The provenance of lines made by these settings and this code: preset, settings hash, code hash."""
     return settings.preset, settings_hash(settings), code_hash()
 
 
 def summary(path: Path, candidate: int = -1, made_by: tuple[str, str, str] | None = None) -> list[Row]:
     """A row for each target, over the seeds of one candidate in a results file.
 
-    That is the newest one, if not said otherwise: by its number, or by what made its lines.
+    The candidate is chosen by index (default: the newest) or by the `made_by` of its lines.
     """
     found = candidates(path)
     if made_by is not None:
@@ -310,7 +310,7 @@ def _row(target: Target, lines: Sequence[Line]) -> Row:
     for line in lines:
         try:
             values[line["seed"]] = target.value(line["stages"])
-        except KeyError:  # only PPO without its penalty need not be there
+        except KeyError:  # only PPO without the penalty is optional
             if WITHOUT_PENALTY in line["stages"] or not target.name.startswith("kl_coef 0"):
                 values[line["seed"]] = float("nan")  # in no range, so missed
     missed = tuple(seed for seed, value in values.items() if not _met(target, value))

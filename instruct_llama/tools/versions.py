@@ -1,7 +1,7 @@
-"""What is installed, beside what the project asks for and what it was tested with.
+"""Comparison of the installed package versions with the required and the tested ones.
 
-`constraints.txt` holds the tested versions. It is written from an environment that passed the tests, and pip reads it
-with `-c`. Only the standard library is imported with this module, so that the doctor can report what is missing.
+`constraints.txt` lists the versions of an environment that passed the tests; pip reads it with `-c`. This module
+imports only the standard library, so that the doctor can report missing packages.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from ..config import check, project_folder
 
 CONSTRAINTS = "constraints.txt"
 _PROJECT = "instruct-llama"
-_SHOWN = 5  # how many differences are named; after a year there may be a hundred
+_SHOWN = 5  # maximum number of differences listed
 
 
 def missing_packages() -> list[str]:
-    """Runtime dependencies that are not installed. Raises PackageNotFoundError when the project itself is not."""
+    """The runtime dependencies that are not installed. Raises PackageNotFoundError if the project is not."""
     needed = [line for line in importlib.metadata.requires(_PROJECT) or [] if "extra ==" not in line]
     names = [re.match(r"[\w.-]+", line).group() for line in needed]
     return [name for name in names if not any(importlib.metadata.distributions(name=name))]
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, or of "python", as "2.13.0" without the tag of a local build; None if it is missing."""
+    """The version of a package or of "python", without a local build tag ("2.13.0"); None if not installed."""
     if name == "python":
         return ".".join(platform.python_version_tuple()[:2])
     try:
@@ -35,7 +35,7 @@ def installed(name: str) -> str | None:
 
 
 def pins() -> list[str]:
-    """Every package that the requirements of `.[test]` reach on this machine, as "name==version", sorted by name.
+    """All direct and indirect requirements of `.[test]` on this machine, as "name==version", sorted by name.
 
     Raises UserError for one that is not installed.
     """
@@ -43,7 +43,7 @@ def pins() -> list[str]:
     from packaging.utils import canonicalize_name
 
     reached = [(_PROJECT, ""), (_PROJECT, "test")]  # (package, extra)
-    for name, extra in reached:  # it grows as it is read
+    for name, extra in reached:  # it grows during the loop
         cure = 'run `python -m pip install -e ".[test]"` in the project folder, then the tests, then this again'
         check(installed(name) is not None, f"{name} is not installed: {cure}.")
         for need in map(Requirement, importlib.metadata.requires(name) or []):
@@ -54,7 +54,7 @@ def pins() -> list[str]:
 
 
 def write_constraints() -> int:
-    """Write the installed versions into constraints.txt of this checkout and say so; returns the exit status."""
+    """Write the installed versions to constraints.txt of this checkout; returns the exit status."""
     command, lines, path = "python -m instruct_llama doctor --write-constraints", pins(), project_folder() / CONSTRAINTS
     head = [f"# The versions that the tests ran with, written by `{command}`, on", f"# python=={installed('python')}"]
     path.write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
@@ -63,12 +63,12 @@ def write_constraints() -> int:
 
 
 def compared_versions() -> tuple[str, str]:
-    """What is installed in another version than constraints.txt names, and what to do if that breaks something."""
+    """The packages whose version differs from constraints.txt, and what to do if that causes problems."""
     path = project_folder() / CONSTRAINTS
     if not path.is_file():
         return f"there is no {CONSTRAINTS} to compare with", "run this inside the folder of the clone, where it is"
     tested = re.findall(r"^(?:# )?([\w.-]+)==(\S+)$", path.read_text(encoding="utf-8"), flags=re.M)
-    here = {name: installed(name) for name, _ in tested}  # what only the tests need may be missing
+    here = {name: installed(name) for name, _ in tested}  # test requirements may be missing
     other = [f"{name} {here[name]} (tested {version})" for name, version in tested if here[name] not in (None, version)]
     if not other:
         return "as tested", ""
