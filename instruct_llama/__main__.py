@@ -2,77 +2,70 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union
+from typing import Any, Literal, NoReturn
 
 import tyro
-from tyro.conf import Positional
 
 from . import pipeline, presets
 from .config import SamplingConfig, Settings, UserError, check, project_folder, shown
 from .tools import versions
 from .training import checkpoint, distributed
 
-PROGRAM = "python -m instruct_llama"
-ABOUT = """COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]. `COMMAND --help` lists the options of a
-command. `instruct-llama COMMAND` is the same as `python -m instruct_llama COMMAND`."""
-STAGES = {
-    "pretrain": "Train a tokenizer, then a language model on running text, from random weights.",
-    "sft": "Fine-tune on demonstrations: all weights, LoRA (--sft.lora.rank) or QLoRA (--sft.quant.kind nf4).",
-    "reward": "Train a reward model on ranked responses.",
-    "ppo": "Train the SFT model by PPO against the reward model.",
-}
-NO_PAIRS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without a --no-resume
+USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
 
+  tour                       all notebooks in order, at a preset's settings; then the report card. Finished stages
+                             under --out are used again. --record writes the outputs of a run from nothing back into
+                             notebooks/, --real trains the real model in notebook 11
+  doctor                     what this machine has, and what to do about what is missing
+  data NAME-or-FILE          records for the stages: tinychat, a public set (data/README.md), or a file recognised by
+                             its content; of a public set --limit N records, or from --files fetched by hand
+  pretrain sft reward ppo    one stage; --resume goes on, --init starts from a checkpoint, --data from a file,
+                             --overwrite trains anew what is finished
+  merge CHECKPOINT [TARGET]  adapters into their base, to a plain checkpoint
+  import SOURCE              other people's weights: a Hugging Face folder or name, Meta's folder, a .gguf, or smollm2
+  export --to hf|peft|gguf CHECKPOINT TARGET
+                             a checkpoint in other people's formats; a GGUF file in 16 bits, or --quant q8_0 or f32
+  chat [CHECKPOINT]          talk to a checkpoint; --prompts FILE answers a file
+  evaluate                   the report card of every stage under --out; with --study seeds, the whole pipeline for
+                             each of --seeds, a line of figures for each in notebooks/results/
 
-# positional arguments, by the names that the help gives them
-Name = Positional[Annotated[str, tyro.conf.arg(metavar="NAME-or-FILE")]]
-Source = Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
-Checkpoint = Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]]
-OptionalCheckpoint = Positional[Annotated[Path | None, tyro.conf.arg(metavar="[CHECKPOINT]")]]
-Target = Positional[Annotated[Path, tyro.conf.arg(metavar="TARGET")]]
-OptionalTarget = Positional[Annotated[Path | None, tyro.conf.arg(metavar="[TARGET]")]]
+Settings of every stage: python -m instruct_llama COMMAND --help. `instruct-llama COMMAND` does the same."""
 
-
-@dataclass(frozen=True)
-class Import(Settings):
-    """Where weights are imported from."""
-
-    source: Source = tyro.MISSING  # a Hugging Face folder or hub name, Meta's folder, a .gguf file, or smollm2
+Words = tyro.conf.Positional[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Merge(Settings):
+class Worded(Settings):
+    """Settings of a command that also takes words: names, files, folders."""
+
+    words: Words = ()  # what the command is about
+
+
+@dataclass(frozen=True)
+class Merge(Worded):
     """How an adapter is merged."""
 
-    checkpoint: Checkpoint = tyro.MISSING  # the run folder of a LoRA stage
-    target: OptionalTarget = None  # the full checkpoint; default: CHECKPOINT-merged under --out
     into: Literal["dequantised", "original"] = "dequantised"  # which base: the one trained over, or before its 4 bits
 
 
 @dataclass(frozen=True)
-class Export(Settings):
-    """The format of an export."""
+class Export(Merge):
+    """What a checkpoint becomes."""
 
-    checkpoint: Checkpoint = tyro.MISSING  # a run folder
-    target: Target = tyro.MISSING  # the folder or the .gguf file that is written
-    into: Literal["dequantised", "original"] = "dequantised"  # the base that an adapter is merged into, as in `merge`
     to: Literal["hf", "peft", "gguf"] = "hf"  # a Hugging Face folder, a PEFT adapter with its base, or a GGUF file
     # how a GGUF file keeps the weights; auto: in 16 bits, bf16 as they are and fp32 rounded to f16
     quant: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
 
 
 @dataclass(frozen=True)
-class Chat(Settings):
-    """How responses are sampled in a chat."""
+class Chat(Worded):
+    """How a checkpoint answers."""
 
-    checkpoint: OptionalCheckpoint = None  # a run folder; default: ppo under --out, trained if missing
     system: str = ""  # the system message; empty: the model's own, where it has one
     prompts: str = ""  # a file of prompts, a line each or JSON records: answered as JSON lines on the standard output
     temperature: float = 0.7  # 0 takes the likeliest token each time
@@ -108,36 +101,28 @@ class Doctor(Settings):
 
 
 @dataclass(frozen=True)
-class Data(Settings):
-    """Which records are built."""
+class Data(Worded):
+    """What is built."""
 
-    name: Name = tyro.MISSING  # tinychat, a public set (data/README.md), or a file
     files: tuple[str, ...] = ()  # read a public set from these files, fetched by hand, instead of from the hub
     limit: int = 0  # records of a public set to build; 0 means all
 
 
-def parse(args: list[str], kind: type[Settings] = Settings, command: str = "COMMAND") -> Settings:
+def parse(args: list[str], kind: type[Settings] = Settings) -> Settings:
     """Settings from the command line, on top of a preset's; tyro makes an option of every field of `kind`."""
-    finder = argparse.ArgumentParser(f"{PROGRAM} {command}", add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset")
-    default = kind(**vars(presets.get(finder.parse_known_args(args)[0].preset)))
-    about = COMMANDS[command][0].__doc__ if command in COMMANDS else None
-    return tyro.cli(kind, args=args, default=default, prog=f"{PROGRAM} {command}", description=about, config=NO_PAIRS)
+    name = None
+    for i, arg in enumerate(args):
+        if arg.startswith("--preset="):
+            name = arg.partition("=")[2]
+        elif arg == "--preset":
+            check(i + 1 < len(args), f"--preset needs a name: {', '.join(presets.PRESETS)}.")
+            name = args[i + 1]
+    default = kind(**vars(presets.get(name)))
+    return tyro.cli(kind, args=args, default=default, prog="instruct_llama", config=(tyro.conf.FlagCreatePairsOff,))
 
 
-def print_overview() -> None:
-    """Print the help text that lists the commands."""
-    usual = vars(presets.get())
-    kinds = [
-        Annotated[kind, tyro.conf.subcommand(name, default=kind(**usual), description=command.__doc__)]
-        for name, (command, kind) in COMMANDS.items()
-    ]
-    with contextlib.suppress(SystemExit):  # tyro leaves after its help
-        tyro.cli(Union[tuple(kinds)], args=["--help"], prog=PROGRAM, description=ABOUT, config=NO_PAIRS)  # noqa: UP007
-
-
-def stage(name: str, about: str) -> Callable[[Any], int]:
-    """The command that runs one stage and prints its best metrics; `about` is its help text."""
+def stage(name: str) -> Callable[[Any], int]:
+    """The command that runs one stage and prints what it reached."""
 
     def command(settings: Settings) -> int:
         result = pipeline.run(name, settings)
@@ -146,16 +131,16 @@ def stage(name: str, about: str) -> Callable[[Any], int]:
         print(f"{name} {when}: {figures}. Saved in {result.folder}")
         return 0
 
-    command.__doc__ = f"{about} --resume continues an interrupted run, --overwrite trains a finished one anew."
     return command
 
 
 def data(settings: Data) -> int:
-    """Build records into data/ (or --out): tinychat, a public set, or a file."""
+    """Build records into data/, or --out."""
     from .data import public_sets, sources
     from .worlds import tinychat
 
-    name = settings.name
+    check(len(settings.words) == 1, "data needs one name or file: `data tinychat`, `data dolly` or `data my.jsonl.gz`.")
+    name = settings.words[0]
     folder = Path(settings.out) if settings.out else project_folder() / "data"
     if name in public_sets.SETS:
         built = public_sets.build(name, folder, limit=settings.limit, files=settings.files, seed=settings.seed)
@@ -187,19 +172,23 @@ def data(settings: Data) -> int:
 
 
 def merge(settings: Merge) -> int:
-    """Merge adapters into their base, and print how exact the merge is."""
+    """Merge a LoRA run into a plain checkpoint, and print how far each way of merging is from what was trained."""
     from . import convert
 
-    target = settings.target or settings.out_dir / f"{settings.checkpoint.name}-merged"
-    print(*convert.merge_run(settings.checkpoint, target, settings.into, settings.overwrite), sep="\n")
+    words = settings.words
+    check(1 <= len(words) <= 2, "merge needs the run folder of a LoRA stage, and optionally a target folder.")
+    source = Path(words[0])
+    target = Path(words[1]) if len(words) == 2 else settings.out_dir / f"{source.name}-merged"
+    print(*convert.merge_run(source, target, settings.into, settings.overwrite), sep="\n")
     return 0
 
 
-def import_(settings: Import) -> int:
-    """Import weights (Hugging Face, Meta, GGUF, SmolLM2) into --out, or a folder named after the source."""
+def import_(settings: Worded) -> int:
+    """Other people's weights into a run folder: --out, or one named after the source."""
     from . import convert
 
-    source = settings.source
+    check(len(settings.words) == 1, "import needs one source: a folder, a hub name, a .gguf file, or smollm2.")
+    source = settings.words[0]
     given = settings.out != presets.get(settings.preset).out
     target = settings.out_dir if given else settings.out_dir / Path(os.path.abspath(source)).name.removesuffix(".gguf")
     print(*convert.import_checkpoint(source, target, settings.overwrite), sep="\n")
@@ -207,20 +196,22 @@ def import_(settings: Import) -> int:
 
 
 def export(settings: Export) -> int:
-    """Export a checkpoint to Hugging Face, PEFT or GGUF format."""
+    """A checkpoint into other people's formats."""
     from . import convert
 
-    options = (settings.into, settings.overwrite, settings.quant)
-    print(*convert.export(settings.to, settings.checkpoint, settings.target, *options), sep="\n")
+    check(len(settings.words) == 2, "export needs a checkpoint and a target: `export --to hf FOLDER ppo-hf`.")
+    how = (settings.into, settings.overwrite, settings.quant)
+    print(*convert.export(settings.to, *map(Path, settings.words), *how), sep="\n")
     return 0
 
 
 def chat(settings: Chat) -> int:
-    """Chat with a checkpoint in the terminal, or respond to a file of prompts."""
+    """Talk in the terminal, or answer a file of prompts."""
     from .tools import chat as conversation
     from .training.device import pick_device
 
-    folder = settings.checkpoint or pipeline.require("ppo", settings)
+    check(len(settings.words) <= 1, "chat takes one checkpoint folder.")
+    folder = Path(settings.words[0]) if settings.words else pipeline.require("ppo", settings)
     check(checkpoint.read_info(folder)["kind"] == "lm", f"{folder} is a reward model and cannot talk: give another.")
     model, tokenizer = checkpoint.load_for_inference(folder, pick_device(settings.device))
     sampling = SamplingConfig(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
@@ -234,7 +225,7 @@ def chat(settings: Chat) -> int:
 
 
 def evaluate(settings: Evaluate) -> int:
-    """Evaluate the stages under --out, print and write the report card; or run a study over seeds."""
+    """Print the report card and write report.json; or run a study and print how often each target was met."""
     from .evaluation import report as card
     from .stages import records
     from .tools import study
@@ -255,7 +246,7 @@ def evaluate(settings: Evaluate) -> int:
 
 
 def tour(settings: Tour) -> int:
-    """Execute all notebooks in order, then print the report card. Finished stages are used again."""
+    """Execute every notebook, where they know of everything that is asked for."""
     from .notebook import tour as notebooks
     from .stages.start import flatten
 
@@ -268,15 +259,15 @@ def tour(settings: Tour) -> int:
 
 
 def doctor(settings: Doctor) -> int:
-    """Check the installation and this machine, and say what to do about each problem."""
+    """Check the machine, or write down what is installed on it."""
     from .tools import doctor as checks
 
     return versions.write_constraints() if settings.write_constraints else checks.run(settings)
 
 
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
-    **{name: (stage(name, about), Settings) for name, about in STAGES.items()},
-    "data": (data, Data), "merge": (merge, Merge), "import": (import_, Import), "export": (export, Export),
+    **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
+    "data": (data, Data), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
     "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Doctor),
 }  # fmt: skip
 
@@ -288,13 +279,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print_overview()
+        print(USAGE)
         return 0 if argv else 2
     name, rest = argv[0], argv[1:]
     try:
         check(name in COMMANDS, f"There is no command {name!r}: choose from {', '.join(COMMANDS)}.")
         command, kind = COMMANDS[name]
-        settings = parse(rest, kind, name)
+        worded = issubclass(kind, Worded) or not rest or rest[0].startswith("-")
+        check(worded, f"{name} takes no {rest[:1]}: options begin with --.")
+        settings = parse(rest, kind)
         with distributed.session(settings):
             return command(settings)
     except UserError as error:

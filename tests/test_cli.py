@@ -96,7 +96,7 @@ def test_the_console_script_is_the_same_command(monkeypatch, capsys):
     """As pip's script calls it: without arguments, so that it takes the process's own."""
     scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
     script = importlib.metadata.EntryPoint("instruct-llama", scripts["instruct-llama"], "console_scripts").load()
-    for words, status, said in ((["--help"], 0, "`instruct-llama COMMAND`"), ([], 2, "`instruct-llama COMMAND`")):
+    for words, status, said in ((["--help"], 0, "instruct-llama COMMAND"), ([], 2, "instruct-llama COMMAND")):
         monkeypatch.setattr("sys.argv", ["instruct-llama", *words])
         assert script() == status and said in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["instruct-llama", "nothing"])

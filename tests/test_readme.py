@@ -57,7 +57,7 @@ def test_every_command_is_understood(words, capsys):
         rest.pop(0)
     assert name in COMMANDS or name == "COMMAND"
     if "--help" not in rest:
-        parse(words[1:] if name in COMMANDS else rest, COMMANDS[name][1] if name in COMMANDS else Settings)
+        parse(rest, COMMANDS[name][1] if name in COMMANDS else Settings)
     else:
         with pytest.raises(SystemExit) as done:
             main(words)
