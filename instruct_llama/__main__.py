@@ -1,4 +1,7 @@
-"""The command line: `python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] …`."""
+"""The command line: `python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--SETTING VALUE]`.
+
+`instruct-llama COMMAND` does the same. `COMMAND --help` lists its options; every setting is one (`--ppo.kl-coef 0.1`).
+"""
 
 from __future__ import annotations
 
@@ -10,62 +13,59 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import tyro
+from tyro.conf import Positional
 
 from . import pipeline, presets
 from .config import SamplingConfig, Settings, UserError, check, project_folder, shown
 from .tools import versions
 from .training import checkpoint, distributed
 
-USAGE = """python -m instruct_llama COMMAND [--preset NAME] [--out DIR] [--seed N] [--any.setting VALUE]
+PROG = "python -m instruct_llama"
 
-  tour                       all notebooks in order, at a preset's settings; then the report card. Finished stages
-                             under --out are used again. --record writes the outputs of a run from nothing back into
-                             notebooks/, --real trains the real model in notebook 11
-  doctor                     what this machine has, and what to do about what is missing
-  data NAME-or-FILE          records for the stages: tinychat, a public set (data/README.md), or a file recognised by
-                             its content; of a public set --limit N records, or from --files fetched by hand
-  pretrain sft reward ppo    one stage; --resume goes on, --init starts from a checkpoint, --data from a file,
-                             --overwrite trains anew what is finished
-  merge CHECKPOINT [TARGET]  adapters into their base, to a plain checkpoint
-  import SOURCE              other people's weights: a Hugging Face folder or name, Meta's folder, a .gguf, or smollm2
-  export --to hf|peft|gguf CHECKPOINT TARGET
-                             a checkpoint in other people's formats; a GGUF file in 16 bits, or --quant q8_0 or f32
-  chat [CHECKPOINT]          talk to a checkpoint; --prompts FILE answers a file
-  evaluate                   the report card of every stage under --out; with --study seeds, the whole pipeline for
-                             each of --seeds, a line of figures for each in notebooks/results/
-
-Settings of every stage: python -m instruct_llama COMMAND --help. `instruct-llama COMMAND` does the same."""
-
-Words = tyro.conf.Positional[tuple[str, ...]]
+# The comments after the fields are the help of the options. tyro.MISSING marks a required argument.
 
 
 @dataclass(frozen=True)
-class Worded(Settings):
-    """Settings of a command that also takes words: names, files, folders."""
+class Data(Settings):
+    """Settings and options of `data`."""
 
-    words: Words = ()  # what the command is about
+    name: Positional[str] = tyro.MISSING  # tinychat, a public set (data/README.md), or a file of records or text
+    files: tuple[str, ...] = ()  # read a public set from these files, fetched by hand, instead of from the hub
+    limit: int = 0  # records of a public set to build; 0 means all
 
 
 @dataclass(frozen=True)
-class Merge(Worded):
-    """How an adapter is merged."""
+class Merge(Settings):
+    """Settings and options of `merge`."""
 
+    checkpoint: Positional[Path] = tyro.MISSING  # the run folder of a LoRA stage
+    target: Positional[Path | None] = None  # the folder to write; without it, <checkpoint>-merged under --out
     into: Literal["dequantised", "original"] = "dequantised"  # which base: the one trained over, or before its 4 bits
 
 
 @dataclass(frozen=True)
-class Export(Merge):
-    """What a checkpoint becomes."""
+class Import(Settings):
+    """Settings and options of `import`."""
 
+    source: Positional[str] = tyro.MISSING  # a Hugging Face folder or hub name, Meta's folder, a .gguf file, or smollm2
+
+
+@dataclass(frozen=True)
+class Export(Merge):
+    """Settings and options of `export`."""
+
+    checkpoint: Positional[Path] = tyro.MISSING  # the run folder to export
+    target: Positional[Path] = tyro.MISSING  # the folder or GGUF file to write
     to: Literal["hf", "peft", "gguf"] = "hf"  # a Hugging Face folder, a PEFT adapter with its base, or a GGUF file
     # how a GGUF file keeps the weights; auto: in 16 bits, bf16 as they are and fp32 rounded to f16
     quant: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
 
 
 @dataclass(frozen=True)
-class Chat(Worded):
-    """How a checkpoint answers."""
+class Chat(Settings):
+    """Settings and options of `chat`."""
 
+    checkpoint: Positional[Path | None] = None  # the run folder of a language model; without it, that of PPO
     system: str = ""  # the system message; empty: the model's own, where it has one
     prompts: str = ""  # a file of prompts, a line each or JSON records: answered as JSON lines on the standard output
     temperature: float = 0.7  # 0 takes the likeliest token each time
@@ -77,7 +77,7 @@ class Chat(Worded):
 
 @dataclass(frozen=True)
 class Evaluate(Settings):
-    """What is judged: the stages under --out, or a study that trains its own."""
+    """Settings and options of `evaluate`."""
 
     study: Literal["", "seeds"] = ""  # seeds: every stage and its report card for each seed, under --out/seeds
     seeds: tuple[int, ...] = tuple(range(1, 11))  # of the study; what the results hold already is skipped
@@ -87,41 +87,20 @@ class Evaluate(Settings):
 
 @dataclass(frozen=True)
 class Tour(Settings):
-    """What a tour does beside executing the notebooks."""
+    """Settings and options of `tour`."""
 
-    record: bool = False  # write the outputs back into the notebooks of the project
+    record: bool = False  # write the outputs back into notebooks/; only where --out holds no finished stages to reuse
     real: bool = False  # train the real model in notebook 11, which else takes a stand-in
 
 
 @dataclass(frozen=True)
 class Doctor(Settings):
-    """What the doctor does instead of its checks."""
+    """Settings and options of `doctor`."""
 
     write_constraints: bool = False  # write the installed versions into constraints.txt, after the tests passed
 
 
-@dataclass(frozen=True)
-class Data(Worded):
-    """What is built."""
-
-    files: tuple[str, ...] = ()  # read a public set from these files, fetched by hand, instead of from the hub
-    limit: int = 0  # records of a public set to build; 0 means all
-
-
-def parse(args: list[str], kind: type[Settings] = Settings) -> Settings:
-    """Settings from the command line, on top of a preset's; tyro makes an option of every field of `kind`."""
-    name = None
-    for i, arg in enumerate(args):
-        if arg.startswith("--preset="):
-            name = arg.partition("=")[2]
-        elif arg == "--preset":
-            check(i + 1 < len(args), f"--preset needs a name: {', '.join(presets.PRESETS)}.")
-            name = args[i + 1]
-    default = kind(**vars(presets.get(name)))
-    return tyro.cli(kind, args=args, default=default, prog="instruct_llama", config=(tyro.conf.FlagCreatePairsOff,))
-
-
-def stage(name: str) -> Callable[[Any], int]:
+def stage(name: str, description: str) -> Callable[[Any], int]:
     """The command that runs one stage and prints what it reached."""
 
     def command(settings: Settings) -> int:
@@ -131,16 +110,16 @@ def stage(name: str) -> Callable[[Any], int]:
         print(f"{name} {when}: {figures}. Saved in {result.folder}")
         return 0
 
+    command.__doc__ = description
     return command
 
 
 def data(settings: Data) -> int:
-    """Build records into data/, or --out."""
+    """Build records that stages train on, into data/ or --out."""
     from .data import public_sets, sources
     from .worlds import tinychat
 
-    check(len(settings.words) == 1, "data needs one name or file: `data tinychat`, `data dolly` or `data my.jsonl.gz`.")
-    name = settings.words[0]
+    name = settings.name
     folder = Path(settings.out) if settings.out else project_folder() / "data"
     if name in public_sets.SETS:
         built = public_sets.build(name, folder, limit=settings.limit, files=settings.files, seed=settings.seed)
@@ -172,23 +151,19 @@ def data(settings: Data) -> int:
 
 
 def merge(settings: Merge) -> int:
-    """Merge a LoRA run into a plain checkpoint, and print how far each way of merging is from what was trained."""
+    """Merge adapters into their base, to a plain checkpoint."""
     from . import convert
 
-    words = settings.words
-    check(1 <= len(words) <= 2, "merge needs the run folder of a LoRA stage, and optionally a target folder.")
-    source = Path(words[0])
-    target = Path(words[1]) if len(words) == 2 else settings.out_dir / f"{source.name}-merged"
-    print(*convert.merge_run(source, target, settings.into, settings.overwrite), sep="\n")
+    target = settings.target or settings.out_dir / f"{settings.checkpoint.name}-merged"
+    print(*convert.merge_run(settings.checkpoint, target, settings.into, settings.overwrite), sep="\n")
     return 0
 
 
-def import_(settings: Worded) -> int:
-    """Other people's weights into a run folder: --out, or one named after the source."""
+def import_(settings: Import) -> int:
+    """Import a Hugging Face, Meta or GGUF model into a run folder."""
     from . import convert
 
-    check(len(settings.words) == 1, "import needs one source: a folder, a hub name, a .gguf file, or smollm2.")
-    source = settings.words[0]
+    source = settings.source
     given = settings.out != presets.get(settings.preset).out
     target = settings.out_dir if given else settings.out_dir / Path(os.path.abspath(source)).name.removesuffix(".gguf")
     print(*convert.import_checkpoint(source, target, settings.overwrite), sep="\n")
@@ -196,22 +171,20 @@ def import_(settings: Worded) -> int:
 
 
 def export(settings: Export) -> int:
-    """A checkpoint into other people's formats."""
+    """Export a checkpoint to Hugging Face, PEFT or GGUF files."""
     from . import convert
 
-    check(len(settings.words) == 2, "export needs a checkpoint and a target: `export --to hf FOLDER ppo-hf`.")
     how = (settings.into, settings.overwrite, settings.quant)
-    print(*convert.export(settings.to, *map(Path, settings.words), *how), sep="\n")
+    print(*convert.export(settings.to, settings.checkpoint, settings.target, *how), sep="\n")
     return 0
 
 
 def chat(settings: Chat) -> int:
-    """Talk in the terminal, or answer a file of prompts."""
+    """Chat with a checkpoint, or answer a file of prompts."""
     from .tools import chat as conversation
     from .training.device import pick_device
 
-    check(len(settings.words) <= 1, "chat takes one checkpoint folder.")
-    folder = Path(settings.words[0]) if settings.words else pipeline.require("ppo", settings)
+    folder = settings.checkpoint or pipeline.require("ppo", settings)
     check(checkpoint.read_info(folder)["kind"] == "lm", f"{folder} is a reward model and cannot talk: give another.")
     model, tokenizer = checkpoint.load_for_inference(folder, pick_device(settings.device))
     sampling = SamplingConfig(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
@@ -225,7 +198,7 @@ def chat(settings: Chat) -> int:
 
 
 def evaluate(settings: Evaluate) -> int:
-    """Print the report card and write report.json; or run a study and print how often each target was met."""
+    """Print the report card of every stage, or run a study of seeds."""
     from .evaluation import report as card
     from .stages import records
     from .tools import study
@@ -246,7 +219,7 @@ def evaluate(settings: Evaluate) -> int:
 
 
 def tour(settings: Tour) -> int:
-    """Execute every notebook, where they know of everything that is asked for."""
+    """Run all notebooks in order, then print the report card."""
     from .notebook import tour as notebooks
     from .stages.start import flatten
 
@@ -259,17 +232,33 @@ def tour(settings: Tour) -> int:
 
 
 def doctor(settings: Doctor) -> int:
-    """Check the machine, or write down what is installed on it."""
+    """Check what this machine has, and say how to get the rest."""
     from .tools import doctor as checks
 
     return versions.write_constraints() if settings.write_constraints else checks.run(settings)
 
 
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
-    **{name: (stage(name), Settings) for name in ("pretrain", "sft", "reward", "ppo")},
-    "data": (data, Data), "merge": (merge, Merge), "import": (import_, Worded), "export": (export, Export),
+    "pretrain": (stage("pretrain", "Train a language model from random weights on plain text."), Settings),
+    "sft": (stage("sft", "Supervised fine-tuning on dialogs: all weights, LoRA or QLoRA."), Settings),
+    "reward": (stage("reward", "Train a reward model on comparisons of responses."), Settings),
+    "ppo": (stage("ppo", "Train the SFT model by PPO against the reward model."), Settings),
+    "data": (data, Data), "merge": (merge, Merge), "import": (import_, Import), "export": (export, Export),
     "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Doctor),
 }  # fmt: skip
+
+
+def parse(argv: list[str]) -> Settings:
+    """The settings of the command `argv[0]`: those of the preset, changed by the other options."""
+    name, *args = argv
+    command, kind = COMMANDS[name]
+    prog = f"{PROG} {name}"
+    # --preset is parsed first, by itself: the defaults of all other options depend on it
+    chosen, _ = tyro.cli(dict, default={"preset": ""}, args=args, prog=prog, add_help=False, return_unknown_args=True)
+    return tyro.cli(
+        kind, args=args, default=kind(**vars(presets.get(chosen["preset"]))), prog=prog, description=command.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,18 +267,19 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly, 130 on Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
-    name, rest = argv[0], argv[1:]
     try:
-        check(name in COMMANDS, f"There is no command {name!r}: choose from {', '.join(COMMANDS)}.")
-        command, kind = COMMANDS[name]
-        worded = issubclass(kind, Worded) or not rest or rest[0].startswith("-")
-        check(worded, f"{name} takes no {rest[:1]}: options begin with --.")
-        settings = parse(rest, kind)
+        if not argv or argv[0] in ("-h", "--help"):
+            sys.stdout.reconfigure(errors="replace")  # tyro's bullets are not in every system's character set
+            described = {name: command for name, (command, _) in COMMANDS.items()}
+            about = f"{__doc__}\nPresets: {', '.join(presets.PRESETS)}."
+            tyro.extras.subcommand_cli_from_dict(described, args=["--help"], prog=PROG, description=about)
+        check(argv[0] in COMMANDS, f"There is no command {argv[0]!r}: choose from {', '.join(COMMANDS)}.")
+        command, _ = COMMANDS[argv[0]]
+        settings = parse(argv)
         with distributed.session(settings):
             return command(settings)
+    except SystemExit as stop:  # raised by tyro after it printed help or an error
+        return stop.code if argv else 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -54,28 +54,30 @@ def runs(pipeline, tmp_path, monkeypatch):
 
 
 def test_options_set_any_field():
-    settings = parse(["--preset", "laptop", "--ppo.kl-coef", "0.1", "--seed", "7", "--out", "there", "--sft.pack",
-                      "--sft.lora.target-modules", "wq", "wv", "--model.rope-scaling.kind", "linear"])  # fmt: skip
+    settings = parse(["sft", "--preset", "laptop", "--ppo.kl-coef", "0.1", "--seed", "7", "--out", "there",
+                      "--sft.pack", "--sft.lora.target-modules", "wq", "wv",
+                      "--model.rope-scaling.kind", "linear"])  # fmt: skip
     expected = presets.get("laptop").replace(
         ppo__kl_coef=0.1, seed=7, out="there", sft__pack=True, sft__lora__target_modules=("wq", "wv"),
         model__rope_scaling__kind="linear",
     )  # fmt: skip
     assert settings == expected and settings.out_dir == Path("there")
-    assert parse(["--preset=laptop"]) == presets.get("laptop")
-    assert parse(["--resume", "--init", "a", "--data", "b"]).replace(resume=False, init=None, data=None) == parse([])
+    assert parse(["sft", "--preset=laptop"]) == presets.get("laptop")
+    changed = parse(["sft", "--resume", "--init", "a", "--data", "b"])
+    assert changed != parse(["sft"]) == changed.replace(resume=False, init=None, data=None)
 
 
 def test_every_difference_can_be_said_on_the_command_line(pipeline):
-    assert parse(["--preset", "tiny", *options(pipeline)]) == pipeline
+    assert parse(["sft", "--preset", "tiny", *options(pipeline)]) == pipeline
 
 
 def test_the_environment_names_preset_folder_and_seed(monkeypatch):
     monkeypatch.setenv("INSTRUCT_LLAMA_PRESET", "laptop")
     monkeypatch.setenv("INSTRUCT_LLAMA_OUT", "elsewhere")
     monkeypatch.setenv("INSTRUCT_LLAMA_SEED", "5")
-    settings = parse([])
+    settings = parse(["sft"])
     assert (settings.preset, settings.out, settings.seed) == ("laptop", "elsewhere", 5)
-    settings = parse(["--preset", "tiny", "--out", "here", "--seed", "6"])  # options come first
+    settings = parse(["sft", "--preset", "tiny", "--out", "here", "--seed", "6"])  # options come first
     assert (settings.preset, settings.out, settings.seed) == ("tiny", "here", 6)
     for name in ("PRESET", "OUT", "SEED"):
         monkeypatch.delenv(f"INSTRUCT_LLAMA_{name}")
@@ -85,11 +87,39 @@ def test_the_environment_names_preset_folder_and_seed(monkeypatch):
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f" {name} " in text for name in COMMANDS) and "--preset" in text
+    for name, (command, _) in COMMANDS.items():  # a line each, also on a narrow terminal
+        assert sum(f" {name} " in line and command.__doc__ in line for line in text.splitlines()) == 1, name
+    assert "--preset" in text and all(name in text for name in presets.PRESETS)
     assert main([]) == 2 and capsys.readouterr().out == text
-    with pytest.raises(SystemExit) as done:
-        main(["sft", "--help"])
-    assert done.value.code == 0 and "--ppo.kl-coef" in capsys.readouterr().out
+
+
+def test_commands_are_listed_where_the_output_is_ascii(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_describes_it_and_its_options(name, capsys):
+    assert main([name, "--preset", "tiny", "--help"]) == 0
+    said = capsys.readouterr().out
+    command, kind = COMMANDS[name]
+    assert command.__doc__ in said and "--ppo.kl-coef" in said and "(default: tiny)" in said
+    own = [field for field in dataclasses.fields(kind) if field.name not in vars(presets.get())]
+    for field in own:
+        option = f"--{field.name.replace('_', '-')}"
+        assert (field.name.upper() if "Positional" in str(field.type) else option) in said
+
+
+def test_positional_arguments_stand_anywhere_among_the_options():
+    merge = parse(["merge", "--seed", "3", "a", "--into", "original", "b", "--preset=tiny", "--overwrite"])
+    assert (merge.checkpoint, merge.target, merge.into) == (Path("a"), Path("b"), "original")
+    assert (merge.preset, merge.seed, merge.overwrite) == ("tiny", 3, True)
+    export = parse(["export", "a", "--to", "peft", "b"])
+    assert (export.checkpoint, export.target, export.to) == (Path("a"), Path("b"), "peft")
+    assert parse(["merge", "a"]).target is None and parse(["chat"]).checkpoint is None
+    assert parse(["chat", "--top-k", "5", "a"]).checkpoint == Path("a")
+    assert parse(["data", "--limit", "5", "dolly"]).name == "dolly"
+    assert parse(["import", "--out", "there", "who/theirs-1b"]).source == "who/theirs-1b"
 
 
 def test_the_console_script_is_the_same_command(monkeypatch, capsys):

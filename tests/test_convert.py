@@ -982,7 +982,8 @@ def test_what_cannot_be_exported_is_said(pipeline, tmp_path, capsys):
         (["--to", "hf", str(out / "reward"), str(tmp_path / "x")], "is a reward model"),
         (["--to", "peft", str(out / "sft"), str(tmp_path / "x")], "has no adapter"),
         (["--to", "hf", "--quant", "q8_0", str(out / "sft"), str(tmp_path / "x")], "--quant is for GGUF files"),
-        (["--to", "hf", str(out / "sft")], "needs a checkpoint and a target"),
+        (["--to", "hf", str(out / "sft")], "TARGET"),  # the one that is missing
+        (["--to", "hf"], "CHECKPOINT"),
     ):
         assert main(["export", *words]) == 2
         assert sentence in capsys.readouterr().err and not (tmp_path / "x").exists()

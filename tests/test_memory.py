@@ -315,7 +315,7 @@ def test_the_settings_that_are_proposed_would_fit(stage, monkeypatch, capsys):
     proposed = str(said.value).partition("would fit: ")[2].rstrip(".")
     from instruct_llama.__main__ import parse
 
-    args = ["--preset", "gpu", *proposed.split()]
+    args = ["sft", "--preset", "gpu", *proposed.split()]
     if stage == "qlora":  # on the command line the stage of notebook 05 is sft with adapters
         settings = settings.replace(sft=settings.qlora)
         args += ["--sft.lora.rank", "16", "--sft.quant.kind", "nf4"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from instruct_llama import presets
-from instruct_llama.__main__ import Data, main, parse
+from instruct_llama.__main__ import main, parse
 from instruct_llama.config import UserError
 from instruct_llama.data import converters, files, public_sets, sources
 from instruct_llama.data.public_sets import SETS, build
@@ -557,7 +557,7 @@ def test_licences_are_stated_in_the_readme_too() -> None:
         assert source.licence.split(";")[0].split(" by ")[0] in row
         assert source.size.split(" ")[0] in row
     for words in re.findall(r"`(data [\w-]+(?: --\S+ \S+)*)`", page):
-        assert parse(words.split()[2:], Data).limit in (0, 50_000, 100_000)
+        assert parse(words.split()).limit in (0, 50_000, 100_000)
 
 
 # ---------------------------------------------------------------- the command and the stages

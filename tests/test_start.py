@@ -171,7 +171,7 @@ def test_how_ppo_samples_makes_it_another_reward_model(runs, pipeline, field, va
     assert run_log.identity(pipeline, "sft") == run_log.identity(other, "sft")
     refused = rf"holds a finished run of other settings \(ppo.{field} .*, asked for {value}"
     with pytest.raises(UserError, match=refused):
-        run_stage("reward", parse([*runs[1], f"--ppo.{field.replace('_', '-')}", str(value)]))
+        run_stage("reward", parse(["reward", *runs[1], f"--ppo.{field.replace('_', '-')}", str(value)]))
 
 
 def test_data_given_for_one_stage_or_for_all_is_the_same(pipeline):

@@ -113,8 +113,8 @@ def test_what_is_recorded_comes_from_one_run_from_nothing(told, tmp_path, pipeli
 
 
 def test_the_tours_own_options_are_no_settings_of_a_run():
-    settings = parse(["--preset", "tiny"])
-    assert parse(["--preset", "tiny", "--record", "--real"], Tour) == Tour(**vars(settings), record=True, real=True)
+    settings = parse(["sft", "--preset", "tiny"])
+    assert parse(["tour", "--preset", "tiny", "--record", "--real"]) == Tour(**vars(settings), record=True, real=True)
     assert not {"record", "real"} & set(vars(settings))
 
 
