@@ -22,7 +22,7 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from .. import seeds
-from ..config import ModelConfig, UserError, check
+from ..config import ModelConfig, UserError
 from .lora import active_adapter, adapter
 
 RopeTable = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1 or B, 1, T, E/2)
@@ -289,11 +289,11 @@ class Llama(nn.Module):
         end, device = start + tokens.shape[1], tokens.device
         if cache is not None and segment_ids is not None:
             cache.segment_ids[:, start:end], cache.unpadded = segment_ids, False
-        check(
-            segment_ids is not None or end <= self.config.max_seq_len,
-            f"A row of {end} tokens is longer than the context, model.max_seq_len {self.config.max_seq_len}: "
-            "cut the text, or train a model with a longer context.",
-        )
+        if segment_ids is None and end > self.config.max_seq_len:
+            raise UserError(
+                f"A row of {end} tokens is longer than the context, model.max_seq_len {self.config.max_seq_len}: "
+                "shorten the text, or train a model with a longer context."
+            )
         if cache is None:
             key_segment_ids = segment_ids  # (B, S)
         else:  # rows without padding need no mask, for a first read and for one new token
