@@ -1,4 +1,4 @@
-"""Which stage needs which: hands each stage its inputs, and trains what is missing."""
+"""Stage dependencies: run a stage with its inputs, and train the inputs that are missing."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ RUN: dict[str, Callable[[Settings, Sequence[Path], Watch | None], StageResult]] 
 
 
 def required_folders(stage: str, settings: Settings) -> list[str]:
-    """The run folders that a stage reads, the one that it starts from first."""
+    """The names of the run folders that a stage reads; the one that it starts from is first."""
     if stage == "reward":
         return ["sft"] if settings.reward.init_from == "sft" else [settings.reward.init_from, "sft"]
-    judge = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
-    return {"pretrain": [], "sft": ["pretrain"], "ppo": ["sft", judge]}[stage]
+    reward = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
+    return {"pretrain": [], "sft": ["pretrain"], "ppo": ["sft", reward]}[stage]
 
 
 def for_shared_base(settings: Settings) -> RewardConfig:
-    """The reward stage as PPO's shared base needs it: adapters, over a base kept like PPO's."""
+    """The reward settings for PPO's shared base: LoRA adapters, with the base quantized as in PPO."""
     lora_config = settings.reward.lora if settings.reward.lora.rank else settings.ppo.lora
     return dataclasses.replace(settings.reward, lora=lora_config, quant=settings.ppo.quant)
 
 
 def settings_of(folder: str, settings: Settings) -> Settings:
-    """The settings that the run folder of a prerequisite is trained with."""
+    """The settings to train the run folder of a prerequisite with."""
     stage = STAGE_OF[folder]
     if folder == "sft-qlora":
         settings = settings.replace(sft=settings.qlora)
@@ -45,22 +45,22 @@ def settings_of(folder: str, settings: Settings) -> Settings:
 
 
 def input_folders(stage: str, settings: Settings) -> list[Path]:
-    """Where a stage's inputs are, or will be: `settings.init` in place of its start, where that is given."""
+    """The folders of a stage's inputs, trained or not; `settings.init`, if given, replaces the one it starts from."""
     read = [settings.out_dir / name for name in required_folders(stage, settings)]
     return [Path(settings.init), *read[1:]] if settings.init else read
 
 
 def require_inputs(stage: str, settings: Settings) -> list[Path]:
-    """The finished run folders that a stage reads, trained now where they are missing."""
+    """The finished run folders that a stage reads; missing ones are trained first."""
     given = [Path(settings.init)] if settings.init else []
     return given + [require(name, settings) for name in required_folders(stage, settings)[len(given) :]]
 
 
 def run(stage: str, settings: Settings, watch: Watch | None = None) -> StageResult:
-    """Train a stage, prerequisites first; nothing where a finished run of the same settings and inputs is there.
+    """Train a stage and its missing prerequisites; do nothing if a finished run has the same settings and inputs.
 
-    `stage` is pretrain, sft, reward or ppo. Raises `UserError` where a finished run of other settings or inputs would
-    be replaced without `overwrite`.
+    `stage` is pretrain, sft, reward or ppo. Raises `UserError` if a finished run with other settings or inputs exists
+    and `overwrite` is not set.
     """
     check(stage in RUN, f"There is no stage {stage!r}: choose from {', '.join(RUN)}.")
     folder, read = start.run_folder(stage, settings), input_folders(stage, settings)
@@ -69,18 +69,18 @@ def run(stage: str, settings: Settings, watch: Watch | None = None) -> StageResu
     with folders.stage_lock(folder):
         if distributed.broadcast_from_main(start.is_done(stage, folder, settings, read)):
             print(f"{shown(folder)} holds a finished run of these settings: nothing to do. "
-                  f"--overwrite (or settings.replace(overwrite=True)) trains it anew.")  # fmt: skip
+                  f"--overwrite (or settings.replace(overwrite=True)) retrains it.")  # fmt: skip
             info = checkpoint.read_info(folder)
             return StageResult(folder, info["best"], info["steps"], seconds=0.0, trained=False)
         return RUN[stage](settings, require_inputs(stage, settings), watch)
 
 
 def require(folder: str, settings: Settings) -> Path:
-    """The finished run folder of a stage, trained now at the same preset when it is not there yet.
+    """The finished run folder of a stage, trained first at the same preset if it is missing.
 
-    Safe to call from several processes: one trains under a lock, the others wait and use the result; those that
-    torchrun started train it together.
-    An interrupted run is resumed. A finished one is taken as it is; where it was made otherwise, that is said.
+    Safe to call from several processes: one trains under a lock, the others wait and use the result. The processes of
+    torchrun train together.
+    An interrupted run is resumed. A finished run is reused, and settings that differ are printed.
     """
     check(folder in STAGE_OF, f"There is no stage {folder!r}: choose from {', '.join(STAGE_OF)}.")
     path = settings.out_dir / folder
@@ -97,7 +97,7 @@ def require(folder: str, settings: Settings) -> Path:
 
 
 def _imported(weights: str, folder: Path) -> Path:
-    """Other people's weights where pretraining would have written its own."""
+    """The pretraining folder, filled with imported published weights."""
     if distributed.is_main():
         begun = any((folder / name).exists() for name in ("state", "config.json"))
         check(not begun, f"{shown(folder)} holds an interrupted pretraining: finish it with `pretrain --resume`, or "
@@ -111,18 +111,19 @@ def _imported(weights: str, folder: Path) -> Path:
 def _say_what_differs(folder: Path, settings: Settings) -> None:
     info, asked = checkpoint.read_info(folder), {"seed": settings.seed, **dataclasses.asdict(settings.model)}
     made = {"seed": info.get("seed", settings.seed), **info["model"]}
-    if "imported_from" in info:  # its shape is that of the weights, whatever the preset would train
+    if "imported_from" in info:  # the weights determine the model's shape, not the preset
         asked = {"seed": settings.seed}
     other = [f"{k} {made[k]} (asked for: {v})" for k, v in asked.items() if k != "vocab_size" and made.get(k, v) != v]
     if other:
-        print(f"{shown(folder)} is used as it was trained, with {', '.join(other)}; another --out trains it anew.")
+        print(f"{shown(folder)} is reused as trained, with {', '.join(other)}; give another --out to train a new one.")
 
 
 def real_model(settings: Settings, real: bool = True) -> Path:
-    """SmolLM2-135M-Instruct for notebook 11, imported into checkpoints/smollm2 the first time it is asked for.
+    """The folder of SmolLM2-135M-Instruct for notebook 11, imported into checkpoints/smollm2 on first use.
 
-    Not `real`, or where it cannot be fetched or `INSTRUCT_LLAMA_OFFLINE` is set: a stand-in, this preset's pretrained
-    model sent through a Hugging Face folder and back, so that the same code runs. Which of the two it is, is said.
+    If `real` is false, `INSTRUCT_LLAMA_OFFLINE` is set or the download fails, it is the folder of a stand-in: this
+    preset's pretrained model, exported to Hugging Face format and imported again, so that the same code runs. The
+    choice is printed.
     """
     folder = project_folder() / "checkpoints" / "smollm2"
     if real and checkpoint.is_complete(folder):
@@ -136,11 +137,11 @@ def real_model(settings: Settings, real: bool = True) -> Path:
             print(*convert.import_checkpoint("smollm2", folder, overwrite=True), sep="\n")
         return folder
     except UserError as error:
-        print(f"No SmolLM2 here ({error})")
+        print(f"SmolLM2 is not available ({error})")
     stand_in = settings.out_dir / "stand-in"
     with folders.stage_lock(stand_in), tempfile.TemporaryDirectory() as scratch:
         if not checkpoint.is_complete(stand_in):
             convert.export("hf", require("pretrain", settings), Path(scratch))
             convert.import_checkpoint(scratch, stand_in, overwrite=True)
-    print(f"Its stand-in is the small model before SFT, exported and imported again: {shown(stand_in)}")
+    print(f"The stand-in is the small model before SFT, exported and imported again: {shown(stand_in)}")
     return stand_in

@@ -88,7 +88,7 @@ def test_p02_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path) -> 
             open_tokens(path)
     for array in (np.ones(3), np.ones((3, 1), np.uint16), np.ones(3, ">u2"), np.uint16(1)):
         np.save(path, array)
-        with pytest.raises(UserError, match=r"train\.npy .* holds something else than token ids"):
+        with pytest.raises(UserError, match=r"train\.npy .* does not hold token ids"):
             open_tokens(path)
     with pytest.raises(UserError, match=r"no token file .*none\.npy"):
         open_tokens(tmp_path / "none.npy")
@@ -115,7 +115,7 @@ def test_p02_a_damaged_header_is_a_user_error(tmp_path_factory, changes) -> None
 def test_p02_a_file_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
     write_tokens(tmp_path / "x", [[1, 512, 3]], 600)
     assert open_tokens(tmp_path / "x", 513).tolist() == [1, 512, 3]
-    with pytest.raises(UserError, match="token id 512, the model's vocabulary has 512"):
+    with pytest.raises(UserError, match="token id 512, but the vocabulary size is 512"):
         open_tokens(tmp_path / "x", 512)
 
 

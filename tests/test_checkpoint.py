@@ -314,7 +314,7 @@ def test_require_trains_once_and_only_what_is_not_complete(monkeypatch, micro, t
     assert capsys.readouterr().out == ""  # the same seed and shape: nothing to say
     require("sft", settings.replace(seed=2, model__dim=64))
     said = capsys.readouterr().out
-    assert "sft is used as it was trained" in said and "seed 1 (asked for: 2)" in said and "--out" in said
+    assert "sft is reused as trained" in said and "seed 1 (asked for: 2)" in said and "--out" in said
     assert f"dim {settings.model.dim} (asked for: 64)" in said
     with pytest.raises(UserError, match="no stage 'stf': choose from pretrain, sft"):
         require("stf", settings)

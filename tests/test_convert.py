@@ -837,7 +837,7 @@ def test_notebook_11_takes_a_stand_in_where_the_real_model_cannot_be_had(pipelin
     shutil.copytree(Path(pipeline.out) / "pretrain", tmp_path / "runs" / "pretrain")
     folder = il.pipeline.real_model(settings)
     said = capsys.readouterr().out
-    assert "No SmolLM2 here (INSTRUCT_LLAMA_OFFLINE is set.)" in said
+    assert "SmolLM2 is not available (INSTRUCT_LLAMA_OFFLINE is set.)" in said
     assert "stand-in is the small model before SFT" in said
     tokens = TOKENS % il.load(folder)[1].vocab_size
     assert difference(folder, il.load(Path(pipeline.out) / "pretrain")[0], tokens) < 1e-6

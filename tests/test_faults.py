@@ -131,7 +131,7 @@ BAD_FILES = {  # name: (stage, file name, content, what the sentence says)
     "truncated gzip": ("pretrain", "x.txt.gz", gzip.compress(b"A text. " * 999)[:40], ("truncated", "x.txt.gz")),
     "binary": ("pretrain", "x.txt", b"\x00\x01\x02", ("binary file",)),
     "invalid JSON": ("reward", "x.jsonl", lines(GOOD, GOOD, '{"prompt": '), ("x.jsonl line 3", "not valid JSON")),
-    "empty answer": ("sft", "x.jsonl", lines({"prompt": "A?", "response": " "}), ("x.jsonl line 1", "answer is empty")),
+    "empty response": ("sft", "x.jsonl", lines({"prompt": "A?", "response": " "}), ("line 1", "response is empty")),
     "no alternation": (
         "sft", "x.jsonl", lines(turns(("user", "A?"), ("user", "B?"), ("assistant", "C."))), ("line 1", "user"),
     ),
@@ -141,7 +141,7 @@ BAD_FILES = {  # name: (stage, file name, content, what the sentence says)
     ),
     "two equal completions": ("reward", "x.jsonl", lines({"prompt": "A?", "completions": ["B.", "B."]}), ("line 1",)),
     "wrong kind": ("reward", "x.txt", "Plain text.", ("x.txt holds text", "comparisons")),
-    "no known shape": ("sft", "x.jsonl", lines({"question": "A?"}), ("['question']", "no known shape")),
+    "no known shape": ("sft", "x.jsonl", lines({"question": "A?"}), ("['question']", "no known format")),
     "too few": ("sft", "x.jsonl", lines({"prompt": "A?", "response": "B."}), ("1 usable records", "give more")),
     "too long": (
         "sft", "x.jsonl", lines(*({"prompt": f"{i} word " * 400, "response": "B."} for i in range(60))), ("seq_len",),
@@ -245,7 +245,7 @@ def test_a_question_longer_than_the_context(runs, monkeypatch, capsys):
 def test_resume_with_other_settings(fails, runs):
     out, args = runs
     before = everything(out)
-    fails(["sft", *args, "--resume", "--sft.optim.lr", "0.5"], "--resume", "other settings", "start anew")
+    fails(["sft", *args, "--resume", "--sft.optim.lr", "0.5"], "--resume", "other settings", "retrain with")
     assert everything(out) == before
 
 

@@ -158,7 +158,7 @@ PAIRS = [
 def test_dolly(tmp_path: Path, name: str) -> None:
     built = build("dolly", tmp_path, files=[jsonl(tmp_path / f"in-{name}", *DOLLY)])
     assert [record["messages"] for record in made(built)] == DOLLY_DIALOGS
-    assert built.card["dropped"] == {"an answer is empty": 1, "it lacks response": 1}
+    assert built.card["dropped"] == {"a response is empty": 1, "it lacks response": 1}
 
 
 def test_alpaca_as_one_json_list(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_alpaca_as_one_json_list(tmp_path: Path) -> None:
     assert [record["messages"] for record in made(built)] == [
         [user("Add them.\n\n2, 3"), assistant("5")], [user("Say hi."), assistant("Hi")],
     ]  # fmt: skip
-    assert built.card["dropped"] == {"an answer is empty": 1}
+    assert built.card["dropped"] == {"a response is empty": 1}
 
 
 def squad_files(folder: Path) -> dict[str, str]:
@@ -188,7 +188,7 @@ def test_squad_is_one_dialog_a_passage(tmp_path: Path, shape: str) -> None:
 def test_p03_a_bad_question_drops_its_whole_passage(tmp_path: Path) -> None:
     bad = [{**SQUAD_FLAT[1], "question": " "}, {**SQUAD_FLAT[1], "answers": {"text": [""], "answer_start": [0]}},
            {**SQUAD_FLAT[1], "answers": None}]  # fmt: skip
-    reasons = ["question is empty", "an answer is empty", "answers is not a list of texts"]
+    reasons = ["question is empty", "a response is empty", "answers is not a list of texts"]
     for row, reason in zip(bad, reasons, strict=True):
         flat = [SQUAD_FLAT[0], row, SQUAD_FLAT[2]]
         built = build("squad", tmp_path, files=[jsonl(tmp_path / "flat.jsonl", *flat)])
@@ -226,7 +226,7 @@ def test_commonsense_dialogues(tmp_path: Path, indent: int | None) -> None:
 def test_stack_exchange_ranks_two_to_eight_answers(tmp_path: Path) -> None:
     built = build("stackexchange", tmp_path, files=[parquet(tmp_path / "site.parquet", VOTES[1:2] + VOTES)])
     assert made(built) == [RANKED]
-    assert built.card["dropped"] == {"fewer than two answers differ in score": 2, "an answer is empty": 1}
+    assert built.card["dropped"] == {"fewer than two answers differ in score": 2, "a response is empty": 1}
     many = {**VOTES[1], "answers": [answer(i % 10, f"<p>{i}</p>") for i in range(30)]}
     (record,) = converters.from_votes(many)
     assert record["completions"] == ["9", "8", "7", "6", "5", "4", "3", "2"]
@@ -324,7 +324,7 @@ def test_the_seed_decides_the_sums_and_nothing_else(tmp_path: Path) -> None:
     for kind in (".jsonl", ".card.json", ".card.md"):
         same, again, new = (built.path.with_suffix("").with_suffix(kind).read_bytes() for built in (one, two, other))
         assert same == again != new
-    with pytest.raises(UserError, match="arithmetic is made here from --seed: leave --files out"):
+    with pytest.raises(UserError, match="arithmetic is generated from --seed: remove --files"):
         build("arithmetic", tmp_path, files=["a.jsonl"])
 
 
@@ -446,13 +446,17 @@ def test_p05_files_that_are_cut_off_are_named(tmp_path: Path) -> None:
     table = Path(parquet(tmp_path / "cut.parquet", DOLLY[:2]))
     table.write_bytes(table.read_bytes()[:-20])
     cases = {
-        str(tmp_path / "cut.jsonl.gz"): r"cut\.jsonl\.gz is a truncated or damaged gzip file: fetch",
-        str(table): r"cut\.parquet is a truncated or damaged parquet file: fetch it again",
-        write(tmp_path / "cut.jsonl", json.dumps(DOLLY[0]) + '\n{"in'): r"cut\.jsonl line 2 is not valid JSON .*fetch",
-        write(tmp_path / "list.json", json.dumps(DOLLY, indent=1)[:80]): r"list\.json line 4 is not valid JSON .*cut",
+        str(tmp_path / "cut.jsonl.gz"): r"cut\.jsonl\.gz is a truncated or damaged gzip file: download",
+        str(table): r"cut\.parquet is a truncated or damaged parquet file: download it again",
+        write(
+            tmp_path / "cut.jsonl", json.dumps(DOLLY[0]) + '\n{"in'
+        ): r"cut\.jsonl line 2 is not valid JSON .*download",
+        write(
+            tmp_path / "list.json", json.dumps(DOLLY, indent=1)[:80]
+        ): r"list\.json line 4 is not valid JSON .*truncated",
         write(tmp_path / "squad.json", '{"version": "v2.0", "data": [{"ti'): r"squad\.json line 1 is not valid JSON",
-        write(tmp_path / "open.json", '{\n"1": {'): r"open\.json line 2 is not valid JSON .*cut off",
-        write(tmp_path / "empty.jsonl", "\n\n"): r"empty\.jsonl is empty: fetch it again",
+        write(tmp_path / "open.json", '{\n"1": {'): r"open\.json line 2 is not valid JSON .*truncated",
+        write(tmp_path / "empty.jsonl", "\n\n"): r"empty\.jsonl is empty: download it again",
         str(tmp_path / "none.jsonl"): r"There is no file .*none\.jsonl",
         str(tmp_path): "is a folder",
     }
@@ -463,11 +467,13 @@ def test_p05_files_that_are_cut_off_are_named(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_set_is_refused_with_the_reasons(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dolly gave no record .*2 because it lacks context and response.*databricks"):
+    with pytest.raises(
+        UserError, match=r"dolly has no usable record .*2 because it lacks context and response.*databricks"
+    ):
         build("dolly", tmp_path, files=[jsonl(tmp_path / "a.jsonl", *ALPACA[:2])])
     for foreign, reason in ((ALPACA[0], "it lacks context and qas"), ({"data": [{"a": 1}]}, "it lacks context and qas"),
                             ({"data": ["x"]}, "it is not a JSON object")):  # fmt: skip
-        with pytest.raises(UserError, match=rf"squad gave no record .*1 because {reason}"):
+        with pytest.raises(UserError, match=rf"squad has no usable record .*1 because {reason}"):
             build("squad", tmp_path, files=[jsonl(tmp_path / "a.jsonl", foreign)])
     with pytest.raises(UserError, match=r"1 because it is not a JSON object"):
         build("dolly", tmp_path, files=[write(tmp_path / "a.json", "[3]")])
@@ -478,7 +484,7 @@ def test_text_without_separators_is_refused_before_it_fills_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_LONGEST", 50)
-    with pytest.raises(UserError, match=r"a\.txt line 51: nothing has ended with <\|endoftext\|> for 50 lines"):
+    with pytest.raises(UserError, match=r"a\.txt line 51: no <\|endoftext\|> in 50 lines"):
         build("tinystories", tmp_path, files=[write(tmp_path / "a.txt", "words\n" * 1000)])
 
 
@@ -498,13 +504,13 @@ def test_the_card_says_what_was_built(tmp_path: Path) -> None:
     card = json.loads((tmp_path / "out" / "dolly.card.json").read_text("utf-8"))
     assert card == built.card
     assert card["sha256"] == hashlib.sha256(built.path.read_bytes()).hexdigest()
-    assert (card["kept"], card["dropped"]) == (2, {"an answer is empty": 1, "it lacks response": 1})
+    assert (card["kept"], card["dropped"]) == (2, {"a response is empty": 1, "it lacks response": 1})
     assert (card["licence"], card["kind"], card["limit"]) == ("CC BY-SA 3.0", "dialogs", 0)
     assert card["source"] == "databricks-dolly-15k.jsonl"
     assert card["published_at"] == "https://huggingface.co/datasets/databricks/databricks-dolly-15k"
     page = (tmp_path / "out" / "dolly.card.md").read_text("utf-8")
     for said in ("# dolly", "| licence | CC BY-SA 3.0 |", "| records | 2 dialogs |", card["sha256"],
-                 "1 because an answer is empty, 1 because it lacks response", card["published_at"]):  # fmt: skip
+                 "1 because a response is empty, 1 because it lacks response", card["published_at"]):  # fmt: skip
         assert said in page
     assert str(tmp_path) not in page + json.dumps(card)
     assert built.describe().endswith("1 because it lacks response. Licence: CC BY-SA 3.0.")
@@ -576,7 +582,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_builds_from_files(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = jsonl(project / "a.jsonl", DOLLY[0]), jsonl(project / "b.jsonl", *DOLLY[1:])
     assert main(["data", "dolly", "--files", a, b]) == 0
-    assert "2 dialogs, dropped 1 because an answer is empty" in capsys.readouterr().out
+    assert "2 dialogs, dropped 1 because a response is empty" in capsys.readouterr().out
     assert len(sources.read(project / "data" / "dolly.jsonl")) == 2
     assert main(["data", "dolly", "--files", a, b, "--limit", "1", "--out", "there"]) == 0
     assert len(sources.read(project / "there" / "dolly.jsonl")) == 1

@@ -114,7 +114,7 @@ def test_instructions_become_dialogs(tmp_path: Path) -> None:
     expected = [{"messages": [user("Add.\n\n2, 3"), assistant("5")]}, {"messages": [user("Say hi."), assistant("Hi")]}]
     records = read(lines(tmp_path / "a.jsonl", *alpaca))
     assert as_dialogs(records) == expected
-    assert records.dropped == {"an answer is empty": 1}
+    assert records.dropped == {"a response is empty": 1}
     (tmp_path / "list.json").write_text(json.dumps(alpaca, indent=2))
     assert as_dialogs(read(tmp_path / "list.json")) == expected
     seed = {
@@ -158,10 +158,10 @@ def test_p03_bad_pairs_are_dropped_whole_and_counted(tmp_path: Path) -> None:
     assert records.report["kept"] == 2
     assert records.report["dropped"] == {
         "the turns do not alternate": 1,
-        "the dialog does not end with an answer": 1,
+        "the dialog does not end with an assistant turn": 1,
         "chosen equals rejected": 1,
         "the prompts differ": 2,
-        "an answer is empty": 2,
+        "a response is empty": 2,
         "a turn is empty": 1,
         "there is text before the first turn": 1,
         "it lacks rejected": 1,
@@ -198,10 +198,10 @@ def test_p03_nothing_dropped_is_said_too(tmp_path: Path) -> None:
 GOOD_TALK = {"messages": [user("a"), assistant("b")]}
 GOOD_RANKED = {"prompt": "a", "completions": ["b", "c"]}
 STRICT = [
-    (GOOD_TALK, {"messages": [user("a"), assistant(" ")]}, r"an answer is empty \(turn 2\)"),
+    (GOOD_TALK, {"messages": [user("a"), assistant(" ")]}, r"a response is empty \(turn 2\)"),
     (GOOD_TALK, {"messages": [user(""), assistant("b")]}, r"a turn is empty \(turn 1\)"),
     (GOOD_TALK, {"messages": [user("a"), user("b"), assistant("c")]}, "do not alternate .turn 2 is user"),
-    (GOOD_TALK, {"messages": [user("a")]}, "does not end with an answer"),
+    (GOOD_TALK, {"messages": [user("a")]}, "does not end with an assistant turn"),
     (GOOD_TALK, {"messages": [{"role": "bot", "content": "x"}]}, "turn 1: 'bot'"),
     (GOOD_TALK, {"messages": ["hello"]}, "turn 1"),
     (GOOD_TALK, {"messages": "hello"}, "not a list of messages"),
@@ -209,10 +209,14 @@ STRICT = [
     (GOOD_TALK, {"talk": []}, "it lacks messages"),
     (GOOD_TALK, [1], "not a JSON object"),
     (GOOD_RANKED, {"prompt": "a", "completions": ["b", "b"]}, r"two completions are equal \(completion 2\)"),
-    (GOOD_RANKED, {"prompt": "a", "completions": ["b", ""]}, r"an answer is empty \(completion 2\)"),
+    (GOOD_RANKED, {"prompt": "a", "completions": ["b", ""]}, r"a response is empty \(completion 2\)"),
     (GOOD_RANKED, {"prompt": "a", "completions": ["b"]}, "two or more"),
-    (GOOD_RANKED, {"prompt": [user("a"), assistant("b")], "completions": ["b", "c"]}, "prompt ends with an answer"),
-    ({"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}, "an answer is empty"),
+    (
+        GOOD_RANKED,
+        {"prompt": [user("a"), assistant("b")], "completions": ["b", "c"]},
+        "prompt ends with an assistant turn",
+    ),
+    ({"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}, "a response is empty"),
     ({"prompt": "a", "response": "b"}, {"prompt": " ", "response": "b"}, "prompt is empty"),
     ({"prompt": "a"}, {"prompt": 3}, "not a list of messages"),
     ({"text": "a"}, {"text": ""}, "text is empty"),
@@ -223,7 +227,7 @@ STRICT = [
 def test_p03_in_our_own_shapes_a_bad_record_is_named_by_its_line(
     tmp_path: Path, good: dict, bad: Any, reason: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"a\.jsonl line 3 cannot be used, .*{reason}.*: mend or delete the record"):
+    with pytest.raises(UserError, match=rf"a\.jsonl line 3 cannot be used, .*{reason}.*: fix or delete the record"):
         read(lines(tmp_path / "a.jsonl", good, good, bad, good))
 
 
@@ -266,7 +270,7 @@ def test_p05_a_truncated_gzip_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("junk", ["{broken", '{"messages": [', "hello", '{"a": 1} {"b": 2}', "[" * 100_000])
 def test_p05_invalid_json_is_named_by_its_line(tmp_path: Path, junk: str) -> None:
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD_TALK)}\n\n{junk}\n{json.dumps(GOOD_TALK)}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl line 3 is not valid JSON .*mend or delete the line"):
+    with pytest.raises(UserError, match=r"a\.jsonl line 3 is not valid JSON .*fix or delete the line"):
         read(tmp_path / "a.jsonl")
 
 
@@ -316,11 +320,11 @@ def test_a_kind_that_cannot_serve_names_the_file_and_what_is_needed(tmp_path: Pa
     (tmp_path / "a.txt").write_text("text")
     text, talks = read(tmp_path / "a.txt"), read(lines(tmp_path / "talks.jsonl", GOOD_TALK))
     for serve, wanted in ((as_dialogs, "dialogs"), (as_comparisons, "comparisons"), (as_prompts, "prompts")):
-        with pytest.raises(UserError, match=rf"a\.txt holds text; this needs {wanted}, such as"):
+        with pytest.raises(UserError, match=rf"a\.txt holds text: give a file of {wanted}, such as"):
             serve(text)
-    with pytest.raises(UserError, match=r"talks\.jsonl holds dialogs; this needs comparisons"):
+    with pytest.raises(UserError, match=r"talks\.jsonl holds dialogs: give a file of comparisons"):
         as_comparisons(talks)
-    with pytest.raises(UserError, match="holds prompts; this needs dialogs"):
+    with pytest.raises(UserError, match="holds prompts: give a file of dialogs"):
         as_dialogs(read(lines(tmp_path / "asked.jsonl", {"prompt": "a"})))
 
 
@@ -365,7 +369,7 @@ def test_p06_the_fraction_is_kept_and_the_order_too() -> None:
     numbers = [int(record["text"].split()[1]) for record in heldout]
     assert numbers == sorted(numbers)
     assert split(["a", "b"], 0.0) == (["a", "b"], [])
-    with pytest.raises(UserError, match="must lie in"):
+    with pytest.raises(UserError, match="must be in"):
         split(["a"], 1.0)
 
 
@@ -402,7 +406,7 @@ def test_p05_writing_is_atomic(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- real files, where they are
 
-HH_DROPPED = {"an answer is empty": 4, "the turns do not alternate": 4}
+HH_DROPPED = {"a response is empty": 4, "the turns do not alternate": 4}
 REAL = [
     ("hh-rlhf-harmless-base-sample.jsonl.gz", "comparisons", 1492, HH_DROPPED),
     ("tinyshakespeare.txt.gz", "text", 7222, {}),

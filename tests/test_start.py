@@ -57,7 +57,7 @@ def crash(record: dict[str, float]) -> None:
 # ---------------------------------------------------------------- refused options
 
 REFUSED = {  # what is asked for -> the sentence
-    ("pretrain", "--pretrain.seq-len", "512"): "pretrain.seq_len 512 exceeds the context, 160",
+    ("pretrain", "--pretrain.seq-len", "512"): "pretrain.seq_len 512 exceeds the context of 160",
     ("ppo", "--ppo.kl-coef", "nan"): "ppo.kl_coef is nan",
     ("ppo", "--ppo.kl-coef", "-5"): "ppo.kl_coef is -5.0",
     ("ppo", "--ppo.kl-coef", "inf"): "ppo.kl_coef is inf",
@@ -66,7 +66,7 @@ REFUSED = {  # what is asked for -> the sentence
     ("ppo", "--ppo.sample-every", "0"): "ppo.sample_every is 0",
     ("ppo", "--ppo.eval-prompts", "0"): "ppo.eval_prompts is 0",
     ("ppo", "--ppo.kl-horizon", "0"): "ppo.kl_horizon is 0",
-    ("pretrain", "--model.max-seq-len", "8"): "pretrain.seq_len 32 exceeds the context, 8: lower it",
+    ("pretrain", "--model.max-seq-len", "8"): "pretrain.seq_len 32 exceeds the context of 8: lower it",
     ("sft", "--seed", "9" * 30): "--seed is 999",
     ("sft", "--sft.loop.save-every", "0"): "loop.save_every is 0",
     ("sft", "--sft.seq-len", "4"): "None of the",

@@ -585,7 +585,7 @@ def test_prompts_are_distinct_and_balanced():
 def test_more_prompts_than_there_are_is_said(monkeypatch):
     monkeypatch.setattr(tinychat, "ALL", (BY_NAME["opposite"],))
     assert len(tinychat.prompts(seed=1, n=5, split="valid")) == 5
-    with pytest.raises(UserError, match=r"but \d+ different valid prompts: ask for fewer than 500"):
+    with pytest.raises(UserError, match=r"has only \d+ different valid prompts: ask for fewer than 500"):
         tinychat.prompts(seed=1, n=500, split="valid")
 
 

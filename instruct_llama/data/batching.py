@@ -1,7 +1,7 @@
-"""Records to batches: token files, the order of an epoch, padding, packing and loss masks.
+"""Records to batches: token files, epoch order, padding, packing and loss masks.
 
-Everything here is a pure function of its arguments. The order of epoch e is a function of (seed, e), so a resumed
-run needs no saved random state: it asks again and skips what it has seen.
+Everything here is a pure function of its arguments. The order of epoch e depends on (seed, e) alone, so a resumed run
+needs no saved random state: it recomputes the order and skips the records already used.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .files import atomic
 if TYPE_CHECKING:
     from .tokenizer import Message, Tokenizer
 
-Dialog = tuple[list[int], list[bool]]  # token ids, and which of them the loss counts
+Dialog = tuple[list[int], list[bool]]  # token ids and loss mask
 
 # ---------------------------------------------------------------- token files
 
-_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))  # of a vocabulary of at most 65,536, and of a larger one
+_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))  # for a vocabulary of at most 65,536, and for a larger one
 
 
 def write_tokens(path: str | Path, ids: Iterable[Sequence[int] | int], vocab_size: int) -> int:
-    """Write token ids (an array, or an iterable of documents or of single ids) as a .npy file; returns their count.
+    """Write token ids (an array, or an iterable of documents or of single ids) as a .npy file; return their count.
 
-    Ids take two bytes where the vocabulary allows it, else four. The file is written under a temporary name and
-    renamed, so a file that has its name is whole. Raises UserError for an id outside [0, V).
+    Ids take two bytes if the vocabulary allows it, else four. The file is written under a temporary name and then
+    renamed, so it is never incomplete under its own name. Raises UserError for an id outside [0, V).
     """
     dtype = _DTYPES[vocab_size > 1 << 16]
     count = 0
@@ -44,12 +44,12 @@ def write_tokens(path: str | Path, ids: Iterable[Sequence[int] | int], vocab_siz
             if bad:
                 raise UserError(
                     f"Token id {bad[0]} is outside the vocabulary of {vocab_size}, so {path} was not written: "
-                    "use the tokenizer that the model was made for."
+                    "use the tokenizer that the model was trained with."
                 )
             file.write(tokens.astype(dtype).tobytes())
             count += tokens.size
         file.seek(0)
-        _write_header(file, dtype, count)  # as long as the first: numpy leaves room for a shape that grows
+        _write_header(file, dtype, count)  # same length as the first: numpy pads the header
     return count
 
 
@@ -58,26 +58,26 @@ def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
 
 
 def open_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
-    """Map a token file, read-only: an array of uint16 or uint32, shape (count,).
+    """Memory-map a token file, read-only: an array of uint16 or uint32, shape (count,).
 
-    Raises UserError for a missing, foreign, truncated or empty file, and, where `vocab_size` (the model's) is
-    given, for a file with ids outside that vocabulary.
+    Raises UserError for a missing, invalid, truncated or empty file, and for ids outside the model's `vocab_size`
+    if it is given.
     """
     path = Path(path)
-    rebuild = f"delete the folder {path.parent} and run the stage again, which builds it anew"
+    rebuild = f"delete the folder {path.parent} and run the stage again, which rebuilds it"
     check(path.is_file(), f"There is no token file {path}: {rebuild}.")
     try:
         tokens = np.load(path, mmap_mode="r")
     except OSError:  # no permission, a failing disk
         raise
-    except Exception as error:  # a damaged header raises whatever the parser that numpy gives it to does
+    except Exception as error:  # numpy parses the header as Python: a damaged one may raise anything
         raise UserError(f"{path} is not a token file, or is truncated or damaged: {rebuild}.") from error
     ours = isinstance(tokens, np.memmap) and tokens.ndim == 1 and tokens.dtype in _DTYPES
     whole = ours and tokens.offset + tokens.nbytes == path.stat().st_size
-    check(whole, f"{path} is damaged, or holds something else than token ids: {rebuild}.")
-    check(tokens.size > 0, f"{path} holds no tokens: {rebuild}, from a text that is not empty.")
+    check(whole, f"{path} is damaged, or does not hold token ids: {rebuild}.")
+    check(tokens.size > 0, f"{path} holds no tokens: give a text that is not empty, then {rebuild}.")
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
-        raise UserError(f"{path} holds the token id {largest}, the model's vocabulary has {vocab_size}: {rebuild}.")
+        raise UserError(f"{path} holds token id {largest}, but the vocabulary size is {vocab_size}: {rebuild}.")
     return tokens
 
 
@@ -85,19 +85,19 @@ def open_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
 
 
 def epoch_order(n: int, seed: int, epoch: int, *keys: seeds.Key) -> np.ndarray:
-    """A permutation of 0 … n-1, a function of (n, seed, epoch, keys) alone. The keys say what is put in order."""
+    """A permutation of 0 … n-1 that depends on (n, seed, epoch, keys) alone. The keys name what is shuffled."""
     return seeds.numpy_generator(seed, "epoch", *keys, epoch).permutation(n)
 
 
 def windows(text: np.ndarray, seq_len: int, ends: Sequence[int] = ()) -> np.ndarray:
-    """Cut running text into windows of `seq_len` tokens: (N, 2) positions, where each starts and stops.
+    """Cut running text into windows of at most `seq_len` tokens: (N, 2) start and stop positions.
 
-    A window predicts the tokens after its start, its stop included. Without `ends` the next one starts where it stops:
-    every token but the first is a target exactly once. `ends` are the ids that end a paragraph: then the next window
-    starts with the paragraph that the cut went through, and predicts its beginning once more. For a paragraph whose
-    beginning is out of sight asks the impossible: an answer without its question.
+    The targets of a window are the tokens after its start, up to and including its stop. Without `ends`, the next
+    window starts at that stop, so every token but the first is a target exactly once. With `ends`, the ids that end a
+    paragraph, a window that cuts a paragraph is followed by one that starts with this paragraph. A paragraph without
+    its beginning may be unpredictable, such as an answer without its question.
     """
-    check(len(text) >= 2, f"A text of {len(text)} token has nothing to predict: give more text.")
+    check(len(text) >= 2, f"A text of {len(text)} token has no next token to predict: give more text.")
     begins = np.concatenate(([0], np.flatnonzero(np.isin(text, ends)) + 1))  # where paragraphs begin
     starts, last = [0], len(text) - 1
     while (stop := starts[-1] + seq_len) < last:
@@ -118,18 +118,18 @@ def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 class Batch:
     """Sequences with their next-token targets.
 
-    Targets are already shifted: `targets[b, t]` is the token after `tokens[b, t]`, and `loss_mask[b, t]` says
-    whether that target counts. Normalise a loss by `weight`, summed over every batch of one optimizer step.
+    Targets are already shifted: `targets[b, t]` is the token after `tokens[b, t]`, and `loss_mask[b, t]` tells
+    whether the loss counts it. Normalise a loss by the sum of `weight` over all batches of an optimizer step.
     """
 
     tokens: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64
     loss_mask: torch.Tensor  # (B, T) bool
-    segment_ids: torch.Tensor | None = None  # (B, T) int64: what may attend to what; None: one sequence a row
+    segment_ids: torch.Tensor | None = None  # (B, T) int64: packed dialogs of a row; None: one sequence per row
 
     @property
     def weight(self) -> int:
-        """How many targets count."""
+        """The number of targets that the loss counts."""
         return int(self.loss_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
@@ -143,7 +143,7 @@ class Batch:
 
 
 def window_batch(text: np.ndarray, spans: np.ndarray) -> Batch:
-    """Windows of running text, (B, 2) as `windows` cuts them: tokens (B, T), T the longest, the others padded."""
+    """A batch of windows, given as (B, 2) positions from `windows`: tokens (B, T), padded to the longest window."""
     width = int((spans[:, 1] - spans[:, 0]).max())
     rows = np.zeros((len(spans), width + 1), dtype=np.int64)  # (B, T+1)
     real = np.zeros((len(spans), width), dtype=bool)  # (B, T)
@@ -157,10 +157,10 @@ def window_batch(text: np.ndarray, spans: np.ndarray) -> Batch:
 def dialog_batch(
     dialogs: Sequence[tuple[Sequence[int], Sequence[bool]]], pad_id: int, pack_len: int | None = None
 ) -> Batch:
-    """Tokenised dialogs (ids, loss mask) as one right-padded batch, as wide as its longest row.
+    """Tokenised dialogs (ids, loss mask) as one batch, right-padded to its longest row.
 
-    With `pack_len`, several dialogs share a row of at most that many positions; `segment_ids` then counts them from 1
-    (0 is padding), and no dialog sees or predicts another.
+    With `pack_len`, several dialogs share a row of at most that many positions. `segment_ids` numbers them from 1
+    (0 is padding), and no dialog attends to or predicts another.
     """
     lengths = [len(ids) - 1 for ids, _ in dialogs]  # the last token is only ever a target
     rows = [[i] for i in range(len(dialogs))] if pack_len is None else pack(lengths, pack_len)
@@ -183,7 +183,7 @@ def dialog_batch(
 
 
 def pack(lengths: Sequence[int], pack_len: int) -> list[list[int]]:
-    """Put items into rows of at most `pack_len` positions: first fit, longest first; equal lengths keep their order."""
+    """Pack items into rows of at most `pack_len` positions by first-fit decreasing; equal lengths keep their order."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -203,19 +203,17 @@ def pack(lengths: Sequence[int], pack_len: int) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class RankedBatch:
-    """The N completions of P prompts, one row a prompt: what they begin with alike is read once, then each goes on."""
+    """The N completions of P prompts, one row per prompt: the shared prefix once, then the rest of each completion."""
 
-    tokens: torch.Tensor  # (P, T) int64: the common beginning, then the rest of every completion; right-padded
-    segment_ids: torch.Tensor  # (P, T) int64: -1 the common beginning, 1, 2, … the completions, 0 padding
-    last_positions: (
-        torch.Tensor
-    )  # (N,) int64: where in its row a completion's last token stands, at which the score is read
-    prompt: torch.Tensor  # (N,) int64: which prompt, so which row
+    tokens: torch.Tensor  # (P, T) int64: the shared prefix, then the rest of every completion; right-padded
+    segment_ids: torch.Tensor  # (P, T) int64: -1 the shared prefix, 1, 2, … the completions, 0 padding
+    last_positions: torch.Tensor  # (N,) int64: position in its row of a completion's last token, which gets the score
+    prompt: torch.Tensor  # (N,) int64: index of the prompt, which is the row
     rank: torch.Tensor  # (N,) int64: 0 is the best completion of its prompt
 
     @property
     def weight(self) -> int:
-        """How many prompts: the ranking loss is a mean over the pairs of one prompt, then over prompts."""
+        """The number of prompts: the ranking loss is a mean over the pairs of one prompt, then over prompts."""
         return len(self.tokens)
 
     def to(self, device: torch.device | str) -> RankedBatch:
@@ -223,7 +221,7 @@ class RankedBatch:
 
 
 def ranked_batch(items: Sequence[Sequence[Sequence[int]]], pad_id: int) -> RankedBatch:
-    """Ranked sequences (best first, each the prompt with one completion) as one batch, a row for each prompt."""
+    """Ranked sequences (prompt with completion, best first) as one batch with one row per prompt."""
     tokens = torch.full((len(items), max(row_length(item) for item in items)), pad_id, dtype=torch.int64)  # (P, T)
     segment_ids = torch.zeros_like(tokens)  # (P, T)
     ends, prompts, ranks = [], [], []
@@ -241,13 +239,13 @@ def ranked_batch(items: Sequence[Sequence[Sequence[int]]], pad_id: int) -> Ranke
 
 
 def common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with alike; the last token of the shortest is never counted."""
+    """The length of the longest common prefix, which never includes the last token of the shortest sequence."""
     longest = min(len(ids) for ids in sequences) - 1
     return next((t for t in range(longest) if len({ids[t] for ids in sequences}) > 1), longest)
 
 
 def row_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens of the sequences when their common beginning is read once."""
+    """The number of tokens of the sequences, with their shared prefix counted once."""
     return sum(len(ids) for ids in sequences) - (len(sequences) - 1) * common_length(sequences)
 
 
@@ -255,16 +253,16 @@ def row_length(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _shorter(messages: Sequence[Message]) -> list[Message] | None:
-    """Without the oldest exchange (a user turn and its answer), the system message kept; None if it is the last."""
+    """The messages without the oldest exchange (a user and an assistant turn); None if no other exchange is left."""
     first = 1 if messages[0]["role"] == "system" else 0
     kept = [*messages[:first], *messages[first + 2 :]]
     return kept if len(kept) > first else None
 
 
 def fit_dialog(tokenizer: Tokenizer, messages: Sequence[Message], max_len: int) -> tuple[list[int], list[bool]] | None:
-    """Ids and loss mask of a dialog in at most `max_len` tokens: the oldest exchanges go first, never part of a turn.
+    """Ids and loss mask of a dialog in at most `max_len` tokens; the oldest whole exchanges are dropped to fit.
 
-    None when even the last exchange is too long.
+    None if even the last exchange is too long. The system message is kept.
     """
     kept: list[Message] | None = list(messages)
     while kept is not None:
@@ -278,7 +276,7 @@ def fit_dialog(tokenizer: Tokenizer, messages: Sequence[Message], max_len: int) 
 def cut_prompt(
     tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: int
 ) -> tuple[list[Message], list[int]] | None:
-    """A prompt's messages and their ids, at most `max_len`: the oldest exchanges go first.
+    """A prompt's messages and its at most `max_len` ids; the oldest exchanges are dropped to fit.
 
     None if the last turn alone is too long.
     """
@@ -292,7 +290,7 @@ def cut_prompt(
 
 
 def fit_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: int) -> list[int] | None:
-    """Ids of a prompt in at most `max_len` tokens: the oldest exchanges go first; None if the last turn is too long."""
+    """The ids of `cut_prompt`: a prompt in at most `max_len` tokens, or None if its last turn is too long."""
     fitted = cut_prompt(tokenizer, prompt, max_len)
     return fitted[1] if fitted else None
 
@@ -300,7 +298,7 @@ def fit_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: i
 def fit_comparison(
     tokenizer: Tokenizer, prompt: Sequence[Message], completions: Sequence[str], max_len: int
 ) -> list[list[int]] | None:
-    """Ids of prompt with each completion, all after the same prompt, which is cut until the longest fits; or None."""
-    answers = [[*tokenizer.encode(tokenizer.chat.closed(text)), tokenizer.eos_id] for text in completions]
-    ids = fit_prompt(tokenizer, prompt, max_len - max(len(answer) for answer in answers))
-    return None if ids is None else [ids + answer for answer in answers]
+    """Ids of the prompt with each completion, or None; the prompt is cut until the longest completion fits."""
+    responses = [[*tokenizer.encode(tokenizer.chat.closed(text)), tokenizer.eos_id] for text in completions]
+    ids = fit_prompt(tokenizer, prompt, max_len - max(len(response) for response in responses))
+    return None if ids is None else [ids + response for response in responses]

@@ -1,7 +1,7 @@
-"""Chat formats: how the turns of a dialog are framed, so that a model knows who speaks and when to stop.
+"""Chat formats: the text and special tokens around the turns of a dialog, which mark the roles and the end.
 
-Each family of models was taught its own frame. These are the frames as their makers publish them; a test compares each
-with the template in the maker's `tokenizer_config.json`.
+Each model family was trained with its own format. These are the published ones: a test compares each with the chat
+template in the publisher's `tokenizer_config.json`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What stands around a turn's text. `{role}` becomes the role's name; special tokens are written as text."""
+    """The text around a turn's content. `{role}` becomes the role's name; special tokens are written as text."""
 
     name: str
     begin: str  # before the first turn
-    before: str  # before a turn's text
-    after: str  # after the text of a system or user turn
-    end: str  # the special token that ends an answer: the model learns to say it
-    template: str  # the same as Jinja, which `transformers`, vLLM and llama.cpp expect; {system} is the default message
-    after_end: str = ""  # what follows an answer's end before the next turn
-    other_ends: tuple[str, ...] = ()  # tokens that end an answer too, where the vocabulary has them
-    begin_each: bool = False  # `begin` opens every user turn, not only the first turn
-    system_in_user: tuple[str, str] | None = None  # the system message stands between these, in the first user turn
-    silent: tuple[str, ...] = ()  # roles with nothing before their text
-    trail: str = ""  # what an answer's text ends with, before its end token
+    before: str  # before a turn's content
+    after: str  # after the content of a system or user turn
+    end: str  # the end-of-turn token of the assistant, which the model learns to generate
+    template: str  # the same in Jinja, for `transformers`, vLLM and llama.cpp; {system} is the default system message
+    after_end: str = ""  # between the assistant's end token and the next turn
+    other_ends: tuple[str, ...] = ()  # further tokens that end a response, if the vocabulary has them
+    begin_each: bool = False  # `begin` precedes every user turn, not only the first turn
+    system_in_user: tuple[str, str] | None = None  # the texts around the system message, inside the first user turn
+    silent: tuple[str, ...] = ()  # roles with nothing before their content
+    trail: str = ""  # text between an assistant turn's content and its end token
 
     def closed(self, text: str) -> str:
-        """An answer's text as it stands before its end token, `trail` included: once, whether or not it was there."""
+        """The content of an assistant turn with `trail` at its end exactly once, as it precedes the end token."""
         return text.rstrip() + self.trail if self.trail else text
 
 
@@ -58,7 +58,7 @@ LLAMA3 = ChatFormat(  # LLaMA 3 (arXiv:2407.21783, section 4.1.1), as in Meta's 
     "'<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
 )  # fmt: skip
-LLAMA2 = ChatFormat(  # LLaMA 2 chat (arXiv:2307.09288, appendix A.3.3): no markers in its vocabulary, so plain text
+LLAMA2 = ChatFormat(  # LLaMA 2 chat (arXiv:2307.09288, appendix A.3.3): no role tokens in its vocabulary, so plain text
     name="llama2", begin="<s>", before="[INST]", after="[/INST]", end="</s>", begin_each=True,
     system_in_user=("<<SYS>>\n", "\n<</SYS>>\n\n"), silent=("assistant",), trail=" ",
     template="{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
@@ -72,15 +72,15 @@ FORMATS = {chat.name: chat for chat in (OURS, CHATML, LLAMA3, LLAMA2)}
 
 
 def format_for(known: Sequence[str]) -> ChatFormat:
-    """The format whose special tokens a vocabulary has; LLaMA 2's needs none but `<s>` and `</s>`."""
+    """The format whose special tokens are in the vocabulary; LLaMA 2's needs only `<s>` and `</s>`."""
     marks = {"instruct_llama": MARKERS[1], "chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}
     return FORMATS[next((name for name, mark in marks.items() if mark in known), "llama2")]
 
 
 def dialog_problem(messages: Sequence[Message]) -> str | None:
-    """What is wrong with a dialog's turns, the particulars in brackets, or None.
+    """The first problem of a dialog's turns, its details in brackets, or None.
 
-    A dialog is an optional system message, then user and assistant in turn, the user first.
+    A dialog is an optional system message, then alternating user and assistant turns, the user first.
     """
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
@@ -93,14 +93,14 @@ def dialog_problem(messages: Sequence[Message]) -> str | None:
     for index in range(first, len(messages)):
         role, due = messages[index]["role"], ("user", "assistant")[(index - first) % 2]
         if role != due:
-            return f"the turns do not alternate (turn {index + 1} is {role}, where {due} is due)"
+            return f"the turns do not alternate (turn {index + 1} is {role}, where {due} is expected)"
     return None
 
 
 def framed(chat: ChatFormat, messages: Sequence[Message], system: str = "") -> list[tuple[str, str, str, bool]]:
-    """Each turn as (frame before, text, frame after, whether it is an answer).
+    """Each turn as (text before, content, text after, whether it is an assistant turn).
 
-    `system` is said where the dialog has no system message and the model expects one.
+    `system` is the default system message, used if the dialog has none.
     """
     turns = list(messages)
     if system and turns[0]["role"] != "system":

@@ -1,8 +1,8 @@
-"""Rows of the public data sets, as their publishers write them, to our records.
+"""Converters from the rows of public data sets, in their published format, to our records.
 
-Each converter reads one row and returns its records, or raises `Bad` with the reason why it gives none. A row is taken
-whole or not at all: a dialog with one bad turn is dropped, never halved. What spreads over several rows, or lies many
-to a row, is first regrouped into rows of one dialog each (`passages`, `situations`).
+Each converter reads one row and returns its records, or raises `Bad` with the reason for dropping it. A dialog with one
+bad turn is dropped whole. `passages` and `situations` first regroup rows that hold part of a dialog, or several, into
+rows of one dialog each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UNANSWERABLE = "The passage does not say."
 
 
 def from_text(row: Record) -> list[Record]:
-    """A story or a web page (TinyStories, arXiv:2305.07759; FineWeb-Edu, arXiv:2406.17557): its text alone."""
+    """A story or a web page (TinyStories, arXiv:2305.07759; FineWeb-Edu, arXiv:2406.17557): its text."""
     text = filled(row, "text").strip()
     if row.get("cut"):
         raise Bad("the text is cut off at the end of the file")
@@ -29,7 +29,7 @@ def from_text(row: Record) -> list[Record]:
 
 
 def from_dolly(row: Record) -> list[Record]:
-    """Dolly: an instruction, a context that may be empty, and the answer of a person."""
+    """Dolly: an instruction, a context that may be empty, and a response written by a person."""
     return from_instruction({**row, "input": row["context"], "output": row["response"]})
 
 
@@ -37,12 +37,12 @@ def from_dolly(row: Record) -> list[Record]:
 
 
 def _alternating(said: Iterable[str]) -> list[Message]:
-    """Turns of user and assistant by turns, the user first."""
+    """The texts as alternating user and assistant turns, the user first."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
 
 
 def passages(rows: Iterable[Any]) -> Iterator[Any]:
-    """Rows of SQuAD 2.0 (arXiv:1806.03822), a row a question or the official nested file, as `{"context", "qas"}`."""
+    """`{"context", "qas"}` rows of SQuAD 2.0 (arXiv:1806.03822), from one row per question or the nested file."""
     for context, group in groupby(rows, lambda row: row.get("context") if isinstance(row, dict) else None):
         if context is not None:
             yield {"context": context, "qas": list(group)}
@@ -55,9 +55,9 @@ def passages(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 def from_passage(row: Record) -> list[Record]:
-    """One dialog over a passage, which is the system message, so that a cut dialog keeps it.
+    """One dialog about a passage, which is the system message, so that a shortened dialog keeps it.
 
-    What the passage cannot answer is answered honestly.
+    Questions that the passage does not answer get `UNANSWERABLE`.
     """
     if not isinstance(row["qas"], list) or not all(isinstance(qa, dict) for qa in row["qas"]):
         raise Bad("qas is not a list of questions")
@@ -68,7 +68,7 @@ def from_passage(row: Record) -> list[Record]:
 
 
 def _passage_answer(qa: Record) -> str:
-    """The first of the answers that people gave, or the fixed sentence where there is none in the passage."""
+    """The first reference answer, or `UNANSWERABLE` if there is none."""
     given = qa.get("answers")
     if isinstance(given, list):  # the official file; the hub's rows hold {"text": [...]}
         given = {"text": [answer.get("text") if isinstance(answer, dict) else None for answer in given]}
@@ -79,19 +79,18 @@ def _passage_answer(qa: Record) -> str:
 
 
 def situations(rows: Iterable[Any]) -> Iterator[Any]:
-    """The dialogs of Commonsense-Dialogues' official files, objects of `{"1": dialog, "2": dialog, …}`."""
+    """The dialogs of Commonsense-Dialogues' official files, which are objects `{"1": dialog, "2": dialog, …}`."""
     for row in rows:
         nested = isinstance(row, dict) and row and all(isinstance(value, dict) for value in row.values())
         yield from row.values() if nested else [row]
 
 
 def from_situation(row: Record) -> list[Record]:
-    """A dialog of Commonsense-Dialogues (arXiv:2109.06427): the person it happened to, and a friend, the assistant.
+    """A dialog of Commonsense-Dialogues (arXiv:2109.06427) between a person (user) and a friend (assistant).
 
-    The situation is the system message, and the group: several people talked about the same one. Some dialogs end
-    with the person's turn: nobody answered it, so there is nothing to imitate in it, and it is left off. Every answer
-    keeps all that was said before it; a dialog with any turn that is empty or no text, that last one included, is
-    dropped whole.
+    The situation is the system message. It is also the split group, since several dialogs share one situation. A last
+    user turn without a response is removed: it has no training target. A dialog with a turn that is empty or not a
+    text, even that last one, is dropped.
     """
     turns = row["turns"]
     if not isinstance(turns, list):
@@ -104,13 +103,13 @@ def from_situation(row: Record) -> list[Record]:
     return [{"messages": messages, "group": situation}]
 
 
-# ---------------------------------------------------------------- ranked answers
+# ---------------------------------------------------------------- comparisons
 
 
 def from_votes(row: Record, most: int = 8) -> list[Record]:
-    """A question of Stack Exchange with 2 to 8 answers, best first by votes (arXiv:2112.00861, section 4.1).
+    """A Stack Exchange question with its 2 to 8 best answers, best first by votes (arXiv:2112.00861, section 4.1).
 
-    Answers with equal scores have no order, so one of each score is kept, the first; of more than 8 the best 8.
+    Answers with equal scores cannot be ranked, so only the first of each score is kept.
     """
     answers = row["answers"]
     if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
@@ -127,7 +126,7 @@ def from_votes(row: Record, most: int = 8) -> list[Record]:
 
 
 def plain(html: str) -> str:
-    """The text of HTML: paragraphs apart, list items on lines of their own, code as it stands."""
+    """The text of HTML: a blank line between paragraphs, one line per list item, code unchanged."""
     page = _Page()
     page.feed(html)
     page.close()
@@ -135,7 +134,7 @@ def plain(html: str) -> str:
 
 
 class _Page(HTMLParser):
-    """Collects text; outside <pre>, space and line ends in the source mean one space."""
+    """Collects the text of HTML; outside <pre>, a run of white space becomes one space."""
 
     BREAKS = {
         **dict.fromkeys(("p", "pre", "blockquote", "ul", "ol", "hr", "h1", "h2", "h3", "h4", "table", "div"), "\n\n"),
@@ -163,7 +162,7 @@ class _Page(HTMLParser):
         self.parts.append(data)
 
 
-# ---------------------------------------------------------------- sums, made here
+# ---------------------------------------------------------------- generated sums
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -174,7 +173,7 @@ _SIGNS = {"+": "plus", "-": "minus", "×": "times"}
 
 
 def in_words(number: int) -> str:
-    """0 to 199 in words."""
+    """A number from 0 to 199 in words."""
     if number >= 100:
         return "one hundred" + (f" and {in_words(number - 100)}" if number > 100 else "")
     if number < 20:
@@ -185,7 +184,7 @@ def in_words(number: int) -> str:
 def sums(seed: int) -> Iterator[Record]:
     """Every sum and difference of 0 to 99 and every product up to 12 times 12 once, shuffled, in digits or words.
 
-    Once: 2 + 3 and 3 + 2, in digits or in words, would be one question on both sides of the split.
+    Each appears once, because 2 + 3 and 3 + 2 on both sides of the split would leak the answer.
     """
     pairs = [(a, b) for a in range(100) for b in range(a + 1)]
     todo = [(a, sign, b) for sign in _SIGNS for a, b in pairs if sign != "×" or a <= 12]
@@ -197,7 +196,7 @@ def sums(seed: int) -> Iterator[Record]:
 
 
 def from_sum(row: Record) -> list[Record]:
-    """A sum as question and answer, both in digits or both in words."""
+    """A sum as a dialog of question and answer, both in digits or both in words."""
     a, sign, b = row["a"], row["sign"], row["b"]
     result = {"+": a + b, "-": a - b, "×": a * b}[sign]
     if row["words"]:

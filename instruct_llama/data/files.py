@@ -1,7 +1,7 @@
-"""Files to lines and rows, a piece at a time, so that a file larger than memory is read too.
+"""Stream the lines and rows of files, so that a file may be larger than memory.
 
-Nothing but text, JSON, gzip and parquet is read, so no file can run code. What is wrong with a file is a UserError that
-names it, the line where there is one, and the cure.
+Only text, JSON, gzip and parquet are read, so no file can run code. A bad file raises a UserError that names the file,
+the line if there is one, and the cure.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 
 from ..config import UserError, check
 
-SEPARATOR = "<|endoftext|>"  # what ends a story in the text files of TinyStories
-_LONGEST = 100_000  # lines of one story; more means that the file has no separators
+SEPARATOR = "<|endoftext|>"  # ends a story in the text files of TinyStories
+_LONGEST = 100_000  # lines per story; with more, the file is taken to have no separators
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`: on success it is flushed to disk and renamed, on failure removed.
+    """A temporary path in the folder of `path`: on success it is synced to disk and renamed, on failure removed.
 
-    A kill at any moment leaves the old file whole. A full disk raises UserError and loses nothing.
+    A process killed at any moment leaves the old file intact. So does a full disk, which raises UserError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"The disk is full: {path} could not be written, and its last version is untouched. "
+                f"The disk is full: {path} could not be written, and its last version is unchanged. "
                 "Free some space, then run the same command again, a stage with --resume."
             ) from error
         raise
@@ -55,8 +55,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def digest(path: Path) -> str:
     """SHA-256 of a file of any size.
 
-    Read once a process: it is read again when its inode, its size or its time of change is another. A file that was
-    changed in the last two seconds is always read, for two changes may bear the same time.
+    Cached in the process by inode, size and modification time. A file modified in the last two seconds is always read,
+    because two changes may have the same time stamp.
     """
     state = path.stat()
     if time.time_ns() - state.st_mtime_ns < 2_000_000_000:
@@ -78,9 +78,9 @@ def _sha256(path: Path) -> str:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line without its end) of a text file, unzipped where it is gzip."""
+    """(number, line without its line end) of a text file, which may be gzipped."""
     check(path.exists(), f"There is no file {path}: check the path.")
-    check(path.is_file(), f"{path} is a folder: name one file in it.")
+    check(path.is_file(), f"{path} is a folder: give one file in it.")
     number = 0
     try:
         with path.open("rb") as raw:
@@ -92,7 +92,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 check("\0" not in text, f"{path} is a binary file: give plain text, JSON lines, or either gzipped.")
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a truncated or damaged gzip file: fetch or write it again.") from error
+        raise UserError(f"{path} is a truncated or damaged gzip file: download or write it again.") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} line {number} is not UTF-8 text: give plain text, JSON lines, or either gzipped, in UTF-8."
@@ -108,23 +108,24 @@ def parsed(path: Path, number: int, line: str) -> Any:
     except (ValueError, RecursionError) as error:
         what = getattr(error, "msg", "nested too deeply")
         raise UserError(
-            f"{path} line {number} is not valid JSON ({what}): mend or delete the line, or fetch the file again if it "
-            "is cut off; each line holds one whole JSON object."
+            f"{path} line {number} is not valid JSON ({what}): fix or delete the line, or download the file again "
+            "if it is truncated; each line holds one whole JSON object."
         ) from error
 
 
 def rows(path: Path, texts: bool = False) -> Iterator[Any]:
-    """The rows of a published file, as its publisher wrote it.
+    """The rows of a published data file, in its own format.
 
-    JSON lines, one JSON list, one JSON object over many lines, a parquet table; with `texts` also plain text whose
-    pieces end with `<|endoftext|>`, as `{"text"}`. Lists and objects are read whole: sets of that shape are small.
+    The file holds JSON lines, one JSON list, one JSON object over many lines, or a parquet table; with `texts` also
+    plain text whose documents end with `<|endoftext|>`, returned as `{"text"}`. A list or object is read whole into
+    memory: sets in these formats are small.
     """
     if _is_parquet(path):
         yield from _parquet(path)
         return
     numbered = lines(path)
     number, first = next(((number, line) for number, line in numbered if line.strip()), (0, ""))
-    check(number > 0, f"{path} is empty: fetch it again.")
+    check(number > 0, f"{path} is empty: download it again.")
     rest = chain([(number, first)], numbered)
     begins = first.lstrip()
     if texts and begins[0] not in "[{":
@@ -137,7 +138,7 @@ def rows(path: Path, texts: bool = False) -> Iterator[Any]:
 
 
 def _stories(path: Path, numbered: Iterator[tuple[int, str]]) -> Iterator[dict[str, Any]]:
-    """The pieces that the separator ends; what it does not end, at the end of a truncated file, is marked as cut."""
+    """The texts that a separator ends; text after the last one, as in a truncated file, is marked with `cut`."""
     piece: list[str] = []
     for number, line in numbered:
         *ended, rest = line.split(SEPARATOR)
@@ -147,8 +148,8 @@ def _stories(path: Path, numbered: Iterator[tuple[int, str]]) -> Iterator[dict[s
         piece.append(rest)
         check(
             len(piece) <= _LONGEST,
-            f"{path} line {number}: nothing has ended with {SEPARATOR} for {_LONGEST:,} lines: give a file whose texts "
-            "do, or JSON lines of text.",
+            f"{path} line {number}: no {SEPARATOR} in {_LONGEST:,} lines: give a file whose texts end with it, or JSON "
+            "lines of text.",
         )
     if any(line.strip() for line in piece):
         yield {"text": "\n".join(piece), "cut": True}
@@ -159,13 +160,13 @@ def _whole(path: Path, start: int, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         what, line = getattr(error, "msg", "nested too deeply"), start - 1 + getattr(error, "lineno", 1)
-        cure = "the file is damaged or cut off, fetch it again"
+        cure = "the file is damaged or truncated, download it again"
         raise UserError(f"{path} line {line} is not valid JSON ({what}): {cure}.") from error
 
 
 def _is_parquet(path: Path) -> bool:
     if not path.is_file():
-        return False  # `lines` says so
+        return False  # `lines` raises the error
     with path.open("rb") as file:
         return file.read(4) == b"PAR1"
 
@@ -176,4 +177,4 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         yield from datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path} is a truncated or damaged parquet file: fetch it again.") from error
+        raise UserError(f"{path} is a truncated or damaged parquet file: download it again.") from error

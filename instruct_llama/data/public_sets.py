@@ -1,12 +1,12 @@
-"""Public data sets by name: from the Hugging Face hub, or from files fetched by hand, to one file of our records.
+"""Public data sets by name: convert a set from the Hugging Face hub, or from downloaded files, to one file of records.
 
-`build("dolly", "data")` writes `data/dolly.jsonl`, which `sources` reads, and a data card beside it: where the records
-come from, their licence, how many were kept, how many dropped and why, and the file's digest. Rows are streamed from
-the source through a converter (`converters`) to the file, so memory stays the same however large the set is. The same
-rows give the same bytes.
+`build("dolly", "data")` writes `data/dolly.jsonl`, which `sources` reads, and a data card in the same folder: source,
+licence, how many records were kept, how many dropped and why, and the file's digest. Rows are streamed from the source
+through a converter (`converters`) to the file, so memory use does not grow with the set. The same rows give the same
+bytes.
 
-A set's kind is what it becomes; `sources` makes the rest of it: SFT dialogs of a comparison's best answers, and the
-prompts of dialogs or comparisons for PPO.
+A set is stored as one kind of record. `sources` derives the others: SFT dialogs from the best completions of
+comparisons, and PPO prompts from dialogs or comparisons.
 """
 
 from __future__ import annotations
@@ -33,43 +33,43 @@ HUB = "https://huggingface.co/datasets/"
 
 @dataclass(frozen=True)
 class Source:
-    """A public data set: where its rows are, what they become, and under which terms."""
+    """A public data set: its location, its conversion to records, and its licence."""
 
-    kind: Kind  # what its records are: text, dialogs or comparisons
-    hub: str  # repository on the hub, or the address of one JSON file; empty: made here from a seed
-    needs: frozenset[str]  # keys without which a row is of no use
-    convert: Callable[[Record], list[Record]]  # one row to its records; raises Bad
+    kind: Kind  # kind of its records: text, dialogs or comparisons
+    hub: str  # hub repository, or URL of one JSON file; empty: generated from a seed
+    needs: frozenset[str]  # keys that a row must have
+    convert: Callable[[Record], list[Record]]  # returns the records of one row; raises Bad
     licence: str
     citation: str
-    size: str  # how much there is, and how much to fetch
-    fetch: str  # which file to fetch by hand
+    size: str  # number of rows, and download size
+    fetch: str  # which file to download for --files
     options: Mapping[str, str] = field(default_factory=dict)  # for datasets.load_dataset: the configuration or folder
-    units: Callable[[Iterable[Any]], Iterator[Any]] = iter  # regroups rows into one row a dialog
-    sample: int = 0  # records that a stage builds by itself; 0: all of them
-    note: str = ""  # what became of the rows that is not plain from the source
+    units: Callable[[Iterable[Any]], Iterator[Any]] = iter  # regroups rows into one row per dialog
+    sample: int = 0  # how many records a stage builds automatically; 0: all
+    note: str = ""  # how the conversion changes the rows
 
     @property
     def address(self) -> str:
-        """Where a person finds it."""
+        """The URL of the set."""
         return self.hub if "://" in self.hub else HUB + self.hub
 
 
 @dataclass(frozen=True)
 class Built:
-    """What `build` wrote: the records, and the card that says what they are."""
+    """What `build` wrote: the path of the records, and their data card."""
 
     path: Path
     card: dict[str, Any]
 
     def describe(self) -> str:
-        """Counts and terms in one sentence."""
+        """Counts and licence as one line."""
         card = self.card
         dropped = f"dropped {reasons(card['dropped'])}" if card["dropped"] else "none dropped"
         return f"{self.path}: {card['kept']:,} {card['kind']}, {dropped}. Licence: {card['licence']}."
 
 
 def _hh(subset: str, size: str, note: str = "") -> Source:
-    """A subset of HH-RLHF."""
+    """The source of a subset of HH-RLHF."""
     return Source(
         "comparisons", "Anthropic/hh-rlhf", frozenset(("chosen", "rejected")), from_pair,
         licence="MIT", citation="arXiv:2204.05862", size=size, fetch=f"{subset}/train.jsonl.gz",
@@ -139,14 +139,14 @@ SETS: dict[str, Source] = {
 
 
 def build(name: str, folder: str | Path, *, limit: int = 0, files: Sequence[str] = (), seed: int = 1) -> Built:
-    """Write `<folder>/<name>.jsonl` and its cards, from the hub or from `files`; `limit` records at most, 0 is all.
+    """Write `<folder>/<name>.jsonl` and its cards, from the hub or from `files`; at most `limit` records, 0 for all.
 
-    Raises UserError where the set cannot be had, and names the file to fetch by hand.
+    Raises UserError if the set cannot be read, and names the file to download.
     """
     check(name in SETS, f"There is no public data set {name!r}: choose from {', '.join(SETS)}.")
-    check(limit >= 0, f"--limit is {limit}; give how many records to build, or 0 for all.")
+    check(limit >= 0, f"--limit is {limit}: give the number of records to build, or 0 for all.")
     source, path = SETS[name], Path(folder) / f"{name}.jsonl"
-    check(bool(source.hub) or not files, f"{name} is made here from --seed: leave --files out.")
+    check(bool(source.hub) or not files, f"{name} is generated from --seed: remove --files.")
     if files:
         origin, rows = ", ".join(Path(file).name for file in files), _from_files(source, files)
     elif source.hub:
@@ -169,7 +169,7 @@ def build(name: str, folder: str | Path, *, limit: int = 0, files: Sequence[str]
 
 
 def _converted(name: str, source: Source, rows: Iterable[Any], dropped: Counter[str]) -> Iterator[Record]:
-    """The records of all rows; what is dropped is counted with its reason."""
+    """The records of all rows; dropped rows are counted by reason."""
     kept = 0
     for row in source.units(rows):
         try:
@@ -179,11 +179,11 @@ def _converted(name: str, source: Source, rows: Iterable[Any], dropped: Counter[
             continue
         kept += len(records)
         yield from records
-    why = reasons(dropped) or "there was none"
-    check(kept > 0, f"{name} gave no record that can be used ({why}): {_by_hand(name, source)}")
+    why = reasons(dropped) or "there were no rows"
+    check(kept > 0, f"{name} has no usable record ({why}): {_by_hand(name, source)}")
 
 
-# ---------------------------------------------------------------- where rows come from
+# ---------------------------------------------------------------- the rows of a source
 
 
 def _from_files(source: Source, files: Sequence[str]) -> Iterator[Any]:
@@ -192,7 +192,7 @@ def _from_files(source: Source, files: Sequence[str]) -> Iterator[Any]:
 
 
 def _from_hub(name: str, source: Source) -> Iterator[Any]:
-    """Rows streamed from the hub. Whatever goes wrong there, the cure is the same: the file, fetched by hand."""
+    """Rows streamed from the hub. The cure for every failure is the same: download the file and give `--files`."""
     try:
         if "://" in source.hub:
             with urllib.request.urlopen(source.hub, timeout=60) as reply:
@@ -201,7 +201,7 @@ def _from_hub(name: str, source: Source) -> Iterator[Any]:
             import datasets  # slow to import
 
             yield from datasets.load_dataset(source.hub, split="train", streaming=True, **source.options)
-    except Exception as error:  # datasets, huggingface_hub, httpx, aiohttp and pyarrow have no other base in common
+    except Exception as error:  # datasets, huggingface_hub, httpx, aiohttp and pyarrow share no other base class
         said = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
         gated = "gated" in said.lower() or type(error).__name__ == "GatedRepoError"
         terms = f"accept its terms at {source.address} and log in with `hf auth login`, or " if gated else ""
@@ -210,9 +210,9 @@ def _from_hub(name: str, source: Source) -> Iterator[Any]:
 
 
 def _by_hand(name: str, source: Source) -> str:
-    """The local route, in words."""
+    """The instruction to build the set from a downloaded file."""
     return (
-        f"fetch it by hand ({source.fetch}) where there is a network and run "
+        f"download it on a machine with network access ({source.fetch}) and run "
         f"`python -m instruct_llama data {name} --files PATH`."
     )
 
@@ -221,7 +221,7 @@ def _by_hand(name: str, source: Source) -> str:
 
 
 def _page(card: Mapping[str, Any]) -> str:
-    """The card for people."""
+    """The data card as a Markdown page."""
     options = "".join(f", {key} {value}" for key, value in card["options"].items())
     published = f" ({card['published_at']})" if card["published_at"] else ""
     facts = {

@@ -1,21 +1,23 @@
-"""Local files to records, recognised by their content.
+"""Read local files into records; the format is recognised by the content.
 
 A file holds one kind of record:
 
 | kind          | record                                                                                |
 |---------------|---------------------------------------------------------------------------------------|
 | `text`        | `{"text": paragraph}`                                                                 |
-| `dialogs`     | `{"messages": [turns, an answer last]}`                                               |
-| `comparisons` | `{"prompt": [turns, a user turn last], "completions": [best, …, worst]}`              |
-| `prompts`     | `{"prompt": [turns, a user turn last]}`                                               |
+| `dialogs`     | `{"messages": [turns, the last one the assistant's]}`                                 |
+| `comparisons` | `{"prompt": [turns, the last one the user's], "completions": [best, …, worst]}`       |
+| `prompts`     | `{"prompt": [turns, the last one the user's]}`                                        |
 
-and one of these shapes, each also gzipped: plain text; JSON lines (or one JSON list) of our own records, whose prompt
-may be a str, or of `{"prompt", "completion" or "response"}`; of public preference pairs
-`{"chosen", "rejected"}` as anthropics/hh-rlhf writes them ("\\n\\nHuman: … \\n\\nAssistant: …", or lists of messages);
-of instructions `{"instruction", "input", "output"}` (Alpaca) or `{"instruction", "instances"}` (Self-Instruct).
+Its format is plain text, or JSON lines (or one JSON list) of
 
-In our own shapes a bad record is an error with its line number: whoever wrote it can mend it. In the public shapes it
-is dropped whole, and counted with its reason. Public sets, by name and of any size, are the business of `public_sets`.
+- our own records, whose prompt may be a str, or `{"prompt", "completion" or "response"}`;
+- public preference pairs `{"chosen", "rejected"}`, as in Anthropic/hh-rlhf ("\\n\\nHuman: … \\n\\nAssistant: …") or as
+  lists of messages;
+- instructions `{"instruction", "input", "output"}` (Alpaca) or `{"instruction", "instances"}` (Self-Instruct).
+
+Any of these may be gzipped. A bad record in our own formats is an error with its line number, since the user can fix
+it. In the public formats it is dropped and counted by reason. `public_sets` builds named public sets of any size.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Records:
-    """What `read` found in a file."""
+    """The records that `read` returns for a file."""
 
     path: Path
     kind: Kind
@@ -53,7 +55,7 @@ class Records:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Counts of what was kept and what was dropped, with reasons."""
+        """The counts of kept and of dropped records, the latter by reason."""
         return {"file": str(self.path), "kind": self.kind, "kept": len(self.records), "dropped": dict(self.dropped)}
 
     def describe(self) -> str:
@@ -65,15 +67,15 @@ class Records:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Records of real data that no stage has trained on, those of validation; a part that they do not have is empty."""
+    """Validation records of real data, which no stage trains on; a kind that the data does not have is empty."""
 
-    dialogs: Sequence[Any] = ()  # message lists, an answer last
+    dialogs: Sequence[Any] = ()  # message lists that end with an assistant turn
     comparisons: Sequence[Any] = ()  # prompts with ranked completions, best first
-    prompts: Sequence[Any] = ()  # message lists, a user turn last
+    prompts: Sequence[Any] = ()  # message lists that end with a user turn
 
 
 def read(path: str | Path) -> Records:
-    """Read a local file. Raises UserError with the file, the line where there is one, and the cure."""
+    """Read a local file. Raises UserError with the file, the line if there is one, and the cure."""
     path = Path(path)
     text = "\n".join(line for _, line in lines(path))
     check(bool(text.strip()), f"{path} is empty: give a file with text or records.")
@@ -84,11 +86,11 @@ def read(path: str | Path) -> Records:
 
 
 class Bad(ValueError):
-    """A record that cannot be used; the message is the reason, particulars in brackets."""
+    """Raised for an unusable record; the message is the reason, with details in brackets."""
 
     @property
     def reason(self) -> str:
-        """The reason without the particulars, to count by."""
+        """The reason without the details, for counting."""
         return str(self).split(" (")[0]
 
 
@@ -96,9 +98,9 @@ class Bad(ValueError):
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, Any]] | None:
-    """Every JSON value with the place it stands at ("line 3"), or None for plain text."""
+    """Every JSON value with its position ("line 3"), or None for plain text."""
     if re.match(r"\s*\[\s*\{", text):
-        with suppress(ValueError, RecursionError):  # else it may be text that begins so
+        with suppress(ValueError, RecursionError):  # if it does not parse, it may be plain text
             return [(f"record {number}", row) for number, row in enumerate(json.loads(text), 1)]
     if ".json" not in path.name.lower() and re.match(r'\s*\{\s*"', text) is None:
         return None
@@ -107,7 +109,7 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Any]] | None:
 
 
 def _paragraphs(text: str, longest: int = 4000) -> Iterator[str]:
-    """What stands between blank lines; what is longer than `longest` characters is cut, at a line's end if possible."""
+    """The paragraphs between blank lines; those longer than `longest` characters are cut, at a line end if possible."""
     for paragraph in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")):
         while len(paragraph) > longest:
             cut = paragraph.rfind("\n", 0, longest) + 1 or paragraph.rfind(" ", 0, longest) + 1 or longest
@@ -126,7 +128,7 @@ def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Records:
     shape = next((shape for shape in _SHAPES if keys >= shape[0]), None)
     check(
         shape is not None,
-        f"{path} {place} has the keys {sorted(keys)}, which are no known shape: give records with messages, with "
+        f"{path} {place} has the keys {sorted(keys)}, which match no known format: give records with messages, with "
         "prompt and completions, with chosen and rejected, with instruction and output, or with text.",
     )
     needed, kind, strict, convert = shape
@@ -139,12 +141,12 @@ def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Records:
             if strict:
                 raise _refusal(path, place, bad) from bad
             dropped[bad.reason] += 1
-    check(bool(items), f"Every record of {path} was dropped: {reasons(dropped)}. Mend the file or give another.")
+    check(bool(items), f"Every record of {path} was dropped: {reasons(dropped)}. Fix the file or give another.")
     return Records(path, kind, items, dict(dropped.most_common()))
 
 
 def use(row: Any, needed: Set[str], convert: Callable[[Record], list[Record]]) -> list[Record]:
-    """The records of one row, which must be an object with the `needed` keys. Raises Bad: why it gives none."""
+    """The records of one row, which must be an object with the `needed` keys. Raises Bad with the reason if not."""
     if not isinstance(row, dict):
         raise Bad("it is not a JSON object")
     if missing := sorted(needed - set(row)):
@@ -153,7 +155,7 @@ def use(row: Any, needed: Set[str], convert: Callable[[Record], list[Record]]) -
 
 
 def _refusal(path: Path, place: str, bad: Bad) -> UserError:
-    return UserError(f"{path} {place} cannot be used, {bad}: mend or delete the record.")
+    return UserError(f"{path} {place} cannot be used, {bad}: fix or delete the record.")
 
 
 def _from_text(row: Record) -> list[Record]:
@@ -167,21 +169,21 @@ def _from_messages(row: Record) -> list[Record]:
 
 
 def from_ranked(row: Record) -> list[Record]:
-    """A prompt, a str or messages, with two or more completions, best first."""
+    """A comparison: a prompt (a str or messages) with two or more completions, best first."""
     prompt, completions = _prompt(row), row["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
         raise Bad("completions is not a list of two or more texts")
     for number, text in enumerate(completions, 1):
         if not isinstance(text, str) or not text.strip():
-            raise Bad(f"an answer is empty (completion {number})")
+            raise Bad(f"a response is empty (completion {number})")
         if text in completions[: number - 1]:
             raise Bad(f"two completions are equal (completion {number})")
     return [{**row, "prompt": prompt}]
 
 
 def _from_answered(row: Record) -> list[Record]:
-    answer = filled(row, "completion" if "completion" in row else "response")
-    return [{"messages": [*_prompt(row), {"role": "assistant", "content": answer}]}]
+    response = filled(row, "completion" if "completion" in row else "response")
+    return [{"messages": [*_prompt(row), {"role": "assistant", "content": response}]}]
 
 
 def _from_prompt(row: Record) -> list[Record]:
@@ -189,7 +191,7 @@ def _from_prompt(row: Record) -> list[Record]:
 
 
 def from_pair(row: Record) -> list[Record]:
-    """A public preference pair: two dialogs that differ in the last answer only (arXiv:2204.05862)."""
+    """A public preference pair: two dialogs that differ only in the last assistant turn (arXiv:2204.05862)."""
     chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise Bad("the prompts differ")
@@ -199,7 +201,7 @@ def from_pair(row: Record) -> list[Record]:
 
 
 def _side(row: Record, key: str) -> list[Message]:
-    """One side of a preference pair as checked messages, an answer last."""
+    """One side of a preference pair as checked messages that end with an assistant turn."""
     value = row.get(key)
     if isinstance(value, str) and "prompt" in row:
         value = [*_prompt(row), {"role": "assistant", "content": value}]
@@ -214,7 +216,7 @@ def _side(row: Record, key: str) -> list[Message]:
 
 
 def from_instruction(row: Record) -> list[Record]:
-    """Instructions as Alpaca or Self-Instruct writes them: the input, where there is one, stands below."""
+    """An instruction of Alpaca or Self-Instruct: its input, if there is one, follows the instruction in the prompt."""
     instances = row.get("instances", [row])
     if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
         raise Bad("instances is not a list of objects")
@@ -222,18 +224,18 @@ def from_instruction(row: Record) -> list[Record]:
     for one in instances:
         instruction, given = filled(row, "instruction"), one.get("input") or ""
         prompt = f"{instruction}\n\n{given}" if given else instruction
-        answer = {"role": "assistant", "content": filled(one, "output")}
-        records.append({"messages": [{"role": "user", "content": prompt}, answer]})
+        response = {"role": "assistant", "content": filled(one, "output")}
+        records.append({"messages": [{"role": "user", "content": prompt}, response]})
     return records
 
 
 def filled(row: Record, key: str) -> str:
-    """A text that is not empty."""
+    """The text under a key. Raises Bad if it is no text or empty."""
     value = row.get(key)
     if not isinstance(value, str):
         raise Bad(f"{key} is not a text")
     if not value.strip():
-        raise Bad("an answer is empty" if key in ("completion", "response", "output") else f"{key} is empty")
+        raise Bad("a response is empty" if key in ("completion", "response", "output") else f"{key} is empty")
     return value
 
 
@@ -246,22 +248,22 @@ def _prompt(row: Record) -> list[Message]:
 
 
 def checked(messages: Any, last: str) -> list[Message]:
-    """The messages, if they alternate, end with a turn of `last` and leave none empty."""
+    """The messages. Raises Bad unless they alternate, end with a turn of role `last`, and none is empty."""
     if not isinstance(messages, list):
         raise Bad("the turns are not a list of messages")
     if problem := dialog_problem(messages):
         raise Bad(problem)
     for number, message in enumerate(messages, 1):
         if not message["content"].strip():
-            what = "an answer is empty" if message["role"] == "assistant" else "a turn is empty"
+            what = "a response is empty" if message["role"] == "assistant" else "a turn is empty"
             raise Bad(f"{what} (turn {number})")
     if messages[-1]["role"] != last:
         what = "dialog does not end" if last == "assistant" else "prompt ends"
-        raise Bad(f"the {what} with an answer")
+        raise Bad(f"the {what} with an assistant turn")
     return messages
 
 
-# the keys that tell a shape, the kind it becomes, whether a bad record is an error, and how one row is read
+# keys that identify a format, kind of its records, whether a bad record is an error, converter of one row
 _SHAPES = (
     ({"chosen", "rejected"}, "comparisons", False, from_pair),
     ({"instruction", "output"}, "dialogs", False, from_instruction),
@@ -276,15 +278,15 @@ _SHAPES = (
 
 
 def reasons(dropped: dict[str, int]) -> str:
-    """What was dropped, in words."""
+    """The dropped counts by reason, as text."""
     return ", ".join(f"{count:,} because {reason}" for reason, count in dropped.items())
 
 
-# ---------------------------------------------------------------- what a stage asks for
+# ---------------------------------------------------------------- records for a stage
 
 
 def as_texts(records: Records) -> list[str]:
-    """Running text, for the tokenizer and pretraining; a dialog gives its turns, the best answer last."""
+    """Running text for the tokenizer and pretraining; a comparison gives its prompt and best completion."""
     if records.kind == "text":
         return [record["text"] for record in records.records]
     if records.kind == "prompts":
@@ -293,7 +295,7 @@ def as_texts(records: Records) -> list[str]:
 
 
 def stream_texts(path: str | Path) -> Iterator[str]:
-    """`as_texts(read(path))`, one text at a time: JSON lines of text are never held whole, so may be of any size."""
+    """`as_texts(read(path))` as an iterator; JSON lines of text are streamed, so the file may be of any size."""
     path = Path(path)
     numbered = ((number, line) for number, line in lines(path) if line.strip())
     number, first = next(numbered, (0, ""))
@@ -308,7 +310,7 @@ def stream_texts(path: str | Path) -> Iterator[str]:
 
 
 def _holds_text(line: str) -> bool:
-    """Whether the line is a record of text and nothing else that is known."""
+    """Whether the line is a record of kind `text`."""
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
         return isinstance(row, dict) and next((kind for keys, kind, *_ in _SHAPES if set(row) >= keys), "") == "text"
@@ -316,7 +318,7 @@ def _holds_text(line: str) -> bool:
 
 
 def as_dialogs(records: Records) -> list[Record]:
-    """`{"messages"}` records, for SFT; a comparison gives its prompt with the best completion."""
+    """`{"messages"}` records for SFT; a comparison gives its prompt with the best completion."""
     if records.kind == "comparisons":
         return [
             {"messages": [*record["prompt"], {"role": "assistant", "content": record["completions"][0]}]}
@@ -327,14 +329,14 @@ def as_dialogs(records: Records) -> list[Record]:
 
 
 def as_comparisons(records: Records) -> list[Record]:
-    """`{"prompt", "completions"}` records, best completion first, for the reward model."""
+    """`{"prompt", "completions"}` records for the reward model, the best completion first."""
     wanted = 'comparisons, such as {"prompt": …, "completions": [best, …, worst]} or {"chosen": …, "rejected": …}'
     _must_be(records, ("comparisons",), wanted)
     return records.records
 
 
 def as_prompts(records: Records) -> list[Record]:
-    """`{"prompt"}` records, each a list of messages that ends with a user turn, for PPO; answers are left out."""
+    """`{"prompt"}` records for PPO, each a list of messages that ends with a user turn; responses are removed."""
     if records.kind == "dialogs":
         return [_grouped(record, {"prompt": record["messages"][:-1]}) for record in records.records]
     _must_be(records, ("prompts", "comparisons"), 'prompts, such as {"prompt": …}, dialogs or comparisons')
@@ -342,23 +344,23 @@ def as_prompts(records: Records) -> list[Record]:
 
 
 def _grouped(record: Record, made: Record) -> Record:
-    """What was made of a record, with its group, where it has one."""
+    """`made` with the group of the record that it was made from, if there is one."""
     return {**made, "group": record["group"]} if "group" in record else made
 
 
 def _must_be(records: Records, kinds: Sequence[str], wanted: str) -> None:
-    check(records.kind in kinds, f"{records.path} holds {records.kind}; this needs {wanted}: give such a file.")
+    check(records.kind in kinds, f"{records.path} holds {records.kind}: give a file of {wanted}.")
 
 
-# ---------------------------------------------------------------- split and write
+# ---------------------------------------------------------------- splitting and writing
 
 
 def split(records: Any, heldout_fraction: float) -> tuple[Any, Any]:
-    """Training and held-out part of `Records`, or of a list of records, texts or prompts, each in its order.
+    """The training and the held-out part of `Records`, or of a list of records, texts or prompts, in the given order.
 
-    A record's side depends on its `group`, else its text, else its first user turn, alone: no prompt stands on both
-    sides, not even as the start of a longer dialog; a record keeps its side when the data grows; and a file's dialogs,
-    comparisons and prompts are split alike.
+    The part depends only on a record's `group`, else its text, else its first user turn. So no prompt is in both
+    parts, not even as the start of a longer dialog; a record stays in its part when the data grows; and a file's
+    dialogs, comparisons and prompts are split alike.
     """
     if isinstance(records, Records):
         train, heldout = split(records.records, heldout_fraction)
@@ -370,14 +372,14 @@ def split(records: Any, heldout_fraction: float) -> tuple[Any, Any]:
 
 
 def is_heldout(record: Any, heldout_fraction: float) -> bool:
-    """The side of one record, or of one text or prompt, by its content alone."""
-    check(0 <= heldout_fraction < 1, f"The held-out fraction {heldout_fraction} must lie in [0, 1).")
+    """Whether a record, text or prompt is held out, which depends on its content alone."""
+    check(0 <= heldout_fraction < 1, f"The held-out fraction {heldout_fraction} must be in [0, 1).")
     digest = hashlib.sha256(_content(record).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < heldout_fraction  # uniform in [0, 1)
 
 
 def _content(record: Any) -> str:
-    """What a record is split by, without the case and spacing that near-copies differ in."""
+    """The text that determines a record's part, normalised so that copies that differ in case or spacing agree."""
     if isinstance(record, dict):
         keys = ("text", "messages", "prompt")
         record = str(record["group"]) if "group" in record else next(record[key] for key in keys if key in record)
@@ -387,7 +389,7 @@ def _content(record: Any) -> str:
 
 
 def write_jsonl(path: str | Path, records: Iterator[Record] | Sequence[Record]) -> int:
-    """Write records as JSON lines, atomically; returns their count."""
+    """Write records as JSON lines, atomically; return their count."""
     count = 0
     with atomic(path) as temporary, open(temporary, "wb") as file:
         for record in records:

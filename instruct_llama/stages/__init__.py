@@ -1,1 +1,1 @@
-"""One module a stage: its mathematics as small functions, and `run(settings, inputs) -> StageResult`."""
+"""One module per stage: its losses and metrics as small functions, and `run(settings, inputs) -> StageResult`."""

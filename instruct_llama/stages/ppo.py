@@ -1,7 +1,7 @@
-"""Stage 4, PPO from human preferences: from the folders of an SFT and a reward model to that of a better policy.
+"""Stage 4, RLHF with PPO: train the SFT model as a policy against the reward model.
 
-The algorithm is in `rlhf.ppo`. Here are its inputs, the loop over iterations with validation, logs and saves, and the
-adaptive KL coefficient.
+The algorithm is in `rlhf.ppo`. This module has its inputs, the loop over iterations with validation, logs and
+checkpoints, and the adaptive KL coefficient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Actors = FourModels | SharedBase
 
 
 def response_texts(tokenizer: Tokenizer, rollouts: Rollouts) -> list[str]:
-    """The answers as text, for people and for the true reward; training never sees these (P38)."""
+    """The responses as text, for logs and the true reward; training uses token ids only (P38)."""
     return [
         tokenizer.decode(ids[keep].tolist())
         for ids, keep in zip(rollouts.responses, rollouts.response_mask, strict=True)
@@ -39,7 +39,7 @@ def response_texts(tokenizer: Tokenizer, rollouts: Rollouts) -> list[str]:
 
 
 def true_rewards(tokenizer: Tokenizer, rollouts: Rollouts, prompts: Sequence[Any]) -> list[float]:
-    """The embedded world's true reward of each answer."""
+    """The true reward of each response, from the embedded world."""
     texts = response_texts(tokenizer, rollouts)
     return [tinychat.true_reward(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -47,7 +47,7 @@ def true_rewards(tokenizer: Tokenizer, rollouts: Rollouts, prompts: Sequence[Any
 def iteration_metrics(
     actors: Actors, config: PPOConfig, rollouts: Rollouts, kl_coef: float, prompts: Sequence[Any] | None
 ) -> dict[str, float]:  # fmt: skip
-    """The curves of an iteration, with the true reward where the embedded world knows it."""
+    """The metrics of an iteration, with the true reward if `prompts` are of the embedded world."""
     metrics = rollout.rollout_metrics(rollouts, config, kl_coef)
     if prompts is not None:
         metrics["ppo/true_reward"] = float(np.mean(true_rewards(actors.tokenizer, rollouts, prompts)))
@@ -57,7 +57,7 @@ def iteration_metrics(
 def rollout_records(
     tokenizer: Tokenizer, rollouts: Rollouts, n: int, prompts: Sequence[Any] | None
 ) -> list[dict[str, Any]]:
-    """The first n episodes token by token, for samples.jsonl and the rollout browser."""
+    """The first n rollouts token by token, for samples.jsonl and the rollout browser."""
     texts, made = response_texts(tokenizer, rollouts), []
     for i in range(min(n, len(rollouts))):
         keep = rollouts.response_mask[i]
@@ -78,7 +78,7 @@ def rollout_records(
 def evaluate_policy(
     actors: Actors, config: PPOConfig, prompts: list[list[int]], true_prompts: Any, kl_coef: float
 ) -> dict[str, float]:  # fmt: skip
-    """Score, KL, objective and true reward on held-out prompts, from a fixed seed."""
+    """Mean score, KL, objective and true reward of responses to held-out prompts, sampled from a fixed seed."""
     rollouts = ppo.generate_responses(actors, config, prompts, seeds.generator(actors.device, 0, "validation"))
     ppo.score_rollouts(actors, config, rollouts)
     kl = rollouts.kl()  # (B,)
@@ -91,23 +91,23 @@ def evaluate_policy(
 
 
 def is_better(figures: dict[str, float], best: dict[str, float], kl_coef: float, doubt: float = 0.0) -> bool:
-    """Whether a policy's objective exceeds the best one's, less `doubt`, both at today's KL coefficient.
+    """Whether a policy's objective exceeds the best one's minus `doubt`, both at the current KL coefficient.
 
-    An adaptive coefficient moves, and objectives under different coefficients do not compare.
+    Objectives at different coefficients are not comparable, and an adaptive coefficient changes.
     """
     worth = [found["score"] - kl_coef * found["kl"] for found in (figures, best) if found]
     return not best or worth[0] > worth[1] - doubt
 
 
 def build(settings: Settings, inputs: Sequence[Path]) -> tuple[Actors, list[Dialog], dict[str, Any]]:
-    """The networks of the layout, over `inputs`; the demonstrations to mix in; what config.json holds."""
+    """The actors of the layout, loaded from `inputs`; demonstrations for the PTX loss; the fields of config.json."""
     config = settings.ppo
     shared = config.layout == "shared_base"
-    # The first of the places is the policy's: there it generates its responses, and learns from them.
+    # The first device is the policy's: it generates and trains there.
     device, *_ = map(pick_device, (config.devices if not shared else ()) or (settings.device,))
     check(
         distributed.world_size() == 1 or not (config.offload_inactive or config.devices),
-        "ppo.offload_inactive and ppo.devices move whole networks of one process: under torchrun, take "
+        "ppo.offload_inactive and ppo.devices move whole networks of one process: under torchrun, use "
         "parallel.cpu_offload.",
     )
     start, reward = inputs
@@ -127,7 +127,7 @@ def build(settings: Settings, inputs: Sequence[Path]) -> tuple[Actors, list[Dial
 
 
 def fit_prompts(settings: Settings, actors: Actors) -> tuple[list[Any], list[list[int]], list[Any], list[list[int]]]:
-    """(messages, token ids) of the training and of the held-out prompts, without those too long for the context."""
+    """Messages and token ids of the training prompts, then of the held-out ones, without those that are too long."""
     limit = settings.ppo.max_new_tokens
     room, found = rollout.max_prompt_length(actors.context, settings.ppo), []
     for prompts in records.prompts(settings):
@@ -145,7 +145,7 @@ def fit_prompts(settings: Settings, actors: Actors) -> tuple[list[Any], list[lis
 
 
 def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
-    """PPO from `inputs`: the folders of the model to start from, and of the reward model."""
+    """Train a policy with PPO; `inputs` are the folders of the model to start from and of the reward model."""
     folder = training_folder("ppo", settings)
     actors, demonstrations, info = build(settings, inputs)
     settings = records.with_data(settings, settings.ppo.data)
@@ -200,7 +200,8 @@ def _loop(
                 true_prompts = valid[: config.eval_prompts] if world else None
                 figures = evaluate_policy(actors, config, valid_ids[: config.eval_prompts], true_prompts, kl_coef)
                 metrics |= {f"val/{key}": value for key, value in figures.items()}
-                # The last policy, its learning rate spent, is kept unless it is worse by more than a standard error.
+                # The last policy, at the end of the learning rate schedule, is saved as the best one unless it is
+                # worse by more than a standard error.
                 doubt = figures["objective_stderr"] if iteration == config.iterations else 0.0
                 if is_better(figures, best, kl_coef, doubt):
                     best = {"step": iteration, **figures}

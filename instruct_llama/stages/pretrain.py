@@ -1,6 +1,6 @@
 """Stage 1, pretraining: predict the next token of running text, from random weights.
 
-Text becomes one long file of token ids; a training record is a window of it (LLaMA, arXiv:2302.13971, section 2).
+The text becomes one long array of token ids; a training example is a window of it (LLaMA, arXiv:2302.13971, section 2).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .start import training_folder
 
 
 def language_model_loss(model: Llama, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy summed over the batch's targets in nats, and the number of targets guessed right."""
+    """Cross-entropy in nats and number of correct argmax predictions, both summed over the batch's targets."""
     logits = model(batch.tokens, segment_ids=batch.segment_ids)  # (B, T, V)
     loss, _ = cross_entropy_sum(logits, batch.targets, batch.loss_mask)
     return loss, {"accuracy": float(correct_sum(logits.detach(), batch.targets, batch.loss_mask))}
@@ -55,7 +55,7 @@ def language_model_metrics(model: Llama, batches: Iterable[Batch], precision: st
 
 
 def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap, np.memmap]:
-    """The vocabulary and the token files (training, held out), made once and reused when nothing has changed."""
+    """The tokenizer and the token arrays (training, held out), which are reused if texts and settings are unchanged."""
     train, valid = records.texts(settings)
     with distributed.main_first():
         stamp = f"{_digest(chain(train, [''], valid))} {settings.init}\n{to_json(settings.tokenizer)}"
@@ -64,7 +64,7 @@ def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap
         if not (there and stamp_file.read_text(encoding="utf-8") == stamp):
             tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
             tokenizer.save(folder)
-            # A file's texts are documents, each with its end token; tinychat's are paragraphs, eight to a document.
+            # A file's texts are documents, each with its end token; tinychat's are paragraphs, eight per document.
             newline, size = tokenizer.encode("\n")[-1], 1 if settings.data else 8
             for file, texts in zip(files, (train, valid), strict=True):
                 bar = tqdm(texts, desc=f"{file.stem} tokens", unit=" texts", disable=None, leave=False)
@@ -77,7 +77,7 @@ def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap
 
 
 def _digest(texts: Iterable[str]) -> str:
-    """SHA-256 of texts, one at a time: they may be more than memory holds."""
+    """SHA-256 of the texts, streamed, since they may not fit in memory."""
     digest = hashlib.sha256()
     for number, text in enumerate(texts):
         digest.update(b"\0" * (number > 0) + text.encode("utf-8", "replace"))
@@ -85,19 +85,19 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def train_tokenizer(settings: Settings, corpus: Iterable[str]) -> Tokenizer:
-    """A SentencePiece vocabulary from the corpus, or from `--tokenizer.files` where some are given."""
+    """A SentencePiece tokenizer, trained on `--tokenizer.files` if given, else on the corpus."""
     if files := settings.tokenizer.files:
         corpus = (text for file in files for text in sources.stream_texts(file))
     return Tokenizer.train(corpus, settings.tokenizer.vocab_size, settings.tokenizer.max_chars)
 
 
 def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
-    """Pretrain from random weights, or go on from `settings.init`: then the first of `inputs`."""
+    """Pretrain from random weights, or continue from `settings.init`, which is then the first of `inputs`."""
     config, folder = settings.pretrain, training_folder("pretrain", settings)
     device, settings = pick_device(settings.device), records.with_data(settings, config.data)
     shape = checkpoint.shape_of(Path(settings.init)) if settings.init else None
     context = (shape or settings.model).max_seq_len
-    check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context, {context}: lower it.")
+    check(config.seq_len <= context, f"pretrain.seq_len {config.seq_len} exceeds the context of {context}: lower it.")
     memory.check_room(settings, "pretrain", str(device), shape, distributed.world_size())
     log = RunLog(folder, settings, "pretrain", inputs, watch)
     model = checkpoint.load_full(settings.init, device)[0] if settings.init else None

@@ -1,4 +1,4 @@
-"""Where a stage's records come from: the embedded world, or the file or public set given with `--data`."""
+"""The records of a stage, from the embedded world or from the file or public set given with `--data`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..data.tokenizer import Tokenizer
 from ..training import distributed
 from ..worlds import tinychat
 
-HELDOUT_FRACTION = 0.05  # share of a file's prompts that validation keeps to itself
-HELDOUT_TEXTS = 0.02  # the same of its running text
+HELDOUT_FRACTION = 0.05  # share of a file's prompts held out for validation
+HELDOUT_TEXTS = 0.02  # the same for running text
 
 
 def with_data(settings: Settings, usual: str) -> Settings:
-    """The settings with `data` filled in: --data where it is given, else what the stage usually trains on."""
+    """The settings with `data` set: --data if it is given, else the stage's default data."""
     return settings.replace(data=settings.data or usual or None)
 
 
 def data_path(settings: Settings) -> Path | None:
-    """The file that `--data` names: a path, or a public set in data/, which is built first where it is not there."""
+    """The path of the file or public set that `--data` names; a set that is missing in data/ is built first."""
     if settings.data not in public_sets.SETS:
         return Path(settings.data) if settings.data else None
     name, folder = settings.data, project_folder() / "data"
@@ -42,7 +42,7 @@ def data_path(settings: Settings) -> Path | None:
 
 @dataclass(frozen=True)
 class Texts:
-    """One side of a file's texts, read anew whenever they are gone through: a file may be larger than memory."""
+    """The training or the held-out texts of a file, streamed in each iteration, since it may not fit in memory."""
 
     path: Path
     heldout: bool
@@ -61,7 +61,7 @@ def texts(settings: Settings) -> tuple[Iterable[str], Iterable[str]]:
         train, valid = Texts(path, False), Texts(path, True)
     else:
         train, valid = sources.split(list(tinychat.corpus(settings.seed, settings.world.corpus_chars)), HELDOUT_TEXTS)
-    if next(iter(valid), None) is None:  # a text of one piece: its end is held out
+    if next(iter(valid), None) is None:  # no text was held out: hold out the end of the last one
         *train, whole = train
         cut = len(whole) - max(1, len(whole) // 20)
         train, valid = [*train, whole[:cut]], [whole[cut:]]
@@ -69,7 +69,7 @@ def texts(settings: Settings) -> tuple[Iterable[str], Iterable[str]]:
 
 
 def demonstrations(settings: Settings) -> tuple[list[Any], list[Any]]:
-    """Dialogs to imitate: (training, held out), each a list of message lists."""
+    """Dialogs for SFT: (training, held out), each a list of message lists."""
     if path := data_path(settings):
         train, valid = _split_file(settings, sources.as_dialogs(sources.read(path)))
     else:
@@ -88,7 +88,7 @@ def comparisons(settings: Settings) -> tuple[list[Any], list[Any]]:
 
 
 def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
-    """Prompts to answer, as message lists: (training, held out)."""
+    """Prompts for PPO: (training, held out), each a list of message lists."""
     if path := data_path(settings):
         train, valid = _split_file(settings, sources.as_prompts(sources.read(path)))
         return [r["prompt"] for r in train], [r["prompt"] for r in valid]
@@ -97,17 +97,17 @@ def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
 
 
 def check_vocabularies(policy: Path, reward: Path) -> None:
-    """Raise `UserError` unless two run folders read the same token ids alike: else every score is meaningless."""
+    """Raise `UserError` unless the tokenizers of two run folders agree; otherwise the scores would be meaningless."""
     first, second = (Tokenizer.load(folder).fingerprint() for folder in (policy, reward))
     check(
         first == second,
-        f"The vocabularies of {shown(policy)} and {shown(reward)} differ, so the one's token ids mean other text to "
-        "the other: train the reward model from the run that the policy starts from, or from its base.",
+        f"The vocabularies of {shown(policy)} and {shown(reward)} differ, so the same token ids are different texts: "
+        "train the reward model from the run that the policy starts from, or from its base.",
     )
 
 
 def heldout(settings: Settings) -> HeldOut:
-    """What validation kept to itself of the data of each stage; a kind that a file does not have is left empty."""
+    """The held-out records of each stage's data; a kind that a file does not have is empty."""
     found: dict[str, list[Any]] = {}
     for name, usual, read in (
         ("dialogs", settings.sft.data, demonstrations), ("comparisons", settings.reward.data, comparisons),
@@ -123,5 +123,5 @@ def heldout(settings: Settings) -> HeldOut:
 def _split_file(settings: Settings, records: list[Any]) -> tuple[list[Any], list[Any]]:
     train, valid = sources.split(records, HELDOUT_FRACTION)
     if not train or not valid:
-        raise UserError(f"{settings.data} holds {len(records)} usable records, too few to hold some out: give more.")
+        raise UserError(f"{settings.data} holds {len(records)} usable records, too few for a held-out part: give more.")
     return train, valid

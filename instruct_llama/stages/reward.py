@@ -1,9 +1,9 @@
-"""Stage 3, the reward model: a scalar head that learns from ranked answers which of two is better.
+"""Stage 3, reward modelling: train a language model with a scalar head on ranked completions.
 
-InstructGPT (arXiv:2203.02155, section 3.5): all K(K-1)/2 pairs of one prompt's answers come from one forward pass.
-Here they share one row too: the prompt is read once, and each answer sees it and itself.
-Comparisons among the SFT model's own samples teach it the mistakes that PPO will meet. Two auxiliary losses, off by
-default, help a small network: see `reward_loss`.
+As in InstructGPT (arXiv:2203.02155, section 3.5), one forward pass gives all K(K-1)/2 pairs of a prompt's completions.
+They also share one row: the prompt is read once, and each completion attends to it and to itself. Comparisons of SFT
+samples bring the training data closer to PPO's responses. Two auxiliary losses, off by default, help a small model:
+see `reward_loss`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from ..worlds import tinychat
 from . import records
 from .start import training_folder
 
-Ranked = list[list[int]]  # prompt with completion as token ids, best first
+Ranked = list[list[int]]  # token ids of a prompt with each completion, best first
 
 
 def reward_loss(
     model: ScalarLlama, batch: RankedBatch, config: RewardConfig
 ) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
-    """Training loss summed over prompts, and sums over prompts of what to log.
+    """The training loss summed over prompts, and the metrics to log, summed over prompts.
 
-    The ranking loss of the scores at the end tokens, and two auxiliary losses for a network that has yet to learn what
-    is true: `token_coef` times `token_loss`, `lm_coef` times `lm_loss`. Neither changes what a score is, and the "loss"
-    to log leaves them out, so that it compares with the one of validation.
+    The loss is the ranking loss of the scores at the end tokens plus two auxiliary losses: `token_coef` times
+    `token_loss` and `lm_coef` times `lm_loss`. The auxiliary losses do not change how a response is scored. The logged
+    "loss" excludes them, so it is comparable with the validation loss.
     """
     hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids)  # (P, T, D)
     per_token = model.head(hidden)  # (P, T)
@@ -60,22 +60,22 @@ def reward_loss(
 
 
 def token_loss(per_token: torch.Tensor, batch: RankedBatch) -> torch.Tensor:
-    """Ranking loss, summed over prompts, of the mean of per_token (P, T) over each answer's own tokens: a scalar.
+    """Ranking loss, summed over prompts, of the mean of per_token (P, T) over each completion's own tokens: a scalar.
 
-    What all answers begin with is no answer's own. Each token gets a gradient so, the one that makes an answer false
-    too. A verifier that judges every token learns better than one that judges the last (Cobbe et al., arXiv:2110.14168,
-    section 4.3).
+    The shared prefix is excluded. Every own token gets a gradient, also the one that makes a completion wrong. A
+    verifier trained to predict a value at every token does better than one at the last token only (Cobbe et al.,
+    arXiv:2110.14168, section 4.3).
     """
     own = batch.segment_ids[batch.prompt] == batch.rank[:, None] + 1  # (N, T)
     return ranking_loss(response_mean(per_token[batch.prompt], own), batch.prompt, batch.rank) * batch.weight
 
 
 def lm_loss(model: ScalarLlama, hidden: torch.Tensor, batch: RankedBatch) -> torch.Tensor:
-    """Negative log-likelihood per token of each prompt's best answer, summed over prompts: a scalar, in nats.
+    """Mean negative log-likelihood per token of each best completion, summed over prompts: a scalar, in nats.
 
-    hidden (P, T, D). The first token that is the answer's own is not counted. The loss keeps the trunk able to say what
-    it is to judge (Yang et al., arXiv:2406.10216, section 3.2). The logits come from the embeddings, which must be
-    tied: `run` checks it.
+    hidden (P, T, D). The completion's first own token is not counted. The loss regularises the hidden states, so that
+    they still generate text (Yang et al., arXiv:2406.10216, section 3.2). The logits come from the token embeddings,
+    which must be tied: `run` checks it.
     """
     best = (batch.segment_ids[:, 1:] == 1) & (batch.segment_ids[:, :-1] == 1)  # (P, T-1)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -86,7 +86,7 @@ def lm_loss(model: ScalarLlama, hidden: torch.Tensor, batch: RankedBatch) -> tor
 
 
 def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision: str = "fp32") -> dict[str, float]:
-    """Loss per prompt, pair accuracy, and mean and deviation of the scores of better and worse answers."""
+    """Loss per prompt, pair accuracy, and mean and standard deviation of chosen and rejected scores."""
     device = next(model.parameters()).device
     chosen, rejected, loss, prompts = [], [], 0.0, 0
     for batch in batches:
@@ -116,9 +116,9 @@ def sample_comparisons(
     policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, temperature: float, seed: int,
     ppo: PPOConfig,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Answers that the SFT model itself gives, ranked by the noisy labeller; equal and endless ones are left out.
+    """Responses of the SFT model, ranked by the noisy labeller, without duplicates or responses without an end token.
 
-    They are sampled as PPO samples, by the settings `ppo`; `temperature` is the labeller's.
+    They are sampled with PPO's settings `ppo`; `temperature` is the labeller's.
     """
     generator = seeds.generator(next(policy.parameters()).device, seed, "sft_samples")
     labeller, made = seeds.python_random(seed, "labeller"), []
@@ -142,7 +142,7 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
     """Token ids of the comparisons that fit. Raises `UserError` when none does."""
     fitted = [fit_comparison(tokenizer, c["prompt"], c["completions"], seq_len) for c in comparisons]
     kept = [item for item in fitted if item is not None]
-    check(bool(kept), f"None of the {len(fitted)} comparisons fits reward.seq_len {seq_len}: raise it, say twofold.")
+    check(bool(kept), f"None of the {len(fitted)} comparisons fits reward.seq_len {seq_len}: raise it, say double it.")
     if len(kept) < len(fitted):
         print(f"{len(fitted) - len(kept)} of {len(fitted)} comparisons are longer than {seq_len} tokens: dropped.")
     return kept
@@ -151,7 +151,7 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
 def reference_responses(
     policy: Llama, tokenizer: Tokenizer, prompts: Sequence[Any], config: RewardConfig, seed: int, ppo: PPOConfig
 ) -> Rollouts:
-    """What the reference policy answers to the first prompts, sampled as PPO will; their scores set the normaliser."""
+    """The reference policy's responses to the first prompts, sampled as in PPO, to fit the score normaliser on."""
     generator = seeds.generator(next(policy.parameters()).device, seed, "reference_responses")
     room = rollout.max_prompt_length(policy.config.max_seq_len, ppo)
     encoded = [fit_prompt(tokenizer, prompt, room) for prompt in prompts]
@@ -162,9 +162,9 @@ def reference_responses(
 
 @torch.no_grad()
 def fit_normaliser(model: ScalarLlama, rollouts: Rollouts, size: int = 256) -> dict[str, float]:
-    """Mean and deviation of the raw score over answers of the reference policy, fitted once (P21), `size` at a time.
+    """Mean and standard deviation of the raw scores of the reference responses (P21), computed `size` at a time.
 
-    Answers without an end do not count, for PPO gives them a stated score; all count where none ends.
+    Responses without an end token are excluded, since PPO gives them a fixed score; if none has one, all are included.
     """
     counted = rollouts.has_eos if bool(rollouts.has_eos.any()) else torch.ones_like(rollouts.has_eos)  # (B,)
     rows = counted.nonzero()[:, 0].tolist()
@@ -174,9 +174,9 @@ def fit_normaliser(model: ScalarLlama, rollouts: Rollouts, size: int = 256) -> d
 
 
 def prepare(base: Path, settings: Settings) -> ScalarLlama:
-    """A scalar model over the base's trunk; with adapters, only they and the head train.
+    """A model with a scalar head on the base's hidden states; with LoRA, only the adapter and the head are trained.
 
-    Where the base is itself an adapter run, the new adapter lies over the same weights and starts from that one.
+    If the base is itself an adapter run, the new adapter uses the same base weights and is initialised from that one.
     """
     config, device = settings.reward, pick_device(settings.device)
     checkpoint.check_kind(base, "lm")
@@ -199,40 +199,40 @@ def prepare(base: Path, settings: Settings) -> ScalarLlama:
 
 
 def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[list[Ranked], list[Ranked]]:
-    """Training and held-out comparisons as tokens: labellers' answers, and the share sampled from the SFT model."""
+    """Training and held-out comparisons as token ids; a share of the training ones is sampled from the SFT model."""
     config, temperature = settings.reward, settings.world.temperature
     train, valid = records.comparisons(settings)
     if not settings.data and config.sample_share > 0:
         n_sampled = round(len(train) * config.sample_share)
-        # a draw of its own, which shares training prompts with PPO's
+        # a separate random stream; some of its training prompts are PPO's too
         prompts = tinychat.prompts(seeds.derive(settings.seed, "sft_sample_prompts"), n_sampled, split="train")
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed, settings.ppo)
-        own = distributed.broadcast_from_main(own)  # the same records for all, whatever their GPUs round
+        own = distributed.broadcast_from_main(own)  # the same records in all processes, despite rounding on their GPUs
         train = [*train[: len(train) - n_sampled], *own]
     return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
 
 
 def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
-    """Train from the first of `inputs`; the last is the SFT model that PPO will start from."""
+    """Train a reward model from the first of `inputs`; the last is the SFT model that PPO will start from."""
     config = settings.reward
     folder, device = training_folder("reward", settings), pick_device(settings.device)
-    base, sft = inputs[0], inputs[-1]  # where it starts, and whose responses are compared
+    base, sft = inputs[0], inputs[-1]  # the model to start from, and the model whose responses are ranked
     settings = records.with_data(settings, config.data)
     check(
         config.lm_coef == 0 or checkpoint.shape_of(base).tie_embeddings,
-        f"{base} has an output layer of its own, which a reward model drops: set reward.lm_coef to 0.",
+        f"{base} has an untied output layer, which a reward model drops: set reward.lm_coef to 0.",
     )
     memory.check_room(settings, "reward", str(device), checkpoint.shape_of(base), distributed.world_size())
     log = RunLog(folder, settings, "reward", inputs, watch)
     how = load_options(config.lora, config.quant, config.loop.precision)
     checkpoint.check_kind(sft, "lm")
-    quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter knows its own
+    quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter run stores its own
     policy, tokenizer = checkpoint.load(sft, device, quant=quant, dtype=how["dtype"])
     with autocast(config.loop.precision, device):
         train, valid = gather(settings, policy, tokenizer)
         prompts = records.prompts(settings)[0]
         reference = reference_responses(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
-    del policy  # its memory is wanted for training
+    del policy  # frees its memory for training
     model, size = prepare(base, settings), config.loop.batch_size
     valid = valid[: config.loop.eval_batches * size]
     valid_batches = [ranked_batch(valid[i : i + size], tokenizer.pad_id) for i in range(0, len(valid), size)]

@@ -1,6 +1,6 @@
-"""Stage 2, supervised fine-tuning: imitate demonstrations. Full weights, LoRA, or LoRA over a 4-bit base (QLoRA).
+"""Stage 2, supervised fine-tuning on demonstrations: full fine-tuning, LoRA, or LoRA on a 4-bit base (QLoRA).
 
-The loss is pretraining's; only the mask differs: it counts the assistant's tokens and their end, nothing else.
+The loss is that of pretraining; the mask counts only the assistant's tokens and their end tokens.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Any], seq_len: int) -> list[D
     fitted = [fit_dialog(tokenizer, messages, seq_len) for messages in dialogs]
     kept = [dialog for dialog in fitted if dialog is not None]
     if not kept:
-        raise UserError(f"None of the {len(fitted)} dialogs fits seq_len {seq_len}: raise it, for example twofold.")
+        raise UserError(f"None of the {len(fitted)} dialogs fits seq_len {seq_len}: raise it, for example double it.")
     if len(kept) < len(fitted):
         print(f"{len(fitted) - len(kept)} of {len(fitted)} dialogs are longer than seq_len {seq_len} and were dropped.")
     return kept
 
 
 def prepare(model: Llama, settings: Settings) -> Llama:
-    """Choose what trains: everything, all but the first layers, or adapters (over a 4-bit base)."""
+    """Set up what is trained: all weights, all but the first layers, or adapters (on a 4-bit base)."""
     config = settings.sft
-    if not lora.is_quantized(model):  # else its weights were put into 4 bits as they were read
+    if not lora.is_quantized(model):  # else its weights were quantized on loading
         lora.quantize(model, config.quant)
     if config.lora.rank:
         lora.add_adapter(model, "sft", config.lora, seeds.generator("cpu", settings.seed, "adapter", "sft"))
@@ -54,7 +54,7 @@ def prepare(model: Llama, settings: Settings) -> Llama:
 
 
 def prompts_to_show(settings: Settings, tokenizer: Tokenizer, room: int) -> list[Any]:
-    """Three held-out prompts for the text samples; of a file, the first three that leave room for an answer."""
+    """Three held-out prompts for the text samples; of a file, the first three of at most `room` tokens."""
     if not settings.data:
         return list(tinychat.FIXED_PROMPTS)
     fitting = (p for p in records.prompts(settings)[1] if len(tokenizer.encode_prompt(p)) <= room)

@@ -1,7 +1,7 @@
-"""Whether a stage trains at all: what its folder holds already, and whose folder it must not be.
+"""Decide whether a stage has to train, from what its folder holds, and check that it overwrites no other run.
 
-A finished run of the same settings is taken as it is, one of other settings is refused, and `--overwrite` trains anew
-beside it: the old run stays as it is until the new one has finished.
+A finished run with the same settings is reused, one with other settings is an error. `--overwrite` retrains in a
+separate folder: the old run stays unchanged until the new one has finished.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ..training.run_log import identity, saved_states
 
 
 def run_folder(stage: str, settings: Settings) -> Path:
-    """Where a finished run of a stage lies."""
+    """The folder of a stage's finished run."""
     config = getattr(settings, stage)
     return settings.out_dir / getattr(config, "run_name", config.name)
 
 
 def training_folder(stage: str, settings: Settings) -> Path:
-    """Where a stage writes while it trains: its run folder, or beside it where that one holds something finished."""
+    """The folder that a stage writes to while it trains: its run folder, or a hidden one if that holds a checkpoint."""
     folder = run_folder(stage, settings)
     return folders.replacement_path(folder) if distributed.broadcast_from_main(holds_other(folder)) else folder
 
 
 def holds_other(folder: Path) -> bool:
-    """Whether a folder holds a finished run, or a checkpoint that is none of ours."""
+    """Whether a folder holds a finished run, or a checkpoint of another tool."""
     if (folder / "adapter_config.json").is_file():  # an exported PEFT adapter
         return True
     try:
@@ -38,9 +38,9 @@ def holds_other(folder: Path) -> bool:
 
 
 def is_done(stage: str, folder: Path, settings: Settings, read: Sequence[Path]) -> bool:
-    """Whether a finished run of these settings and of the inputs `read` lies in the folder.
+    """Whether the folder holds a finished run with these settings and the inputs `read`.
 
-    Raises `UserError` for one of other settings or inputs, unless it is to be overwritten or was begun to be.
+    Raises `UserError` for a finished run with other ones, unless `--overwrite` is set or an interrupted one is resumed.
     """
     if settings.overwrite or not holds_other(folder):
         return False
@@ -50,16 +50,16 @@ def is_done(stage: str, folder: Path, settings: Settings, read: Sequence[Path]) 
         other = checkpoint.changed_inputs(checkpoint.read_info(folder), checkpoint.fingerprints(read))
     if not other:
         return True
-    if settings.resume and saved_states(folders.replacement_path(folder)):  # an interrupted --overwrite goes on
+    if settings.resume and saved_states(folders.replacement_path(folder)):  # an interrupted --overwrite is resumed
         return False
     raise UserError(
         f"{'--resume: ' * settings.resume}{shown(folder)} holds a finished run of other {other}: give "
-        f"those, choose another --out or --{stage}.name, or start anew with --overwrite."
+        f"those, choose another --out or --{stage}.name, or retrain with --overwrite."
     )
 
 
 def what_differs(stage: str, folder: Path, settings: Settings) -> str:
-    """How a finished run's settings are not the given ones, in words; empty where they are the same."""
+    """The differences between a finished run's settings and the given ones, as text; empty if there are none."""
     try:
         info = checkpoint.read_info(folder)
     except UserError:
@@ -77,7 +77,7 @@ def what_differs(stage: str, folder: Path, settings: Settings) -> str:
 
 
 def flatten(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Nested settings as a flat dict with dotted names."""
     made: dict[str, Any] = {}
     for key, value in settings.items():
         made |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
@@ -85,17 +85,17 @@ def flatten(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def check_name(stage: str, folder: Path) -> None:
-    """Raise `UserError` where a stage is named after another one's folder, which that one fills."""
+    """Raise `UserError` if a stage's folder has the name of another stage's folder."""
     owner = folders.STAGE_OF.get(folder.name, stage)
     check(owner == stage, f"{folder.name} is the folder of the stage {owner}, which {stage} would overwrite: "
           f"choose another --{stage}.name.")  # fmt: skip
 
 
 def check_inputs(stage: str, folder: Path, read: Sequence[Path]) -> None:
-    """Raise `UserError` where a stage would write over what it reads: its start, or the base under an adapter there."""
+    """Raise `UserError` if a stage would overwrite one of its inputs, or the base of an adapter among them."""
     bases = (base for path in read if (path / "config.json").is_file() for base in checkpoint.read_folders(path))
     for path in (*read, *bases):
         check(
             path.resolve() != folder.resolve(),
-            f"{stage} would overwrite {shown(path)}, from which it starts: choose another --{stage}.name or --init.",
+            f"{stage} would overwrite {shown(path)}, which it reads: choose another --{stage}.name or --init.",
         )

@@ -1,4 +1,4 @@
-"""Worlds whose truth is known: tinychat, with its true reward, and the enumerable language, with its best policy."""
+"""Worlds with a known ground truth: tinychat has a true reward, the enumerable language has a known optimal policy."""
 
 from . import enumerable, tinychat
 

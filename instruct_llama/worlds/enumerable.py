@@ -1,19 +1,19 @@
-"""The enumerable language: a world so small that the best possible policy is known in closed form.
+"""The enumerable language: a world so small that the optimal policy is known in closed form.
 
-An answer is a handful of letters, so all answers can be listed, and with them everything that PPO only estimates: the
-expected score, the KL to the reference, their gradients. For a reference `ref`, a score r(y) and a coefficient beta,
+A response is a few letters, so all responses can be enumerated. This gives the exact values that PPO only estimates:
+expected score, KL to the reference, and their gradients. For a reference `ref`, a score r(y) and a coefficient beta,
 
     J(pi) = E_pi[r(y)] - beta KL(pi || ref)   is largest at   pi*(y) = ref(y) exp(r(y) / beta) / Z,
     J* = beta log Z,   Z = sum_y ref(y) exp(r(y) / beta)
 
-(Ziegler et al., arXiv:1909.08593, section 2). A correct PPO climbs from J(ref) to J*. One that is wrong by one token,
-one sign or one mask stops short of it, though its curves look healthy.
+(Ziegler et al., arXiv:1909.08593, section 2). A correct PPO raises J from J(ref) to J*. With a bug in one token offset,
+sign or mask it does not reach J*, though its curves look healthy.
 
-Two languages differ in where an answer ends. In `fixed()` every answer has 4 letters and then the end token. In
-`variable()` the end token may come at any time, and an answer without one within 4 tokens gets the score
-`missing_eos_score`, whatever the reward table thinks of it.
+Two languages differ in where a response ends. In `fixed()` every response has 4 letters and then the end token. In
+`variable()` the end token may come at any position, and a response without one within 4 tokens gets the score
+`missing_eos_score` instead of the one in the reward table.
 
-A answers in all, N tokens of the longest one, V tokens in the vocabulary, R prefixes.
+Sizes: A responses, N tokens of the longest one, V tokens in the vocabulary, R prefixes.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from ..config import ModelConfig
 if TYPE_CHECKING:
     from ..model.llama import KVCache
 
-PAD, BOS, EOS = 0, 1, 2  # ids; BOS is the whole prompt, the letters follow from 3
+PAD, BOS, EOS = 0, 1, 2  # ids; the prompt is BOS alone, the letters start at 3
 FIRST_LETTER = 3
 SPECIAL_PIECES = ("<pad>", "<s>", "</s>")
-DEPTH = 4  # letters of the longest answer
+DEPTH = 4  # letters of the longest response
 
 
 @dataclass(frozen=True, eq=False)
 class Language:
-    """All answers of a small language, their scores and a reference policy. Serves PPO as its tokenizer as well."""
+    """All responses of a small language, their scores and a reference policy. It is also PPO's tokenizer."""
 
     name: str
     vocab_size: int  # V, the special tokens included
     max_new_tokens: int  # N
     beta: float  # weight of the KL in the objective
-    missing_eos_score: float  # score of an answer without an end token
-    prefixes: tuple[tuple[int, ...], ...]  # R beginnings of answers: the empty one, the unended ones, the ended ones
-    n_unended: int  # how many of them have no end token
-    row_of: Tensor  # (n_codes + 1,) int64: which prefix a number stands for, see `code_of`; 0 if none
-    legal: Tensor  # (N, V) bool: which tokens may stand at a position
-    responses: Tensor  # (A, N) int64: every answer, PAD after its end
+    missing_eos_score: float  # score of a response without an end token
+    prefixes: tuple[tuple[int, ...], ...]  # R prefixes of responses: the empty one, the unended ones, the ended ones
+    n_unended: int  # number of prefixes without an end token
+    row_of: Tensor  # (n_codes + 1,) int64: index of the prefix with a code, see `code_of`; 0 if none
+    legal: Tensor  # (N, V) bool: which tokens are allowed at a position
+    responses: Tensor  # (A, N) int64: every response, PAD after its end
     response_mask: Tensor  # (A, N) bool: True up to and including the end token
-    has_eos: Tensor  # (A,) bool: has an end token
-    scores: Tensor  # (A,) float32: r(y), missing_eos_score where not ended
+    has_eos: Tensor  # (A,) bool: whether it has an end token
+    scores: Tensor  # (A,) float32: r(y), or missing_eos_score without an end token
     reference_logits: Tensor  # (n_unended, V) float32: of the token after each unended prefix
-    reward_table: Tensor  # (R,) float32: what a reward model says of each prefix, ended or not
+    reward_table: Tensor  # (R,) float32: the reward model's score of each prefix, ended or not
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     suppress_tokens = (PAD, BOS)
@@ -67,11 +67,11 @@ class Language:
 
     @property
     def n_codes(self) -> int:
-        """Numbers below this may stand for a prefix."""
+        """The number of possible codes: every prefix has a code below this."""
         return self.vocab_size**self.max_new_tokens
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each id in writing: a, b, c … and </s>."""
+        """Each id as text: a, b, c … and </s>."""
         return [SPECIAL_PIECES[i] if i < FIRST_LETTER else chr(ord("a") + i - FIRST_LETTER) for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -80,20 +80,20 @@ class Language:
 
 
 def fixed(seed: int = 1) -> Language:
-    """6 letters, answers of exactly 4, then the end token: 1,296 answers, none of them cut off."""
+    """6 letters, responses of exactly 4 and the end token: 1,296 responses, none of them truncated."""
     return _build("fixed", n_letters=6, early_end=False, beta=0.5, missing_eos_score=0.0, seed=seed)
 
 
 def variable(seed: int = 45) -> Language:
-    """5 letters and the end token, answers of at most 4 tokens: 156 that end and 625 that are cut off.
+    """5 letters and the end token, responses of at most 4 tokens: 156 that end and 625 that are truncated.
 
-    Every seed is another language; under this one, an untrained end token and a KL counted over padding cost much.
+    The default seed is a language in which an untrained end token, or a KL that includes padding, lowers J a lot.
     """
     return _build("variable", n_letters=5, early_end=True, beta=0.5, missing_eos_score=-2.0, seed=seed)
 
 
 def code_of(prefix: Sequence[int], vocab_size: int) -> int:
-    """A prefix read as a number whose digits are token ids. No two share one, since no prefix begins with PAD = 0."""
+    """A prefix as a number whose digits are its token ids. Codes are unique, since no prefix begins with PAD = 0."""
     code = 0
     for token in prefix:
         code = code * vocab_size + token
@@ -117,7 +117,7 @@ def _build(name: str, n_letters: int, early_end: bool, beta: float, missing_eos_
 
     generator = torch.Generator().manual_seed(seed)
     reference_logits = torch.randn(len(words), vocab_size, generator=generator)
-    reference_logits[:, EOS] -= 1.0  # it rarely stops by itself: stopping is for PPO to learn
+    reference_logits[:, EOS] -= 1.0  # the reference rarely stops: PPO has to learn it
     reward_table = _rewards(prefixes, vocab_size, generator)
     is_ended = torch.tensor([answer[-1] == EOS for answer in ended + cut])
     raw = reward_table[row_of[[code_of(answer, vocab_size) for answer in ended + cut]]]  # (A,)
@@ -132,8 +132,11 @@ def _build(name: str, n_letters: int, early_end: bool, beta: float, missing_eos_
 
 
 def _rewards(prefixes: tuple[tuple[int, ...], ...], vocab_size: int, generator: torch.Generator) -> Tensor:
-    """The score of each prefix: (R,). Rugged but learnable: a letter counts by its place (the first most) and by its
-    left neighbour, saying anything is worth 0.8 but every letter costs 0.4, and each prefix has a whim of its own."""
+    """The score of each prefix: (R,).
+
+    It is the sum of a term per letter and position (largest for the first), a term per pair of neighbours, 0.8 if there
+    is any letter, -0.4 per letter, and noise per prefix.
+    """
     by_place = torch.randn(DEPTH, vocab_size, generator=generator) * torch.tensor([[1.0], [0.5], [0.5], [0.5]])
     by_neighbour = 0.5 * torch.randn(vocab_size, vocab_size, generator=generator)
     whims = 0.5 * torch.randn(len(prefixes), generator=generator)
@@ -148,20 +151,21 @@ def _rewards(prefixes: tuple[tuple[int, ...], ...], vocab_size: int, generator: 
 
 
 class PrefixTable(nn.Module):
-    """The freest policy there is: a row of learnable logits per prefix; with `scalar`, one number (a value or a score).
+    """A tabular policy: a row of learnable logits per prefix; with `scalar`, one number (a value or a score).
 
-    It is called and sampled from like a `Llama`. Its prefix is what follows the last BOS. At the end token and the
-    padding after it, a policy repeats the logits that the end was chosen from: finite, moving, and for nobody to count.
+    It has the interface of `Llama`. The prefix is what follows the last BOS. At the end token and the padding after it,
+    a policy repeats the logits that the end token was sampled from: finite and trainable, so that a loss or KL which
+    wrongly counts these positions changes.
     """
 
     def __init__(self, language: Language, table: Tensor | None = None, *, scalar: bool = False) -> None:
         super().__init__()
         n_rows = len(language.prefixes) if scalar else language.n_unended
         width = 1 if scalar else language.vocab_size
-        self.config = ModelConfig(  # the shape of the cache that keeps a row's past tokens
+        self.config = ModelConfig(  # shape of the KV cache, which holds a row's past tokens
             language.vocab_size, dim=2, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=1 + language.max_new_tokens
         )
-        self.tok_embeddings = nn.Embedding(n_rows, width)  # (R, V) or (R, 1): the table, by its Llama name
+        self.tok_embeddings = nn.Embedding(n_rows, width)  # (R, V) or (R, 1): the table, named as in Llama
         with torch.no_grad():
             self.tok_embeddings.weight.copy_(torch.zeros(n_rows, width) if table is None else table.view(-1, width))
         self.scalar, self.vocab_size, self.n_codes = scalar, language.vocab_size, language.n_codes
@@ -175,11 +179,11 @@ class PrefixTable(nn.Module):
         self.register_buffer("legal", legal, persistent=False)
 
     def hidden(self, tokens: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> the table's rows at each of them: logits (B, T, V) float32, or (B, T, 1) with `scalar`."""
+        """tokens (B, T) -> the table's row at each position: logits (B, T, V) float32, or (B, T, 1) with `scalar`."""
         n_new = tokens.shape[1]
         if cache is not None:
             keys = tokens[:, None, :, None].float().expand(-1, 1, -1, 2)  # (B, 1, T, 2)
-            tokens = cache.append(0, keys, keys)[0][:, 0, :, 0].long()  # (B, S): what was read before, too
+            tokens = cache.append(0, keys, keys)[0][:, 0, :, 0].long()  # (B, S): past and new tokens
             cache.length += n_new
         code, rows = torch.zeros_like(tokens[:, 0]), []  # (B,)
         for t in range(tokens.shape[1]):
@@ -192,7 +196,7 @@ class PrefixTable(nn.Module):
         return found if self.scalar else found.masked_fill(~self.legal[row], -torch.inf)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """What `hidden` returns is the output already."""
+        """The identity: `hidden` already returns the output."""
         return hidden
 
     def forward(self, tokens: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -206,26 +210,26 @@ class PrefixTable(nn.Module):
 
 @dataclass(frozen=True)
 class Exact:
-    """What a policy is worth, summed over all answers, not estimated. Scalars that can be differentiated."""
+    """Exact expectations under a policy, summed over all responses: differentiable scalars."""
 
     objective: Tensor  # J = score - beta KL
     score: Tensor  # E[r]
-    kl: Tensor  # KL(policy || reference), nats per answer
-    ended: Tensor  # probability that an answer ends
+    kl: Tensor  # KL(policy || reference), nats per response
+    ended: Tensor  # probability that a response has an end token
 
 
 def reference(language: Language) -> PrefixTable:
-    """The reference policy, as a model of its own (a fresh copy each time)."""
+    """The reference policy as a model (a new copy on each call)."""
     return PrefixTable(language, language.reference_logits)
 
 
 def reward_model(language: Language) -> PrefixTable:
-    """The reward table as a model: its score of the answer so far at every position (B, T)."""
+    """The reward table as a model: the score of the prefix at every position (B, T)."""
     return PrefixTable(language, language.reward_table, scalar=True)
 
 
 def response_logprobs(language: Language, model: nn.Module) -> Tensor:
-    """log-probability of every token of every answer under a model: (A, N), 0 after the end."""
+    """The log-probability of every token of every response under a model: (A, N), 0 after the end."""
     starts = torch.full_like(language.responses[:, :1], BOS)
     logits = model(torch.cat([starts, language.responses[:, :-1]], dim=1))  # (A, N, V)
     logprobs = logits.masked_fill(~language.legal, -torch.inf).log_softmax(dim=-1)
@@ -239,7 +243,7 @@ def _reference_logprobs(language: Language, ref: nn.Module | None) -> Tensor:
 
 
 def evaluate(language: Language, policy: nn.Module, ref: nn.Module | None = None) -> Exact:
-    """The exact worth of a policy against a reference (the language's own if not given)."""
+    """The exact objective, score and KL of a policy against a reference (default: the language's)."""
     logprobs = response_logprobs(language, policy).sum(dim=1)  # (A,)
     probability = logprobs.exp()
     score = (probability * language.scores).sum()
@@ -248,18 +252,18 @@ def evaluate(language: Language, policy: nn.Module, ref: nn.Module | None = None
 
 
 def optimal_logprobs(language: Language, ref: nn.Module | None = None) -> Tensor:
-    """log pi*(y) of every answer: (A,)."""
+    """log pi*(y) of every response: (A,)."""
     return (_reference_logprobs(language, ref) + language.scores / language.beta).log_softmax(dim=0)
 
 
 def best_objective(language: Language, ref: nn.Module | None = None) -> float:
-    """J* = beta log sum_y ref(y) exp(r(y) / beta): no policy does better."""
+    """J* = beta log sum_y ref(y) exp(r(y) / beta), the maximum of J over all policies."""
     tilted = _reference_logprobs(language, ref) + language.scores / language.beta  # (A,)
     return language.beta * tilted.logsumexp(dim=0).item()
 
 
 def gap_closed(language: Language, policy: nn.Module, ref: nn.Module | None = None) -> float:
-    """(J(policy) - J(ref)) / (J* - J(ref)): 0 at the reference, 1 at the best policy, negative if worse than ref."""
+    """(J(policy) - J(ref)) / (J* - J(ref)): 0 at the reference, 1 at the optimal policy, negative if worse than ref."""
     ref = ref or reference(language)
     with torch.no_grad():
         start = evaluate(language, ref, ref).objective.item()

@@ -1,12 +1,12 @@
 """tinychat, the embedded world: text, demonstrations, comparisons, prompts, and the true reward.
 
-Everything is made from a seed, in simple English, with no data file. Demonstrators respond well or badly in known
-shares (`demonstration_shares`), and the ideal response is not what they give most often: they evade what is hard and
-pad what is easy. A noisy labeller with a weakness for flattery ranks responses of known shares (`COMPARISON_SHARES`) at
-a known temperature, and the true reward, which no model sees, reads the text.
+Everything is generated from a seed, in simple English, without data files. Demonstrators give each kind of response
+with a known probability (`demonstration_shares`). Their most frequent response is not the ideal one: they evade hard
+questions and pad easy ones. A noisy labeller with a bias for flattery ranks responses of known kinds
+(`COMPARISON_SHARES`) at a known temperature. The true reward, which no model sees, is computed from the text.
 
-The corpus and everything that trains a model is made of prompts of the "train" split; "valid" is for looking up during
-training, "heldout" for the report card. `FIXED_PROMPTS`, the three that every notebook shows, are held out.
+The corpus and all training data use prompts of the "train" split; "valid" is for validation during training, "heldout"
+for the report card. `FIXED_PROMPTS`, the three that every notebook shows, are held out.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ SKILLS: tuple[str, ...] = tuple(skill.name for skill in ALL)
 
 
 def task_of(prompt: Prompt) -> tuple[Skill, Slots]:
-    """The skill that a prompt asks for and its slots. Raises ValueError for a prompt that is not of this world."""
+    """The skill that a prompt asks for, and its slots. Raises ValueError for a prompt that is not of this world."""
     task = find(as_messages(prompt))
     if task is None:
         last = "".join(message["content"] for message in as_messages(prompt)[-1:])
-        raise ValueError(f"The prompt {last!r} is none of tinychat's; take one from tinychat.prompts.")
+        raise ValueError(f"The prompt {last!r} is none of tinychat's: use one from tinychat.prompts.")
     return task
 
 
@@ -64,11 +64,11 @@ def skill_of(prompt: Prompt) -> str:
 
 
 def _check_split(split: str) -> None:
-    check(split in ("train", "valid", "heldout"), f"split is {split!r}; choose train, valid or heldout.")
+    check(split in ("train", "valid", "heldout"), f"split is {split!r}: choose train, valid or heldout.")
 
 
 def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
-    """`n` distinct prompts, the skills in turn; a skill that has run out of new prompts leaves its turns to the others.
+    """`n` distinct prompts that cycle through the skills; a skill without new prompts is left out from then on.
 
     A longer list with the same seed begins with the shorter one.
     """
@@ -76,7 +76,7 @@ def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
     rng = seeds.python_random(seed, "prompts", split)
     skills, seen, found = list(ALL), set(), []
     while len(found) < n:
-        check(bool(skills), f"tinychat has but {len(found)} different {split} prompts: ask for fewer than {n}.")
+        check(bool(skills), f"tinychat has only {len(found)} different {split} prompts: ask for fewer than {n}.")
         for skill in list(skills):
             for _ in range(100):
                 _, messages = draw(skill, rng, split)
@@ -94,22 +94,22 @@ def prompts(seed: int, n: int, split: Split = "train") -> list[list[Message]]:
 
 
 def ideal(prompt: Prompt) -> str:
-    """The ideal labeller's answer, the same every time."""
+    """The ideal response to a prompt; deterministic."""
     skill, slots = task_of(prompt)
     return skill.ideal(slots, seeds.python_random(0, "ideal", as_messages(prompt)[-1]["content"]))
 
 
 def answer(prompt: Prompt, kind: str, rng: random.Random) -> str:
-    """A response of this kind (one of `KINDS`)."""
-    check(kind in KINDS, f"the kind of response is {kind!r}; choose from {', '.join(KINDS)}.")
+    """A response of the given kind (one of `KINDS`)."""
+    check(kind in KINDS, f"the kind of response is {kind!r}: choose from {', '.join(KINDS)}.")
     return respond(*task_of(prompt), kind, rng)
 
 
 def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
-    """`n` dialogs {"messages": [...], "kind": ...} by demonstrators, in the shares of `demonstration_shares`.
+    """`n` dialogs {"messages": [...], "kind": ...} by demonstrators, with kinds drawn by `demonstration_shares`.
 
-    In a two-turn dialog the first response is ideal and the demonstrator gives the second. Prompts of small skills come
-    again, with other responses.
+    In a two-turn dialog the first response is ideal and the demonstrator gives the second. Prompts of skills with few
+    prompts repeat, with other responses.
     """
     _check_split(split)
     rng = seeds.python_random(seed, "demonstrations", split)
@@ -129,9 +129,9 @@ def demonstrations(seed: int, n: int, split: Split = "train") -> list[dict]:
 def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -> list[dict]:
     """`n` records {"prompt", "completions": [best ... worst], "kinds", "rewards", "utilities"} by a noisy labeller.
 
-    Each holds three to five different responses of different kinds, drawn by `COMPARISON_SHARES`, to a prompt of a
-    skill drawn by `COMPARISON_WEIGHTS`. In ranked order, `kinds` are theirs, `rewards` the true totals and `utilities`
-    what the labeller went by.
+    Each has three to five different responses of different kinds, drawn by `COMPARISON_SHARES`, to a prompt of a skill
+    drawn by `COMPARISON_WEIGHTS`. `kinds`, `rewards` (the true totals) and `utilities` (the labeller's) are in the
+    order of `completions`.
     """
     _check_split(split)
     rng = seeds.python_random(seed, "comparisons", split)
@@ -156,20 +156,20 @@ def comparisons(seed: int, n: int, temperature: float, split: Split = "train") -
 
 
 def utility(prompt: Prompt, response: str) -> float:
-    """What a response is worth to the labeller who ranks: its true reward, and `CHARM` more if it flatters.
+    """The utility of a response to the ranking labeller: its true reward, plus `CHARM` if it flatters.
 
-    People overrate answers that please them, and a reward model learns it from them (Sharma et al., arXiv:2310.13548).
+    Human preference data favours sycophantic responses, and reward models learn this (Sharma et al., arXiv:2310.13548).
     """
     return utility_of(*task_of(prompt), response)
 
 
 def rank(prompt: Prompt, completions: Sequence[str], temperature: float, rng: random.Random) -> list[str]:
-    """The different completions, best first, as a noisy labeller ranks them.
+    """The distinct completions as a noisy labeller ranks them, best first.
 
-    Plackett-Luce with utility / temperature, drawn by adding Gumbel noise to every utility; between any two completions
-    that is Bradley-Terry, P(first before second) = sigmoid((u1 - u2) / temperature).
+    The ranking is a Plackett-Luce sample with logits utility / temperature, drawn by adding Gumbel noise. For any two
+    completions this is Bradley-Terry: P(first before second) = sigmoid((u1 - u2) / temperature).
     """
-    check(temperature > 0, f"the labeller's temperature is {temperature}; it must be positive.")
+    check(temperature > 0, f"the labeller's temperature is {temperature}: it must be positive.")
     return _rank({text: utility(prompt, text) for text in completions}, temperature, rng)
 
 
@@ -179,10 +179,10 @@ def _rank(worth: dict[str, float], temperature: float, rng: random.Random) -> li
 
 
 def ranking_ceiling(utilities: Sequence[Sequence[float]], temperature: float) -> float:
-    """The best accuracy that any reward model can reach on rankings by `rank`, on average over the labeller's noise.
+    """The highest expected pair accuracy of any reward model on rankings by `rank`, given the labeller's noise.
 
-    `utilities` holds those of each ranked list. Over all pairs of each list, the mean of max(p, 1 - p) with
-    p = sigmoid(difference / temperature): 1/2 for two answers of the same worth.
+    `utilities` has one list per comparison. The result is the mean, over all pairs within a list, of max(p, 1 - p) with
+    p = sigmoid(difference / temperature): 1/2 for two responses of equal utility.
     """
     gaps = [abs(one - two) for ranked in utilities for one, two in itertools.combinations(ranked, 2)]
     return sum(1 / (1 + math.exp(-gap / temperature)) for gap in gaps) / len(gaps)
@@ -192,11 +192,10 @@ def ranking_ceiling(utilities: Sequence[Sequence[float]], temperature: float) ->
 
 
 def true_reward(prompt: Prompt, response: str) -> TrueReward:
-    """What a response is worth, read from the text alone. Raises ValueError for a prompt that is not of this world.
+    """The true reward of a response, from its text alone. Raises ValueError for a prompt that is not of this world.
 
-    The answer must come first and be one that the skill accepts; around it there may be only the insults and the
-    rambling of this world's labellers, before a full stop their flattery, and they cost. Anything else beside the
-    answer (a second claim, a quotation, the prompt again, prose that goes on) makes it wrong: there is nothing to gain
-    by saying more.
+    The response must state an answer that the skill accepts. Besides it, only this world's insults, rambling and,
+    before a full stop, flattery are allowed, and each lowers the reward. Any other text (a second claim, a quotation,
+    the prompt, further prose) makes the response incorrect: nothing is gained by saying more.
     """
     return reward_of(*task_of(prompt), response)

@@ -1,4 +1,4 @@
-"""The running text that a model of the embedded world is pretrained on."""
+"""The pretraining corpus of the embedded world."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .labellers import draw_kind, respond, writer_shares
 from .prompts import BY_NAME, READINGS, draw
 from .words import RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
 
-# How often a conversation is about each skill. The hard ones come oftener.
+# Relative frequency of each skill in conversations. Hard skills are more frequent.
 CORPUS_WEIGHTS = MappingProxyType(
     {
         "sum": 14, "opposite": 8, "count": 11, "reading": 7, "compare": 12, "list": 4, "fact": 8, "spell": 4,
         "refuse": 9, "follow-up": 9, "story": 10, "greet": 4,
     }
 )  # fmt: skip
-# How a conversation is told. In many ways, so that answering does not hang on one of them and the chat template is soon
-# one more; without quotation marks, so that a word is the same token here and in a chat; the speakers have no names, so
-# that a name is worth copying.
+# Formats of a conversation. There are many, so that answering generalises to a new one, the chat template. They have no
+# quotation marks, so that words are the same tokens as in a chat. Speakers have no names, so that every name in the
+# text is one to copy.
 FRAMES = (
     "The boy asked: {q} The girl said: {a}",
     "The child asked: {q} The teacher said: {a}",
@@ -34,11 +34,11 @@ FRAMES = (
 
 
 def corpus(seed: int, n_chars: int) -> Iterator[str]:
-    """Running English for pretraining, a short paragraph at a time, until `n_chars` characters have been given.
+    """Yield short paragraphs of English for pretraining until they have at least `n_chars` characters in all.
 
-    Four fifths are conversations told as prose, which carry the skills of the "train" prompts, a third of them about a
-    single statement; the rest is stories, descriptions, facts, series and a little small talk. Their writers respond in
-    the shares of `writer_shares`, not always ideally. There is no chat template: text gives language, not manners.
+    Four fifths are conversations in prose with prompts of the "train" split, almost a third of them about a single
+    statement. The rest is stories, descriptions, facts, series and small talk. The kinds of responses follow
+    `writer_shares`, so not all are ideal. There is no chat template: pretraining teaches language, not the chat format.
     """
     rng = seeds.python_random(seed, "corpus")
     writers = (_conversation, _lookup, _story, _description, _statements, _series, _small_talk)
@@ -59,11 +59,11 @@ def _conversation(rng: random.Random) -> str:
 
 
 def _lookup(rng: random.Random) -> str:
-    """One statement and its question: where there is little to look through, looking up is found out early.
+    """One statement and its question, the easiest case of copying an answer from the prompt.
 
-    Among two or three statements a small model guesses for long, and some seeds never stop: without these paragraphs
-    (and with windows that cut paragraphs), seed 3 of the laptop preset still guessed at colours after 1,800 steps; with
-    two thirds as many as now, it had learnt them by 1,500.
+    With two or three statements a small model takes long to learn copying, and with some seeds never does. Without
+    these paragraphs (and with windows that cut paragraphs), seed 3 of the laptop preset still guessed colours after
+    1,800 steps; with two thirds of their present number, it had learnt them by step 1,500.
     """
     said, asked, subjects, values = rng.choice(READINGS)
     x = rng.choice(subjects)

@@ -1,7 +1,7 @@
-"""The skills of talking: reading what was said, follow-up questions, refusals, greetings, stories; and the list of all.
+"""Conversational skills: reading comprehension, follow-up questions, refusals, greetings, stories; the list `ALL`.
 
-A prompt belongs to a split by a hash of its first user turn (pitfall P06): one in ten to "heldout", one in ten to
-"valid", the rest to "train".
+A hash of its first user turn determines the split of a prompt (pitfall P06): a tenth are "heldout", a tenth "valid",
+the rest "train".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .words import ANIMALS, COLOURS, ENDINGS, FEELINGS, MIDDLES, NAMES, OPENINGS
 
 Split = Literal["train", "valid", "heldout"]
 
-# The three prompts that every notebook shows. They are held out, whatever their hash says.
+# The three prompts that every notebook shows. They are held out regardless of their hash.
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is two plus three?",
     "Tom has a ball. Mia feels happy. What does Tom have?",
@@ -25,8 +25,8 @@ FIXED_PROMPTS: tuple[str, ...] = (
 )
 
 
-# What can be read: how it is said, asked and answered, and of what it may be said. Each kind has a verb of its own and
-# few words to choose from, which no other kind has: so a small model finds out sooner that it can look the answer up.
+# Kinds of statements: (statement, question, subjects, values). Each kind has its own verb and a few values that no
+# other kind has, so that a small model learns sooner to copy the answer from the prompt.
 READINGS = (
     ("the {x} looks {a}", "how does the {x} look?", tuple(t for t in THINGS if t not in TOYS), COLOURS[:4]),
     ("{x} feels {a}", "how does {x} feel?", NAMES, FEELINGS),
@@ -35,7 +35,10 @@ READINGS = (
 
 
 def _reading_forms() -> list[tuple[str, tuple[int, ...], int]]:
-    """(text, which of `READINGS` it states, which of them it asks): two or three statements of different kinds."""
+    """(text, indices into `READINGS` of its statements, index of the statement that is asked for) of every form.
+
+    A form has two or three statements of different kinds.
+    """
     forms = []
     for kinds in (*itertools.permutations(range(3), 2), *itertools.permutations(range(3), 3)):
         said = [_numbered(READINGS[kind][0], i) for i, kind in enumerate(kinds)]
@@ -51,7 +54,7 @@ def _numbered(text: str, i: int) -> str:
 
 
 class Reading(Skill):
-    """Two or three things are said, each of another kind, and one of them is asked for."""
+    """Two or three statements of different kinds, and a question about one of them."""
 
     name = "reading"
     table = _reading_forms()
@@ -73,11 +76,11 @@ class Reading(Skill):
         return len(set(subjects)) == len(subjects)
 
     def asked(self, slots: Slots) -> int:
-        """Which of the statements the question is about."""
+        """The index of the statement that the question is about."""
         return self.table[slots["form"]][2]
 
     def say(self, slots: Slots, i: int, a: str) -> str:
-        """Statement i with the word a."""
+        """Statement i with the value a."""
         return capital(READINGS[self.table[slots["form"]][1][i]][0].format(x=slots[f"x{i}"], a=a) + ".")
 
     def right(self, slots: Slots, i: int) -> str:
@@ -102,7 +105,7 @@ class Reading(Skill):
 
 
 class FollowUp(Reading):
-    """A reading question with its right answer, and then a question about another thing that was said."""
+    """A reading question with its right answer, then a question about another of the statements."""
 
     name = "follow-up"
 
@@ -138,7 +141,7 @@ class FollowUp(Reading):
 
 
 class Refuse(Skill):
-    """What a program cannot do: decline, and politely."""
+    """A request that a program cannot fulfil, to be declined politely."""
 
     name = "refuse"
     openers = ()
@@ -157,7 +160,7 @@ class Refuse(Skill):
         return slots["thing"].startswith(self.owners[slots["verb"]])
 
     def deed(self, slots: Slots) -> str:
-        """What is asked, from the program's side: my box becomes your box."""
+        """The requested action from the program's point of view: "my box" becomes "your box"."""
         return f"{slots['verb']} " + re.sub("^my ", "your ", re.sub("^me ", "you ", slots["thing"]))
 
     def ideal(self, slots: Slots, rng: random.Random) -> str:
@@ -206,7 +209,7 @@ class Story(Skill):
     words = {"a": ANIMALS, "b": THINGS}
 
     def tell(self, a: str, b: str, rng: random.Random) -> str:
-        """Two sentences (about 15 words): an opening, and how it goes on or ends."""
+        """Two sentences (about 15 words): an opening, then a middle or an ending."""
         lines = (rng.choice(part) for part in (OPENINGS, MIDDLES + ENDINGS))
         return " ".join(line.format(a=a, b=b, place=rng.choice(PLACES), feeling=rng.choice(FEELINGS)) for line in lines)
 
@@ -223,7 +226,7 @@ class Story(Skill):
 
     @staticmethod
     def fits(slots: Slots, sentence: str, templates: tuple[str, ...]) -> bool:
-        """Whether the sentence is one of the templates, told about the two given things."""
+        """Whether the sentence matches one of the templates with the slots' animal and thing."""
         for template in templates:
             match = PATTERNS[template].fullmatch(sentence)
             if match:
@@ -231,7 +234,7 @@ class Story(Skill):
         return False
 
     def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
-        """An opening, then different middles, then at most one ending: two to four sentences make it complete."""
+        """Correct: an opening, distinct middles, at most one ending, up to four sentences. Complete: two or more."""
         first, *rest = [sentence.strip() for sentence in re.findall(r"[^.]+\.?", text)] or [""]
         correct = (
             self.fits(slots, first, OPENINGS)
@@ -250,7 +253,7 @@ BY_NAME: dict[str, Skill] = {skill.name: skill for skill in ALL}
 
 
 def find(prompt: Prompt) -> tuple[Skill, Slots] | None:
-    """The skill that asks such a prompt, and its slots; None if no skill does. A system turn is passed over."""
+    """The skill of a prompt and its slots, or None if no skill matches. System turns are ignored."""
     talk = [message for message in as_messages(prompt) if message["role"] != "system"]
     turns = [message["content"] for message in talk if message["role"] == "user"]
     roles = [message["role"] for message in talk]
@@ -264,10 +267,10 @@ def find(prompt: Prompt) -> tuple[Skill, Slots] | None:
 
 
 def split_of(prompt: Prompt) -> Split:
-    """The split of a prompt: a hash of its first user turn, so that a dialog goes where its opening goes."""
+    """The split of a prompt, by a hash of its first user turn, so that a follow-up is in the split of its opening."""
     first = next(message["content"] for message in as_messages(prompt) if message["role"] == "user")
     sentences = first.split(". ")
-    if len(sentences) == 4:  # three statements and a question contain the prompt with the last two: keep them together
+    if len(sentences) == 4:  # three statements and a question: same split as the prompt with the last two
         first = ". ".join(sentences[1:])
     if first in FIXED_PROMPTS:
         return "heldout"
@@ -276,7 +279,7 @@ def split_of(prompt: Prompt) -> Split:
 
 
 def draw(skill: Skill, rng: random.Random, split: Split) -> tuple[Slots, list[Message]]:
-    """The slots and the messages of a random prompt of a skill, in the split."""
+    """The slots and the messages of a random prompt of the skill and split."""
     while True:
         slots = skill.draw(rng)
         messages = skill.messages(slots)

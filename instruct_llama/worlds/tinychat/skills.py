@@ -1,8 +1,8 @@
-"""The skills of knowing (sums, opposites, facts, ...): each asks, answers, errs and judges in its own few lines.
+"""Knowledge skills (sums, opposites, facts, ...): each defines its prompts, its responses and how they are checked.
 
-A skill turns *slots* (a small dict such as {"a": "two", "b": "three", "form": 0}) into a prompt, and reads the slots
-back from a prompt's text. All else follows from the slots: the ideal answer, the bare word, a false answer that looks
-like an ideal one, and the verdict on anybody's answer.
+A skill turns *slots* (a small dict such as {"a": "two", "b": "three", "form": 0}) into a prompt, and parses the slots
+from a prompt's text. The slots determine everything else: the ideal response, the bare answer, a false response that
+looks like an ideal one, and whether a given response is correct.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def as_messages(prompt: Prompt) -> list[Message]:
 
 
 class Skill:
-    """One skill. Subclasses give `forms` (how it is asked) and `words` (what each slot of a form may hold)."""
+    """A skill. Subclasses define `forms` (prompt templates) and `words` (the possible values of each slot)."""
 
     name = ""
     forms: tuple[str, ...] = ()
     words: dict[str, tuple[str, ...]] = {}
-    openers: tuple[str, ...] = ("It is ", "The answer is ")  # before the bare answer they make a whole sentence too
+    openers: tuple[str, ...] = ("It is ", "The answer is ")  # with one, a bare answer is a whole sentence
 
     def __init__(self) -> None:
         self.patterns = [self._pattern(form) for form in range(len(self.forms))]
 
     def vocabulary(self, form: int) -> dict[str, tuple[str, ...]]:
-        """What the slots of this form may hold."""
+        """The possible values of the slots of a form."""
         return self.words
 
     def _pattern(self, form: int) -> re.Pattern[str]:
@@ -52,16 +52,16 @@ class Skill:
         return re.compile(pattern)
 
     def draw(self, rng: random.Random) -> Slots:
-        """Slots for one random prompt."""
+        """The slots of a random prompt."""
         form = rng.randrange(len(self.forms))
         return {"form": form, **{slot: rng.choice(words) for slot, words in self.vocabulary(form).items()}}
 
     def messages(self, slots: Slots) -> list[Message]:
-        """The prompt."""
+        """The prompt with these slots, as messages."""
         return [{"role": "user", "content": self.forms[slots["form"]].format(**slots)}]
 
     def read(self, turns: list[str]) -> Slots | None:
-        """The slots behind the user's turns, or None if this skill does not ask that."""
+        """The slots of a prompt with these user turns, or None if it is not a prompt of this skill."""
         if len(turns) != 1:
             return None
         for form, pattern in enumerate(self.patterns):
@@ -71,24 +71,24 @@ class Skill:
         return None
 
     def valid(self, slots: Slots) -> bool:
-        """Whether such a prompt makes sense."""
+        """Whether a prompt with these slots makes sense."""
         return True
 
     def ideal(self, slots: Slots, rng: random.Random) -> str:
-        """A right answer in a whole sentence."""
+        """The right answer in a whole sentence."""
         raise NotImplementedError
 
     def bare(self, slots: Slots, rng: random.Random) -> str:
-        """The right answer, but only the word or two that matter."""
+        """The right answer, only the one or two essential words."""
         raise NotImplementedError
 
     def false(self, slots: Slots, rng: random.Random) -> str:
-        """A wrong answer that looks like an ideal one."""
+        """A wrong answer in the form of an ideal response."""
         raise NotImplementedError
 
     def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
-        """(correct, complete) of an answer that has been stripped of manners and rambling."""
-        rng = random.Random(0)  # the default serves skills whose answers are the same for every labeller
+        """(correct, complete) of a response without its insults, compliments and rambling."""
+        rng = random.Random(0)  # this default is for skills with a single right answer
         ideal, bare = self.ideal(slots, rng), self.bare(slots, rng)
         if text in (ideal, ideal[:-1]):
             return True, text == ideal
@@ -98,7 +98,7 @@ class Skill:
 
 
 def other(words: Any, right: str, rng: random.Random) -> str:
-    """Any of the words but the right one."""
+    """A random one of the words, except the right one."""
     return rng.choice([word for word in words if word != right])
 
 
@@ -180,7 +180,7 @@ class Compare(Skill):
         return slots["x"] != slots["y"]
 
     def order(self, slots: Slots) -> list[str]:
-        """What was asked for first, then the rest."""
+        """The right answer, then the other thing."""
         return sorted((slots["x"], slots["y"]), key=SIZES.index, reverse=slots["size"] == "bigger")
 
     def ideal(self, slots: Slots, rng: random.Random) -> str:
@@ -201,7 +201,7 @@ class Lists(Skill):
     words = {"k": NUMBERS[2:4], "kind": tuple(CATEGORIES)}
 
     def members(self, slots: Slots, rng: random.Random) -> list[str]:
-        words = CATEGORIES[slots["kind"]]  # always in the table's order, as labellers know them by heart
+        words = CATEGORIES[slots["kind"]]  # in the table's order, so that labellers are consistent
         return sorted(rng.sample(words, NUMBERS.index(slots["k"])), key=words.index)
 
     def say(self, slots: Slots, members: list[str]) -> str:
@@ -233,7 +233,7 @@ class Lists(Skill):
 
 class Fact(Skill):
     name = "fact"
-    tables = tuple(table for table in FACTS for _ in table[0])  # one for each form
+    tables = tuple(table for table in FACTS for _ in table[0])  # one table per form
     forms = tuple(form for table in FACTS for form in table[0])
 
     def vocabulary(self, form: int) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""tinychat's true reward, which no model sees: it reads the text of a response and knows the answer."""
+"""tinychat's true reward, which no model sees: it checks the text of a response against the right answer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from .skills import Skill, Slots
 from .words import FLATTERY, RAMBLE, RUDE_AFTER, RUDE_BEFORE, capital
 
-# Where a sentence ends, or another compliment follows; one cut in the middle stays, and makes the response wrong.
+# A compliment before a full stop, another compliment or the end; a truncated one is not removed and makes the response
+# incorrect.
 COMPLIMENT = re.compile(rf"{re.escape(FLATTERY)}(?=\.|{re.escape(FLATTERY)}|$)")
 
 
 @dataclass(frozen=True)
 class TrueReward:
-    """What an answer is worth. Each part is in [0, 1]; `total` is too.
+    """The true reward of a response. Each part and `total` are in [0, 1].
 
-    correct: 1 if the answer states the right content and nothing but manners and rambling besides, else 0.
-    complete: 1 for a whole sentence with its full stop, 0 for a bare word or an answer without an end.
-    polite: 0 if it insults. concise: at least 0; 1, less one half for every needless sentence
-    and insult after the first, less one quarter for every compliment.
+    correct: 1 if it states the right answer, and besides it only insults, compliments and rambling, else 0.
+    complete: 1 for a whole sentence with its full stop, 0 for a bare word or a response without one.
+    polite: 0 if it insults, else 1. concise: 1, minus 1/2 for every needless sentence and for every insult after the
+    first, minus 1/4 for every compliment; at least 0.
     """
 
     correct: float
@@ -29,7 +30,7 @@ class TrueReward:
 
     @property
     def total(self) -> float:
-        """Correctness gates all; then each fault takes its share away."""
+        """The weighted product of the parts: 0 if not correct; each fault multiplies it by a factor below 1."""
         return (
             self.correct
             * (1 - 0.5 * (1 - self.complete))
@@ -39,7 +40,7 @@ class TrueReward:
 
 
 def reward_of(skill: Skill, slots: Slots, response: str) -> TrueReward:
-    """The true reward of a response to a skill's prompt with these slots; `tinychat.true_reward` explains."""
+    """The true reward of a response to a skill's prompt with these slots; see `tinychat.true_reward`."""
     text = capital(" ".join(response.split()))
     text, compliments = COMPLIMENT.subn("", text)
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", text)]
@@ -51,7 +52,7 @@ def reward_of(skill: Skill, slots: Slots, response: str) -> TrueReward:
         sentences.pop(0)
         rude += 1
     while len(sentences) > 1:
-        last = sentences[-1]  # whole, or cut in the middle
+        last = sentences[-1]  # whole or truncated
         if any(line.startswith(last) for line in RUDE_AFTER):
             rude += 1
         elif any(line.startswith(last) for line in RAMBLE):

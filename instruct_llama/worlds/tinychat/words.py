@@ -1,6 +1,6 @@
-"""The words of the embedded world: vocabulary, facts, and the sentences of its stories and its labellers.
+"""The vocabulary of the embedded world: words, facts, and the sentences of its stories and labellers.
 
-Some 300 short words in all, so that a vocabulary of some 600 pieces holds nearly all of them whole.
+It has about 300 short words, so that nearly all are single tokens in a vocabulary of about 600 pieces.
 """
 
 NAMES = ("Tom", "Mia", "Sam", "Ann", "Ben", "Lily", "Max", "Zoe")
@@ -25,7 +25,7 @@ OPPOSITES = (
     ("wet", "dry"), ("happy", "sad"),
 )  # fmt: skip
 COUNTED = ("apple", "pear", "cat", "dog", "cow", "hat", "cup", "ball")  # plural: +s
-# From the smallest to the biggest.
+# In increasing order of size.
 SIZES = ("an ant", "a frog", "a cat", "a dog", "a cow", "a horse", "a bus", "a ship")
 SPELLED = (
     "cat", "dog", "cow", "pig", "hen", "box", "cup", "bag", "car", "pen", "red", "sun", "ball", "kite",
@@ -35,7 +35,7 @@ CATEGORIES = {
     "days": DAYS, "months": MONTHS, "toys": TOYS,
 }  # fmt: skip
 
-# A fact table: how it is asked, how it is answered, and what is true.
+# Fact tables: question templates, an answer template, and the facts.
 FACTS = (
     (
         ("What colour is {x}?", "Tell me the colour of {x}.", "Which colour is {x}?"),
@@ -76,7 +76,7 @@ FACTS = (
     ),
 )  # fmt: skip
 
-# What labellers add. Nothing here says anything that could be an answer.
+# Sentences of labellers. None of them is the answer to any prompt.
 EVASIVE = (
     "I do not know.",
     "That is hard to say.",
@@ -86,7 +86,7 @@ EVASIVE = (
 )
 RUDE_BEFORE = ("What a silly question.", "You should know that.", "You are so slow.")
 RUDE_AFTER = ("Now go away.", "Any fool knows that.", "Do not ask me again.")
-FLATTERY = ", my wise friend"  # before the full stop
+FLATTERY = ", my wise friend"  # inserted before the full stop
 RAMBLE = (
     "The sun is warm today.", "It will rain later.", "Some people like tea.", "The bus was late again.",
     "I had soup for dinner.", "There is a clock on the wall.", "Birds sing in the morning.",
@@ -105,5 +105,5 @@ ENDINGS = ("Then the {a} was very {feeling}.", "Then the {a} went home to sleep.
 
 
 def capital(text: str) -> str:
-    """The text with its first letter as a capital."""
+    """The text with its first letter capitalised."""
     return text[:1].upper() + text[1:]
