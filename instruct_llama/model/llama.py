@@ -4,7 +4,7 @@ Sources: LLaMA (arXiv:2302.13971, section 2.2), LLaMA 2 (arXiv:2307.09288, secti
 section 3.2), RMSNorm (arXiv:1910.07467), RoFormer's rotary positions (arXiv:2104.09864), grouped-query attention
 (arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
 
-Shapes: B sequences, T positions, S positions that can be looked at (those in the cache and the T new ones),
+Shapes: B sequences, T positions, S positions that keys and values cover (those in the cache and the T new ones),
 D model width, H query heads, G key/value heads, E = D / H width of a head, F feed-forward width, V vocabulary.
 """
 
@@ -30,7 +30,7 @@ RopeTable = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1 or B
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without bias, as everywhere in LLaMA; `Llama.init_weights` fills the weights."""
-    # nn.Linear's own filling would draw from global state. Under `torch.device("meta")` it stays without memory.
+    # nn.Linear's own initialisation would use the global generator. Under `torch.device("meta")` nothing is allocated.
     layer = skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
     return cast(nn.Linear, layer)
 
@@ -50,11 +50,11 @@ class RMSNorm(nn.Module):
 
 
 def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
-    """Radians by which each pair of dimensions turns per position, fastest first: (E/2,) float32.
+    """Angle in radians per position of each pair of dimensions, fastest first: (E/2,) float32.
 
     theta^(-2i/E) for pair i (arXiv:2104.09864, section 3.2.2), stretched for longer contexts: "linear" divides all by
-    `factor` (arXiv:2306.15595), "llama3" only those that turn less than `low_freq_factor` times within the old context,
-    leaves those that turn more than `high_freq_factor` times, and blends in between.
+    `factor` (arXiv:2306.15595); "llama3" divides those with less than `low_freq_factor` rotations within the original
+    context, keeps those with more than `high_freq_factor`, and interpolates in between.
     """
     width = config.dim // config.n_heads
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").float() / width  # (E/2,)
@@ -65,16 +65,16 @@ def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
     if scaling.kind == "llama3":
         turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # (E/2,)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # (E/2,) 1 leaves a frequency, 0 divides it
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # (E/2,) 1 keeps a frequency, 0 divides it
         return keep * frequencies + (1 - keep) * frequencies / scaling.factor
     return frequencies
 
 
 def apply_rope(x: torch.Tensor, rotation: RopeTable) -> torch.Tensor:
-    """Turn each pair (i, i + E/2) of a head by its angle: (B, H, T, E) -> the same shape.
+    """Rotate each pair (i, i + E/2) of a head by its angle: (B, H, T, E) -> the same shape.
 
-    Scores of turned queries and keys depend on their distance alone (arXiv:2104.09864, eq. 16). The pairs are
-    halves apart, as in Hugging Face checkpoints; Meta's files pair neighbours (2i, 2i + 1) instead.
+    Scores of rotated queries and keys depend only on their distance (arXiv:2104.09864, eq. 16). The two halves of a
+    head form the pairs, as in Hugging Face checkpoints; Meta's files pair neighbours (2i, 2i + 1) instead.
     """
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)  # (B, H, T, E/2) twice
@@ -83,10 +83,10 @@ def apply_rope(x: torch.Tensor, rotation: RopeTable) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions already read, so that each new token costs one position.
+    """Keys and values of all earlier positions, so that a new token needs a forward pass of one position.
 
-    `length` positions of `max_len` are filled, the same number in every row; `segment_ids` remembers which of them
-    belong together (0 is padding), so that rows of different lengths, left-padded, can be decoded side by side.
+    `length` of `max_len` positions are filled, the same number in every row. `segment_ids` says which of them belong
+    together (0 is padding): left-padded rows of different lengths can be decoded in one batch.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class KVCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, G, max_len, E)
         self.segment_ids = torch.ones(batch_size, max_len, device=device, dtype=torch.int64)  # (B, max_len)
         self.length = 0
-        self.unpadded = True  # no segments given so far: every row is one sequence without padding
+        self.unpadded = True  # no segment ids were given so far: each row is one sequence without padding
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append one layer's new keys and values (B, G, T, E); returns all of them, (B, G, S, E)."""
@@ -121,9 +121,9 @@ class KVCache:
 
 
 def attention_mask(segment_ids: torch.Tensor, key_segment_ids: torch.Tensor) -> torch.Tensor:
-    """Who may look at whom: (B, T) segments of the new tokens and (B, S) of all tokens -> (B, T, S) bool.
+    """Segment-causal mask: segment ids (B, T) of the new tokens and (B, S) of all tokens -> (B, T, S) bool.
 
-    A token sees itself, what came before it in its own segment, and the beginning that its row's segments share (-1).
+    A token attends to itself, to earlier tokens of its own segment, and to earlier tokens of the shared prefix (-1).
     The new tokens are the last T of the S.
     """
     new, total = segment_ids.shape[1], key_segment_ids.shape[1]
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         self.wo = linear(config.n_heads * self.head_dim, config.dim)
 
     def qkv(self, x: torch.Tensor, rotation: RopeTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Turned queries (B, H, T, E), turned keys and plain values (B, G, T, E)."""
+        """Rotated queries (B, H, T, E), rotated keys and unrotated values (B, G, T, E)."""
         q, k, v = (  # (B, T, heads * E) -> (B, heads, T, E)
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.wq, self.wk, self.wv)
         )
@@ -158,11 +158,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, G, S, E) twice
             q = q.to(k.dtype)
-        if mask is not None and q.is_cuda:  # there, the only kernel for groups with a mask writes out all the scores
+        if mask is not None and q.is_cuda:  # the only CUDA kernel for groups with a mask stores all scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, E) twice
         mixed = F.scaled_dot_product_attention(  # softmax(q k^T / sqrt(E)) v
             q, k, v,
-            attn_mask=mask,  # (B, 1, T, S); None is plain causal, or one new token that sees everything
+            attn_mask=mask,  # (B, 1, T, S); None: causal, or one new token that attends to everything
             is_causal=mask is None and q.shape[2] > 1,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],  # query head h reads key/value head h // (H / G)
@@ -184,7 +184,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each reads a normed copy of the residual stream and adds to it."""
+    """Pre-norm block: attention, then feed-forward; each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
@@ -205,17 +205,17 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder with a language-model head: token ids in, logits of the next token out.
+    """A decoder with a language-model head: token ids -> logits of the next token.
 
-    Weights are fp32, drawn from normal(0, init_std), those that write to the residual stream divided by
-    sqrt(2 * n_layers) as in GPT-2. Without a `generator` they are drawn with seed 0.
-    Mixed precision is the caller's `torch.autocast`; logits are fp32 under it too.
+    Weights are fp32, drawn from normal(0, init_std); those that write to the residual stream are divided by
+    sqrt(2 * n_layers), as in GPT-2. Without a `generator` the seed is 0.
+    Mixed precision is the caller's `torch.autocast`; logits are fp32 under autocast too.
     """
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        # Not skip_init as above, which for an embedding imports the compiler: two seconds.
+        # skip_init for an embedding would import the compiler, which takes two seconds.
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -227,7 +227,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw all weights anew."""
+        """Draw all weights."""
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
                 weight.fill_(1.0)  # the norms' scales
@@ -243,7 +243,7 @@ class Llama(nn.Module):
         return self.head(self.hidden(tokens, segment_ids=segment_ids, cache=cache))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) float32 from hidden states (..., D); fp32 even under autocast, for bf16 rounds away PPO."""
+        """Logits (..., V) float32 from hidden states (..., D); fp32 also under autocast: bf16 loses PPO's ratios."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.output.weight.float())  # (..., V)
 
@@ -273,7 +273,7 @@ class Llama(nn.Module):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         size = self.config.vocab_size
         with contextlib.suppress(IndexError):
-            # A GPU would stop for good, or read what is not there, so its ids are looked at before.
+            # On a GPU a wrong id is a fatal error or an invalid read, so ids are checked before.
             if tokens.device.type not in ("cuda", "mps") or ((tokens >= 0) & (tokens < size)).all():
                 return self.tok_embeddings(tokens)  # (B, T, D)
         raise UserError(
@@ -310,8 +310,8 @@ class Llama(nn.Module):
 
 
 def checkpointed_block(layer: Block, x: torch.Tensor, rotation: RopeTable, mask: torch.Tensor | None) -> torch.Tensor:
-    """Run a block, keep only its input, and run it again in the backward pass (arXiv:1604.06174)."""
-    same_adapter = adapter(layer, active_adapter(layer))  # the one that is on now, whichever is on by then
+    """Run a block, save only its input, and run it again in the backward pass (arXiv:1604.06174)."""
+    same_adapter = adapter(layer, active_adapter(layer))  # the backward pass may run under another active adapter
     contexts = (contextlib.nullcontext(), same_adapter)
     return checkpoint(layer, x, rotation, mask, use_reentrant=False, context_fn=lambda: contexts)
 
@@ -319,8 +319,8 @@ def checkpointed_block(layer: Block, x: torch.Tensor, rotation: RopeTable, mask:
 class ScalarLlama(Llama):
     """A decoder with one number per position in place of logits: reward and value models.
 
-    The head starts at zero: a fresh value model predicts 0, a fresh reward model prefers nothing. It has no bias, which
-    cancels out between two responses; PPO gives its value model one.
+    The head starts at zero: a new value model predicts 0, and a new reward model gives every response the same score.
+    It has no bias, which would cancel out between two responses; PPO adds one to its value model.
     """
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
@@ -346,9 +346,9 @@ class ScalarLlama(Llama):
 def attention_weights(
     model: Llama, tokens: torch.Tensor, *, segment_ids: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """What every head looks at, written out: tokens (B, T) -> per layer (B, H, T, T), rows summing to 1.
+    """Attention weights of every head: tokens (B, T) -> per layer (B, H, T, T), rows summing to 1.
 
-    The model itself never holds these: `scaled_dot_product_attention` goes from q, k and v to the mix.
+    The forward pass never stores them: `scaled_dot_product_attention` computes its output from q, k and v directly.
     """
     segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
     rotation, mask = model.rope_and_mask(tokens, segment_ids, None)

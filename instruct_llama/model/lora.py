@@ -1,8 +1,8 @@
 """Low-rank adapters over dense or 4-bit linear layers, and their merge.
 
 Sources: LoRA (arXiv:2106.09685, section 4.1), QLoRA (arXiv:2305.14314, section 3). An adapted layer computes
-W x + (alpha / rank) B A x: W stays as it was, A and B learn. Adapters have names, and at most one is active, so that
-one frozen base can serve as policy, value and reward model, and with none active as the reference.
+W x + (alpha / rank) B A x: W is frozen, A and B are trained. Adapters have names, and at most one is active, so that
+one frozen base can serve as policy, value and reward model, and with no active adapter as the reference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class QuantMatmul(torch.autograd.Function):
-    """x W^T where W is kept in 4 bits only: made dense for the product, and once more for its gradient."""
+    """x W^T for a W stored in 4 bits: dequantised for the product, and again for its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
@@ -42,7 +42,7 @@ class QuantMatmul(torch.autograd.Function):
 class QuantLinear(nn.Module):
     """A frozen linear layer stored in 4 bits (QLoRA, arXiv:2305.14314, section 3), quantised on the device it is on.
 
-    Each weight is one of 16 numbers (NF4: quantiles of a normal; FP4: tiny floats) times the scale of its block;
+    Each weight is one of 16 numbers (NF4: quantiles of a normal; FP4: 4-bit floats) times the scale of its block;
     `double_quant` stores the scales in 8 bits too. The 4-bit data are neither parameters nor buffers: a change of dtype
     leaves them alone, and a state dict does not hold them: save the adapters, and quantise the base again (P17).
     Raises RuntimeError when moved to another device.
@@ -55,14 +55,14 @@ class QuantLinear(nn.Module):
         self.dequantize_4bit = bnb.dequantize_4bit
         self.out_features, self.in_features = dense.weight.shape
         self.qweight, self.quant_state = bnb.quantize_4bit(
-            # As one line of numbers: on the CPU, bitsandbytes 0.50 reads a matrix back with the wrong scales
-            # where a block ends inside a row, silently.
+            # Flattened, because on the CPU bitsandbytes 0.50 silently dequantises a matrix with wrong scales
+            # where a block ends inside a row.
             dense.weight.detach().float().flatten(),  # (out * in,)
             blocksize=config.block_size,
             compress_statistics=config.double_quant,
             quant_type=config.kind,
-        )  # (out * in / 2, 1) uint8, two weights to a byte; and what is needed to undo it
-        self.cached_dense: torch.Tensor | None = None  # the same made dense, inside `cache_dense_weights`
+        )  # (out * in / 2, 1) uint8, two weights a byte; and the scales
+        self.cached_dense: torch.Tensor | None = None  # the dequantised weights, inside `cache_dense_weights`
 
     def dequantize(self) -> torch.Tensor:
         """The weights this layer computes with: (out, in) float32."""
@@ -95,10 +95,10 @@ class LoRALinear(nn.Module):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()  # name -> (rank, in), (out, rank), both fp32
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
-        self.train(base.training)  # a new module counts as training: in a model set to eval, dropout would be on
+        self.train(base.training)  # a new module is in training mode: dropout would be on in a model in eval mode
 
     def add(self, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
-        """A new adapter: A from a uniform distribution, B zero, so that at first it changes nothing."""
+        """Add an adapter: A from a uniform distribution, B zero, so that the output does not change yet."""
         device = (self.base.qweight if isinstance(self.base, QuantLinear) else self.base.weight).device
         a = torch.empty(config.rank, self.base.in_features)  # (rank, in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
@@ -124,9 +124,9 @@ Projection: TypeAlias = nn.Linear | QuantLinear | LoRALinear
 
 @contextlib.contextmanager
 def cache_dense_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, a model on the CPU makes its 4-bit weights dense once, and not again for every token that it samples.
+    """Inside the block, a model on the CPU dequantises its 4-bit weights once, not for every token that it samples.
 
-    A GPU, whose memory 4 bits are there to save, goes on as before.
+    On a GPU nothing changes, since 4 bits are there to save its memory.
     """
     quantised = (layer for layer in model.modules() if isinstance(layer, QuantLinear))
     layers = [layer for layer in quantised if layer.qweight.device.type == "cpu"]
@@ -140,7 +140,7 @@ def cache_dense_weights(model: nn.Module) -> Iterator[None]:
 
 
 def state_dict_mismatches(own: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> list[str]:
-    """Every key that is missing, unexpected or misshapen, as a clause each, from the shapes by name (P18)."""
+    """A clause for every key that is missing, unexpected or of another shape, from the shapes by name (P18)."""
     problems = [f"{key} is missing" for key in own if key not in given]
     problems += [f"{key} is unexpected" for key in given if key not in own]
     return problems + [
@@ -151,7 +151,7 @@ def state_dict_mismatches(own: Mapping[str, Sequence[int]], given: Mapping[str, 
 
 
 def projections(model: nn.Module) -> list[tuple[str, Projection]]:
-    """(path, layer) of the blocks' seven projections, dense, 4-bit or adapted; never embeddings or heads."""
+    """(path, layer) of the blocks' seven projections, dense, 4-bit or with adapters; never embeddings or heads."""
     named = cast(Iterable[tuple[str, Projection]], model.named_modules())
     return [(path, layer) for path, layer in named if path.rpartition(".")[2] in PROJECTIONS]
 
@@ -177,7 +177,7 @@ def layers_with_adapter(model: nn.Module, name: str) -> list[tuple[str, LoRALine
 def quantize(model: nn.Module, config: QuantConfig) -> None:
     """Store the blocks' seven projections in 4 bits, in place, on the device they are on; kind "none" does nothing.
 
-    Raises `UserError` when that was done before, or adapters are there already.
+    Raises `UserError` for a model that is quantised or has adapters already.
     """
     if config.kind == "none":
         return
