@@ -249,22 +249,22 @@ STRIPS = {"kl": "KL to the reference (nats per token)", "rewards": "reward (scor
           "values": "value (score units)", "advantages": "advantage (deviations)"}  # fmt: skip
 
 
-def rollout_page(episode: Mapping[str, Any], strips: Sequence[str] = ("kl", "rewards"), tokenizer: Any = None) -> Page:
+def rollout_page(record: Mapping[str, Any], strips: Sequence[str] = ("kl", "rewards"), tokenizer: Any = None) -> Page:
     """One rollout of `samples.jsonl`: prompt, response, scores, and tokens coloured by each of `strips`."""
-    pieces = episode.get("pieces") or tokenizer.pieces(tokenizer.encode(episode["response"]))
-    strips = [name for name in strips if episode.get(name)]
-    facts = [f"iteration {episode['step']}"] if "step" in episode else []
-    scores = {name.replace("_", " "): episode.get(name) for name in ("score", "true_reward")}
+    pieces = record.get("pieces") or tokenizer.pieces(tokenizer.encode(record["response"]))
+    strips = [name for name in strips if record.get(name)]
+    facts = [f"iteration {record['step']}"] if "step" in record else []
+    scores = {name.replace("_", " "): record.get(name) for name in ("score", "true_reward")}
     facts += [f"{name} {value:.2f}" for name, value in scores.items() if value is not None]
-    facts += [f"KL {sum(episode['kl']):.2f} nats", f"{len(episode['kl'])} tokens"] if episode.get("kl") else []
-    head, prompt = ", ".join(facts), _words(episode["prompt"])
+    facts += [f"KL {sum(record['kl']):.2f} nats", f"{len(record['kl'])} tokens"] if record.get("kl") else []
+    head, prompt = ", ".join(facts), _words(record["prompt"])
     html = f"<p><b>{escape(head)}</b></p>"
-    texts = (f"prompt: {prompt}", f"response: {episode['response']}")
+    texts = (f"prompt: {prompt}", f"response: {record['response']}")
     html += "".join(f'<div style="{BOX}">{escape(text)}</div>' for text in texts)
-    html += "".join(_strip(STRIPS[name], pieces, episode[name]) for name in strips)
+    html += "".join(_strip(STRIPS[name], pieces, record[name]) for name in strips)
     rows = [" " * 16 + "".join(f"{name:>12}" for name in strips)] + [
         f"{visible(piece):16}" + "".join(f"{round(value, 2) + 0.0:+12.2f}" for value in values)
-        for piece, *values in zip(pieces, *(episode[name] for name in strips), strict=True)
+        for piece, *values in zip(pieces, *(record[name] for name in strips), strict=True)
     ]
     return Page(html, "\n".join([head, *texts, *rows]))
 

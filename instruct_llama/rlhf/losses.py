@@ -206,7 +206,7 @@ def gae(
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; the return is A_t + V_t. rewards, values
     and mask are (B, T). The value after an answer's last token is 0, or bootstrap (B,) if given. We give none: an
-    answer cut off by the length limit already got its stated score at its last token, and there its episode is over.
+    answer cut off by the length limit already got its stated score at its last token, and there it ends.
     Schulman et al., arXiv:1506.02438, equation 16.
     """
     rewards, values = rewards.detach().float(), values.detach().float()
