@@ -216,7 +216,9 @@ def test_an_adapter_is_not_put_over_other_weights(tmp_path, tokenizer):
     base = tmp_path / "deep" / "base"
     before = (base / "model.safetensors").read_bytes()
     rewrite(base / "model.safetensors", lambda tensors: next(iter(tensors.values())).add_(1e-3))  # trained again
-    with pytest.raises(UserError, match="no longer those that the adapter in .*lora was trained over: train it again"):
+    with pytest.raises(
+        UserError, match="have changed since the adapter in .*lora was trained: train the adapter again"
+    ):
         checkpoint.load(folder)
     (base / "model.safetensors").write_bytes(before)
     checkpoint.load(folder)
@@ -400,7 +402,7 @@ def test_p16_merging_into_the_dequantised_base_is_what_was_trained(tmp_path, tok
 def test_p16_a_shared_base_takes_no_adapter_with_embeddings_of_its_own(tmp_path, tokenizer):
     """One base has one embedding: PPO over it would silently play another model. A reward model's head is its own."""
     folder, _ = save("lora-embeddings", tmp_path / "a", tokenizer)
-    with pytest.raises(UserError, match="trained embeddings beside its adapter.*merge it first"):
+    with pytest.raises(UserError, match="trained embeddings besides its adapter.*merge it first"):
         checkpoint.base_of(folder)
     folder, _ = save("scalar-lora", tmp_path / "b", tokenizer)
     base, (config, state, quant) = checkpoint.base_of(folder)

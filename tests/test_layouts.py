@@ -179,7 +179,7 @@ def test_where_the_models_are_changes_no_number(pipeline, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"ppo__devices": ("cpu", "cpu")}, "names four devices"),
+        ({"ppo__devices": ("cpu", "cpu")}, "must name four devices"),
         ({"ppo__devices": ("cpu",) * 4, "ppo__offload_inactive": True}, "exclude each other"),
     ],
 )

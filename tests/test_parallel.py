@@ -432,7 +432,7 @@ def test_p35_the_environment_is_read_when_the_group_starts(micro, tmp_path, monk
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     other = distributed.session(micro(tmp_path, device="cuda:1"))
-    with pytest.raises(UserError, match="--device cuda:1 under torchrun"), other:
+    with pytest.raises(UserError, match="--device cuda:1 does not work under torchrun"), other:
         pass
 
 
@@ -519,9 +519,9 @@ def test_options_change_no_curve(two, pipeline, tmp_path, changes):
 
 
 REFUSED = [
-    ({"sft__loop__precision": "fp16"}, "take precision bf16"),
+    ({"sft__loop__precision": "fp16"}, "use precision bf16"),
     ({"parallel__gather_bf16": True}, "gather_bf16.*precision is fp32"),
-    ({"sft__optim__kind": "adamw_8bit"}, "take adamw"),
+    ({"sft__optim__kind": "adamw_8bit"}, "use adamw"),
 ]
 
 

@@ -122,7 +122,7 @@ def test_an_export_among_the_runs_is_no_stage_and_a_damaged_run_is_named(runs):
     il.convert.export("hf", out / "ppo", out / "ppo-hf")
     assert il.evaluation.stage_folders(out) == [out / stage for stage in STAGES]
     (out / "sft" / "config.json").write_text('{"kind": "lm",', encoding="utf-8")
-    with pytest.raises(UserError, match="sft.config.json is damaged or not ours"):
+    with pytest.raises(UserError, match="sft.config.json is damaged or from another program"):
         il.evaluation.stage_folders(out)
 
 
@@ -469,9 +469,9 @@ ONTO = {  # what is asked for -> the sentence without --overwrite, and with it; 
     "merge onto a run": ("merge sft-qlora sft", "holds a checkpoint already", ""),
     "merge onto its base": ("merge sft-qlora pretrain", "would overwrite", "would overwrite"),
     "merge onto itself": ("merge sft-qlora sft-qlora", "would overwrite", "would overwrite"),
-    "onto other things": ("merge sft-qlora things", "is no checkpoint", "is no checkpoint"),
-    "onto a project": ("export --to hf sft project", "is no checkpoint", "is no checkpoint"),
-    "onto a project with a checkpoint": ("export --to hf sft lab", "is no checkpoint", "is no checkpoint"),
+    "onto other things": ("merge sft-qlora things", "is not a checkpoint", "is not a checkpoint"),
+    "onto a project": ("export --to hf sft project", "is not a checkpoint", "is not a checkpoint"),
+    "onto a project with a checkpoint": ("export --to hf sft lab", "is not a checkpoint", "is not a checkpoint"),
     "onto a run that stopped": ("export --to hf sft stopped", "holds a checkpoint already", ""),
     "import onto a run": ("import theirs --out sft", "holds a checkpoint already", ""),
     "import onto its source": ("import theirs --out theirs", "would overwrite", "would overwrite"),

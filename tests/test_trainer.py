@@ -451,7 +451,7 @@ def test_ctrl_c_twice_stops_at_once_and_the_last_save_stands(pipeline, tmp_path)
 
 def test_p32_other_settings_do_not_resume(pipeline, tmp_path):
     settings = beside(pipeline, tmp_path, "pretrain", "sft")
-    with pytest.raises(UserError, match="--resume.*other settings.*start anew"):
+    with pytest.raises(UserError, match="--resume.*other settings.*retrain"):
         run_stage("sft", settings.replace(resume=True, sft__optim__lr=0.5))
     assert checkpoint.is_complete(tmp_path / "sft")
 

@@ -1,1 +1,1 @@
-"""What runs the algorithms on a machine: devices, processes, precision, files."""
+"""Training on a machine: the training loop, devices, processes, precision, files."""

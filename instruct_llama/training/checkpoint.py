@@ -1,7 +1,7 @@
-"""Run folders: weights as safetensors, settings as JSON, every write atomic, nothing that could run code on reading.
+"""Run folders: weights as safetensors, settings as JSON, atomic writes, no file that could run code when read.
 
 A run folder holds `model.safetensors` (or `adapter.safetensors` and a relative path to its base), `config.json`,
-`tokenizer.model`, the logs, and `state/` with what resume needs. `load` opens any of them.
+`tokenizer.model`, the logs, and `state/`, from which a run resumes. `load` opens any run folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,12 +28,13 @@ from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from . import distributed, folders
 
+M = TypeVar("M", bound=Llama)
 State = dict[str, torch.Tensor]
-DENSE = QuantConfig()  # not in 4 bits
+DENSE = QuantConfig()  # no 4-bit quantisation
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; of several processes, the main one does."""
+    """Write a text file atomically, in the main process."""
     if not distributed.is_main():
         return
     with atomic(path) as temporary:
@@ -43,18 +44,18 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically. Tensors are moved to the CPU and made contiguous.
 
-    Several processes all call it, so that the main one can gather what they hold of each tensor, and write.
+    All processes must call it: sharded tensors are gathered, and the main process writes them.
     """
-    mine = {}
+    gathered = {}
     for key, value in tensors.items():
         value = distributed.full_tensor(value.detach())
         if distributed.is_main():
-            mine[key] = value.cpu().contiguous()
+            gathered[key] = value.cpu().contiguous()
     if not distributed.is_main():
         return
     with atomic(path) as temporary:
         try:
-            save_file(mine, temporary, metadata)
+            save_file(gathered, temporary, metadata)
         except SafetensorError as error:  # safetensors reports the operating system's error as text
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, str(error)) from error
@@ -62,8 +63,8 @@ def write_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = 
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, to read tensor by tensor. Raises `UserError` for a missing or truncated file."""
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """An open safetensors file, to read tensor by tensor. Raises `UserError` for a missing or truncated file."""
     check(path.is_file(), f"There is no {path}: the run was not finished, or the folder is not a run folder.")
     try:
         with safe_open(path, "pt") as file:
@@ -80,9 +81,9 @@ def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
 
 
 def load_state(model: torch.nn.Module, state: State, source: str) -> None:
-    """Copy tensors into a model, strictly: every missing, unexpected or misshapen key is named (P18)."""
+    """Copy tensors into a model, strictly; the error names every missing, unexpected or misshapen key (P18)."""
     own = model_state(model)
-    if "output.weight" not in own:  # tied, the same tensor as tok_embeddings.weight: saved once
+    if "output.weight" not in own:  # tied to tok_embeddings.weight: saved once
         state = {key: value for key, value in state.items() if key != "output.weight"}
     problems = lora.state_dict_mismatches({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in state.items()})
     check(not problems, f"{source} does not fit this model: {'; '.join(problems)}. Use the settings of its run.")
@@ -92,7 +93,7 @@ def load_state(model: torch.nn.Module, state: State, source: str) -> None:
 
 
 def model_state(model: torch.nn.Module) -> State:
-    """What a full checkpoint holds: the state dict, with tied weights once."""
+    """The tensors of a full checkpoint: the state dict, with tied weights once."""
     state = dict(model.state_dict())
     if isinstance(model, Llama) and not isinstance(model, ScalarLlama) and model.config.tie_embeddings:
         state.pop("output.weight", None)
@@ -100,13 +101,13 @@ def model_state(model: torch.nn.Module) -> State:
 
 
 def save_full(folder: Path, model: Llama, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    """Write a full model's run folder; `info` joins config.json (stage, settings, …)."""
+    """Write a full model's run folder; `info` is added to config.json (stage, settings, …)."""
     write_tensors(folder / "model.safetensors", model_state(model))
     _save_rest(folder, model, tokenizer, info)
 
 
 def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    """Write one adapter, what was trained beside it (a scalar head, embeddings), and the relative path of its base."""
+    """Write one adapter, the other trained weights (a scalar head, embeddings), and the relative path of its base."""
     extra = {key: p for key, p in lora.base_parameters(model).items() if p.requires_grad}
     write_tensors(folder / "adapter.safetensors", lora.adapter_state(model, name) | extra)
     relative = os.path.relpath(base.resolve(), folder.resolve())
@@ -115,7 +116,7 @@ def save_adapter(folder: Path, model: Llama, name: str, base: Path, tokenizer: T
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a full checkpoint's weights from others: SHA-256 of the whole file, so no changed weight is missed."""
+    """SHA-256 of a full checkpoint's weights: of the whole file, so no changed weight is missed."""
     return digest(folder / "model.safetensors")
 
 
@@ -132,33 +133,33 @@ def write_info(folder: Path, info: dict[str, Any]) -> None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """config.json of a run folder. Raises `UserError` naming the folder when it is missing or not ours."""
+    """config.json of a run folder. Raises `UserError` naming the folder if it is missing, damaged or foreign."""
     path = Path(folder) / "config.json"
     folders.recover_for_reading(path.parent)
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder (no config.json): give the folder of a stage, such as …/sft.")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        info["kind"], info["model"]  # both must be there
+        _ = info["kind"], info["model"]  # both must be there
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or not ours ({error}): train that stage again.") from error
+        raise UserError(f"{path} is damaged or from another program ({error}): train that stage again.") from error
     return info
 
 
 def fingerprints(folders: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each run folder's own weights, by its name; a folder that is gone has none."""
+    """SHA-256 of each run folder's own weights, by folder name; folders without weights are left out."""
     files = (folder / name for folder in folders for name in ("model.safetensors", "adapter.safetensors"))
     return {path.parent.name: digest(path) for path in files if path.is_file()}
 
 
 def changed_inputs(info: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    """Which inputs of a run are not those that it noted, in words; empty where none is known to be another."""
+    """The inputs whose weights are known to differ from those recorded in `info`, as text; empty if there are none."""
     other = ", ".join(name for name, weights in now.items() if info.get("inputs", {}).get(name, weights) != weights)
     return f"inputs ({other}: trained again since)" if other else ""
 
 
 def model_config(info: dict[str, Any]) -> ModelConfig:
-    """The `ModelConfig` in a config.json. Raises `UserError` when it holds anything else."""
+    """The `ModelConfig` in a config.json. Raises `UserError` when its fields do not fit."""
     try:
         fields = dict(info["model"])
         return ModelConfig(**{**fields, "rope_scaling": RopeScaling(**fields["rope_scaling"])})
@@ -167,19 +168,19 @@ def model_config(info: dict[str, Any]) -> ModelConfig:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """In which a full checkpoint keeps its weights."""
+    """The dtype of a full checkpoint's weights."""
     with open_tensors(folder / "model.safetensors") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def origin(folder: Path) -> dict[str, str]:
-    """Whose weights a run began with, for config.json; nothing where they were pretrained here."""
+    """Where a run's first weights were imported from, for config.json; empty if they were pretrained here."""
     info = read_info(folder)
     return {"imported_from": info["imported_from"]} if "imported_from" in info else {}
 
 
 def shape_of(folder: Path) -> ModelConfig:
-    """The shape of the model in a run folder, without reading its weights."""
+    """The `ModelConfig` of a run folder, without reading its weights."""
     return model_config(read_info(folder))
 
 
@@ -189,10 +190,9 @@ def load(
 ) -> tuple[Llama, Tokenizer]:  # fmt: skip
     """Open any run folder, adapters included.
 
-    Returns the model in eval mode (a `Llama`, or a `ScalarLlama` for a reward model) and its tokenizer. With `quant`
-    the projections of a full checkpoint are put into 4 bits as they are read. `dtype` is for weights that stay frozen
-    (P08): a model that shall train is float32. Raises `UserError` naming the file for anything missing, damaged or of
-    another shape.
+    Returns the model in eval mode (a `Llama`, or a `ScalarLlama` for a reward model) and its tokenizer. `quant`
+    quantises the projections of a full checkpoint as they are read. `dtype` is for frozen weights: weights to be
+    trained must be float32 (P08). Raises `UserError` naming the file if it is missing, damaged or of another shape.
     """
     folder = Path(folder)
     info = read_info(folder)
@@ -204,25 +204,25 @@ def load(
 
 
 def load_for_inference(folder: Path, device: str | torch.device) -> tuple[Llama, Tokenizer]:
-    """Open any run folder to answer or to be judged: on a GPU its weights stay in 16 bits where the file has 16."""
-    kept = stored_dtype(folder / read_info(folder).get("base", ""))
-    return load(folder, device, dtype=torch.float32 if torch.device(device).type == "cpu" else kept)
+    """Open any run folder for generation or scoring; on a GPU, weights stored in 16 bits stay in 16 bits."""
+    stored = stored_dtype(folder / read_info(folder).get("base", ""))
+    return load(folder, device, dtype=torch.float32 if torch.device(device).type == "cpu" else stored)
 
 
 def read_model(
-    kind: type[Llama], info: dict[str, Any], path: Path, device: str | torch.device, quant: QuantConfig,
+    kind: type[M], info: dict[str, Any], path: Path, device: str | torch.device, quant: QuantConfig,
     dtype: torch.dtype,
-) -> Llama:  # fmt: skip
-    """A model straight from a file onto the device, tensor by tensor: never all of it in main memory.
+) -> M:  # fmt: skip
+    """A model read from a file onto the device, tensor by tensor, so that main memory never holds all of it.
 
-    A `ScalarLlama` may be read from a language model's file: then its head starts at zero, and `output` stays behind.
+    A `ScalarLlama` can be read from a language model's file: its head then starts at zero, and `output` is skipped.
     """
     with torch.device("meta"):  # shapes without memory
         model = kind(model_config(info))
     with open_tensors(path) as file:
         given = {key: file.get_slice(key).get_shape() for key in file.keys()}
         own = {key: tensor.shape for key, tensor in model_state(model).items()}
-        if "output.weight" not in own:  # tied, or not wanted
+        if "output.weight" not in own:  # tied, or a scalar model
             given.pop("output.weight", None)
         fresh = [key for key in own if key == "value_head.weight" and info["kind"] == "lm"]
         problems = lora.state_dict_mismatches({key: shape for key, shape in own.items() if key not in fresh}, given)
@@ -231,8 +231,8 @@ def read_model(
             value = torch.zeros(own[key]) if key in fresh else file.get_tensor(key)
             layer, _, name = key.rpartition(".")
             module = model.get_submodule(layer)
-            setattr(module, name, nn.Parameter(value.to(device, dtype, copy=True)))  # a copy: not the file's own memory
-            if layer.rpartition(".")[2] in lora.PROJECTIONS and quant.kind != "none":
+            setattr(module, name, nn.Parameter(value.to(device, dtype, copy=True)))  # a copy: the file is mapped
+            if layer.rpartition(".")[2] in lora.PROJECTIONS and quant.kind != "none" and isinstance(module, nn.Linear):
                 model.set_submodule(layer, lora.QuantLinear(module, quant))
     if "output.weight" not in own and kind is Llama:
         model.output.weight = model.tok_embeddings.weight
@@ -247,9 +247,10 @@ def check_kind(folder: Path, kind: Literal["lm", "scalar"]) -> dict[str, Any]:
 
 
 def load_full(
-    folder: str | Path, device: str | torch.device, kind: Literal["lm", "scalar"] = "lm", **options: Any
-) -> tuple[Llama, Tokenizer]:
-    """Open a full checkpoint of a kind, to train on from it; options as `load`'s.
+    folder: str | Path, device: str | torch.device, kind: Literal["lm", "scalar"] = "lm", *,
+    quant: QuantConfig = DENSE, dtype: torch.dtype = torch.float32,
+) -> tuple[Llama, Tokenizer]:  # fmt: skip
+    """Open a full checkpoint of a kind, to train it further; options as in `load`.
 
     Raises `UserError` for another kind and for adapters.
     """
@@ -259,46 +260,46 @@ def load_full(
         f"{folder} holds an adapter, and a stage starts from full weights: first `python -m instruct_llama merge "
         f"{folder} {folder}-merged`, then give --init {folder}-merged.",
     )
-    return load(folder, device, **options)
+    return load(folder, device, quant=quant, dtype=dtype)
 
 
 def load_scalar(
     folder: Path, device: str | torch.device, quant: QuantConfig = DENSE, dtype: torch.dtype = torch.float32
 ) -> ScalarLlama:
-    """A scalar model over the trunk of a full checkpoint, with a head at zero (a scalar model's head is kept)."""
+    """A scalar model with the trunk of a full checkpoint and a head at zero (a scalar model's head is kept)."""
     return read_model(ScalarLlama, read_info(folder), folder / "model.safetensors", device, quant, dtype)
 
 
 def read_folders(folder: Path) -> list[Path]:
-    """The folders whose files a run folder needs: itself, and the base of its adapter."""
+    """The folders that loading a run folder reads: itself, and the base of its adapter."""
     info = read_info(folder)
     return [folder, folder / info["base"]] if "base" in info else [folder]
 
 
 def base_of(folder: Path) -> tuple[Path, tuple[LoRAConfig, State, QuantConfig] | None]:
-    """The full checkpoint under a run folder, and the adapter over it where the folder holds one.
+    """A run folder's full checkpoint, and its adapter (config, tensors, quantisation) if it holds one.
 
-    So adapters of several stages lie over one base. Raises `UserError` for an adapter that has embeddings of its own:
-    one base cannot serve several of those.
+    For loading the adapters of several stages over one base. Raises `UserError` for an adapter with trained embeddings:
+    one base cannot hold those of several adapters.
     """
     info = read_info(folder)
     if "adapter" not in info:
         return folder, None
     check(
         not info["modules_to_save"] or info["kind"] == "scalar",
-        f"{folder} trained embeddings beside its adapter, which a shared base cannot hold: train it without "
+        f"{folder} has trained embeddings besides its adapter, which a shared base cannot hold: train it without "
         f"--sft.train-embeddings, or merge it first: `python -m instruct_llama merge {folder}`.",
     )
     return folder / info["base"], (*read_adapter(folder, info), QuantConfig(**info["quant"]))
 
 
 def read_adapter(folder: Path, info: dict[str, Any]) -> tuple[LoRAConfig, State]:
-    """An adapter's shape and its tensors. Raises `UserError` when its base has been trained again since."""
+    """An adapter's config and tensors. Raises `UserError` if its base has changed since the adapter was trained."""
     base = folder / info["base"]
     check(
         info.get("fingerprint") == fingerprint(base),
-        f"The weights in {base} are no longer those that the adapter in {folder} was trained over: "
-        "train it again, or remove its folder.",
+        f"The weights in {base} have changed since the adapter in {folder} was trained: "
+        "train the adapter again, or remove its folder.",
     )
     config = LoRAConfig(**{**info["lora"], "target_modules": tuple(info["lora"]["target_modules"])})
     return config, read_tensors(folder / "adapter.safetensors")[0]
@@ -317,7 +318,7 @@ def _load_adapter(folder: Path, info: dict[str, Any], device: str | torch.device
 
 
 def scalar_from(model: Llama) -> ScalarLlama:
-    """A scalar model with a copy of another's trunk and a fresh head (a scalar model's head is kept)."""
+    """A scalar model with a copy of another model's trunk and a new head (a scalar model's head is copied)."""
     scalar = ScalarLlama(model.config).to(next(model.parameters()).device)
     trunk = {key: value for key, value in model.state_dict().items() if not key.startswith("output.")}
     own = scalar.state_dict()
@@ -326,6 +327,6 @@ def scalar_from(model: Llama) -> ScalarLlama:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a stage has finished in this folder, and the folder is in its place."""
+    """Whether a stage has finished in this folder, and the folder is not still to replace another."""
     done = (folder / "config.json").is_file() and bool(read_info(folder).get("complete"))
     return done and not folders.is_replacement(folder)

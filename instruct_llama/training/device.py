@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision."""
+"""The device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..config import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises `UserError` for a device that is not there."""
+    """The device by name; `auto` prefers CUDA, then Apple's MPS, then the CPU. Raises `UserError` if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -20,6 +20,6 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Compute dtype of the blocks. Weights stay fp32, and so do logits, log-probs and losses (P08, P10)."""
+    """Sets the compute dtype of the blocks. Weights, logits, log-probs and losses stay fp32 (P08, P10)."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")

@@ -1,8 +1,8 @@
-"""Several processes as one: under torchrun, every stage divides its records and its weights, and trains the same curve.
+"""Training with several processes under torchrun: records and weights are sharded, the training curve is the same.
 
-Records: each micro-batch is dealt out, gradients and logged figures are summed, and divided by the global number of
+Records: each micro-batch is split; gradients and logged figures are summed and divided by the global number of
 targets. Weights: FSDP2 (arXiv:2304.11277) keeps 1/N of them in each process and gathers a block when it is computed.
-Alone, everything here does nothing: a world of one is the same code without this page.
+With one process, everything here is a no-op.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-# ------------------------------------------------------------------------------------------------------- the processes
+# ------------------------------------------------------------------------------------------------------------ processes
 
 
 def under_torchrun() -> bool:
@@ -35,9 +35,9 @@ def under_torchrun() -> bool:
 
 @contextlib.contextmanager
 def session(settings: Settings) -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group; without torchrun, nothing happens (P35).
+    """Inside, the processes that torchrun started form a process group; without torchrun, a no-op (P35).
 
-    An error leaves without taking leave of the others, who may be waiting: torchrun stops them.
+    After an error the group is not destroyed: other processes may be waiting, and torchrun stops them.
     """
     if not under_torchrun():
         yield
@@ -55,41 +55,41 @@ def _start(settings: Settings, local_rank: int) -> None:
     cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     check(
         cuda or settings.device in ("auto", "cpu"),
-        f"--device {settings.device} under torchrun: say cuda, of which each process takes its own, or cpu.",
+        f"--device {settings.device} does not work under torchrun: use cuda, with one GPU for each process, or cpu.",
     )
     if cuda:
         n = torch.cuda.device_count()
-        check(local_rank < n, f"There are {n} GPUs here: start at most one process for each, --nproc-per-node {n}.")
-        torch.cuda.set_device(local_rank)  # from now on, "cuda" means this one
-    waits = timedelta(minutes=settings.parallel.timeout_minutes)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waits)
+        check(local_rank < n, f"There are {n} GPUs: start at most one process for each, --nproc-per-node {n}.")
+        torch.cuda.set_device(local_rank)  # "cuda" now means this GPU
+    timeout = timedelta(minutes=settings.parallel.timeout_minutes)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0; 0 when it is alone."""
+    """The number of this process, from 0; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together; 1 without torchrun."""
+    """The number of processes; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the one process that writes, prints and shows progress."""
+    """Whether this is the main process, which writes, prints and shows progress."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until all processes have called this."""
     broadcast_from_main(None)
 
 
-# ------------------------------------------------------------------------------------------------- what they agree upon
+# ---------------------------------------------------------------------------------------------------------- collectives
 
 
 def broadcast_from_main(value: T) -> T:
-    """The main process's value, for decisions that all must take alike."""
+    """The main process's value, in every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -98,7 +98,7 @@ def broadcast_from_main(value: T) -> T:
 
 
 def all_reduce_sum(figures: dict[str, float]) -> dict[str, float]:
-    """Each figure summed over the processes; all give the same keys."""
+    """Each figure summed over the processes, which must all give the same keys."""
     if world_size() == 1:
         return figures
     total = torch.tensor(list(figures.values()), dtype=torch.float64)  # (figures,)
@@ -107,18 +107,18 @@ def all_reduce_sum(figures: dict[str, float]) -> dict[str, float]:
 
 
 def all_gather_dict(mine: dict[int, T]) -> dict[int, T]:
-    """What every process found, by number, in order; tensors must be on the CPU."""
+    """The items of all processes, sorted by key; tensors must be on the CPU."""
     if world_size() == 1:
         return mine
-    everyone: list[Any] = [None] * world_size()
+    everyone = [mine] * world_size()
     dist.all_gather_object(everyone, mine)
-    found = {number: thing for theirs in everyone for number, thing in theirs.items()}
+    found = {number: item for items in everyone for number, item in items.items()}
     return {number: found[number] for number in sorted(found)}
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The main process runs what is inside, then the others: they find the files that it wrote."""
+    """The main process runs the block before the others, so that they find the files that it wrote."""
     if not is_main():
         barrier()
     yield
@@ -128,106 +128,113 @@ def main_first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_by_main(lock: contextlib.AbstractContextManager) -> Iterator[None]:
-    """A lock that the main process takes for all of them."""
+    """Hold a lock for all processes; the main process acquires it."""
     with lock if is_main() else contextlib.nullcontext():
         barrier()
         yield
 
 
-# ----------------------------------------------------------------------------------------------------- who takes what
+# -------------------------------------------------------------------------------------------------- sharding of records
 
 
 def shard_rows(rows: Sequence[int]) -> tuple[list[int], int]:
-    """This process's rows of a micro-batch, and 1: no row twice, none lost.
+    """This process's rows of a micro-batch, and the weight of their loss and figures: 1, or 0 if it has no rows.
 
-    A process without rows gets one all the same, and 0 to multiply its loss and figures by: every process must run
-    forward and backward equally often, for each gathers the others' weights.
+    A process without rows computes on another's row with weight 0, because all processes must run forward and backward
+    equally often: each gathers the others' weights.
     """
     mine = list(rows[rank() :: world_size()])
     return (mine, 1) if mine else (list(rows[:1]), 0)
 
 
 def regroup_microbatches(group: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The micro-batches of an optimizer step, joined as far as is needed to give every process a row in each.
+    """The micro-batches of an optimizer step, joined as far as needed to give every process a row in each.
 
-    The rows of a step stay together, so the step is the same one; alone, nothing is joined.
+    The rows of the step do not change. With one process, nothing is joined.
     """
     joined = -(-world_size() // max(map(len, group)))
     return [[row for rows in group[i : i + joined] for row in rows] for i in range(0, len(group), joined)]
 
 
 def shard_iter(items: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """(number, item) of every world-th item, for work in which nobody waits for anybody."""
+    """(index, item) of this process's items, every `world_size`-th, for work without communication."""
     return ((number, item) for number, item in enumerate(items) if number % world_size() == rank())
 
 
 def tasks_for_rank(n: int) -> list[int]:
-    """Which of n tasks this process does, equally many for each: what is left over is task 0 once more."""
+    """The numbers of this process's tasks out of n; each gets equally many, if necessary by repeating task 0."""
     rounds = -(-n // world_size())
     numbers = range(rank(), rounds * world_size(), world_size())
     return [number if number < n else 0 for number in numbers]
 
 
-# ---------------------------------------------------------------------------------------------------------- the weights
+# -------------------------------------------------------------------------------------------------- sharding of weights
 
 
 def shard(model: nn.Module, config: ParallelConfig, precision: str, device: torch.device) -> None:
-    """Divide a model's weights, gradients and optimizer state among the processes, in place: each block by itself.
+    """Shard a model's weights, gradients and optimizer state over the processes, in place, block by block.
 
-    Call it before the optimizer is made. Parameters become `DTensor`s under their old names. What is no parameter, the
-    4-bit data of a frozen base, stays whole in every process.
+    Call it before the optimizer is made. Parameters become `DTensor`s with the same names. The 4-bit data of a frozen
+    base are not parameters, and stay whole in every process.
     """
     if world_size() == 1:
         return
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    check(precision != "fp16", "fp16 scales its gradients in one process only: under torchrun, take precision bf16.")
+    check(precision != "fp16", "fp16's loss scaling works in one process only: under torchrun, use precision bf16.")
     check(
         not config.gather_bf16 or precision == "bf16",
-        f"parallel.gather_bf16 gathers what precision bf16 would round anyway, and precision is {precision}: "
+        f"parallel.gather_bf16 needs precision bf16, which rounds weights anyway, and precision is {precision}: "
         "set it to bf16, or leave gather_bf16 off.",
     )
-    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world_size(),))}
-    if config.cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    # Rotations come in as fp32 and stay so: bf16 angles are as wrong as a few positions.
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    offload = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else fsdp.OffloadPolicy()
+    # RoPE tables stay fp32: angles rounded to bf16 are wrong by up to a few positions.
+    half = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    mixed = half if config.gather_bf16 else fsdp.MixedPrecisionPolicy()
     for block in getattr(model, "layers", ()):
-        mixed = {"mp_policy": half} if config.gather_bf16 else {}
-        fully_shard(block, **options, **mixed, reshard_after_forward=config.reshard)
+        fsdp.fully_shard(
+            block, mesh=mesh, offload_policy=offload, mp_policy=mixed, reshard_after_forward=config.reshard
+        )  # fmt: skip
     root = _Root(model) if hasattr(model, "hidden") else model
-    fully_shard(root, **options, reshard_after_forward=False)  # `head` computes with its weights after `hidden`
+    # `head` computes with the root's weights after `hidden`, so they are not resharded in between.
+    fsdp.fully_shard(root, mesh=mesh, offload_policy=offload, reshard_after_forward=False)
     if root is not model:
-        register_fsdp_forward_method(root, "hidden")
+        fsdp.register_fsdp_forward_method(root, "hidden")
         model.hidden = root.hidden
-    model.divided = [root, config]  # in a list, so that the root is no submodule of its own
+    vars(model)["sharded"] = root, config  # past `__setattr__`, so that the root is no submodule of its own
     for unit in _units(model):
-        unit.set_gradient_divide_factor(1.0)  # losses are divided by the global number of targets: gradients add up
+        unit.set_gradient_divide_factor(1.0)  # losses are divided by the global number of targets: sum
         unit.set_force_sum_reduction_for_comms(True)
 
 
 class _Root(nn.Module):
-    """FSDP's root around a model: its hooks go around `hidden`, which is called within `forward` and without it."""
+    """FSDP's root around a model: its hooks must run around `hidden`, which is called with and without `forward`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.hidden = model, model.hidden
 
 
+def _sharded(model: nn.Module) -> tuple[nn.Module, ParallelConfig]:
+    """FSDP's root around a sharded model, and the settings that it was sharded with."""
+    return vars(model)["sharded"]
+
+
 def _units(model: nn.Module) -> list[FSDPModule]:
-    """The parts that are gathered as one each, the root first."""
+    """The FSDP modules of a sharded model, the root first; each is gathered as a unit."""
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in model.divided[0].modules() if isinstance(module, FSDPModule)]
+    return [module for module in _sharded(model)[0].modules() if isinstance(module, FSDPModule)]
 
 
 @contextlib.contextmanager
 def unsharded(*models: nn.Module) -> Iterator[None]:
-    """Inside, each process holds all the weights: it may compute without the others, as often as it likes.
+    """Inside, each process holds all the weights, and can run any number of forward passes without the others.
 
-    For sampling and validation, without gradients, under the autocast of training. Every process enters and leaves it
-    together with the others.
+    For sampling and validation, without gradients, under the autocast of training. All processes must enter and leave
+    together.
     """
     if world_size() == 1:
         yield
@@ -240,12 +247,12 @@ def unsharded(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for model in models:
-            root, config = model.divided
+            root, config = _sharded(model)
             for unit in _units(model):
                 unit.reshard()
                 unit.set_reshard_after_forward(config.reshard and unit is not root, recurse=False)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a divided tensor, in every process; a plain one as it is. Every process asks at the same time."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """All of a sharded tensor; other tensors unchanged. All processes must call it together."""
+    return getattr(tensor, "full_tensor", lambda: tensor)()

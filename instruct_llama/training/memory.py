@@ -1,8 +1,8 @@
-"""How much memory a stage needs, from its settings alone: what `doctor` prints, and a stage checks before it loads.
+"""Estimates of the memory that a stage needs, from its settings alone: for `doctor`, and before a stage loads weights.
 
-The sums are what this package keeps, tensor by tensor: weights, gradients and AdamW's moments by their number, saved
-activations by what autograd holds for one block (the coefficients are exact; a test counts them), logits by the
-vocabulary. What they leave out is what an allocator loses to fragments.
+The estimates add up this package's tensors: weights, gradients and AdamW's moments by their number, activations by
+what autograd saves in one block (the coefficients are exact; a test counts them), logits by the vocabulary. They do
+not include the allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..config import LoRAConfig, ModelConfig, QuantConfig, Settings, UserError
 Stage = Literal["pretrain", "sft", "qlora", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft", "qlora", "reward", "ppo")
 GB = 1e9
-CUDA_CONTEXT = 0.6 * GB  # what CUDA and its libraries take on a GPU before the first tensor
+CUDA_CONTEXT = 0.6 * GB  # of CUDA and its libraries on a GPU, before the first tensor
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what they are for."""
+    """Bytes by purpose."""
 
     parts: dict[str, float]
 
     @property
     def total(self) -> float:
-        """All parts together, in bytes."""
+        """The sum of all parts, in bytes."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -41,19 +41,19 @@ class MemoryEstimate:
 
 
 def projection_count(model: ModelConfig) -> int:
-    """Weights of the seven projections of all blocks: what can be put into 4 bits."""
+    """The number of weights in the seven projections of all blocks, which can be quantised to 4 bits."""
     kv_dim = model.dim * model.n_kv_heads // model.n_heads
     return model.n_layers * (2 * model.dim * model.dim + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim)
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Weights of the language model."""
+    """The number of weights of the language model."""
     tables = model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
     return tables + projection_count(model) + (2 * model.n_layers + 1) * model.dim  # the last: norms
 
 
 def adapter_count(model: ModelConfig, lora: LoRAConfig) -> int:
-    """Weights of one adapter over all blocks."""
+    """The number of weights of one adapter over all blocks."""
     kv_dim = model.dim * model.n_kv_heads // model.n_heads
     shapes = {
         "wq": (model.dim, model.dim), "wk": (model.dim, kv_dim), "wv": (model.dim, kv_dim),
@@ -67,7 +67,7 @@ def adapter_count(model: ModelConfig, lora: LoRAConfig) -> int:
 
 
 def base_bytes(model: ModelConfig, lora: LoRAConfig, quant: QuantConfig, precision: str) -> float:
-    """The weights as they are kept: fp32 where they train, 16 or 4 bits where they are frozen under adapters."""
+    """The weights as stored: fp32 if they train, 16 or 4 bits if they are frozen under adapters."""
     width = 2 if lora.rank and precision == "bf16" else 4
     projections, rest = projection_count(model), parameter_count(model) - projection_count(model)
     if quant.kind == "none":
@@ -82,9 +82,9 @@ def trained_bytes(count: float, kind: str) -> float:
 
 
 def block_bytes(model: ModelConfig, lora: LoRAConfig, precision: str) -> float:
-    """What autograd keeps of one block for each token: inputs of every product, of the norms, of SwiGLU and attention.
+    """What autograd saves in one block for each token: the inputs of products, norms, SwiGLU and attention.
 
-    A frozen weight needs no input for its gradient, so adapters keep less: two copies of the width fewer.
+    Frozen weights have no gradient that needs their inputs, so with adapters two copies of the width fewer are saved.
     """
     kv_dim = model.dim * model.n_kv_heads // model.n_heads
     wide, size = (36, 4) if precision == "fp32" else (32, 2)
@@ -94,7 +94,7 @@ def block_bytes(model: ModelConfig, lora: LoRAConfig, precision: str) -> float:
 
 
 def activation_bytes(model: ModelConfig, lora: LoRAConfig, precision: str, tokens: int) -> float:
-    """Saved activations of a forward pass; recomputing keeps each block's input and one block whole."""
+    """Saved activations of a forward pass; gradient checkpointing saves each block's input and all of one block."""
     block = block_bytes(model, lora, precision) * tokens
     casts = 2 * projection_count(model) if precision != "fp32" and not lora.rank else 0  # autocast's 16-bit copies
     if model.gradient_checkpointing:
@@ -103,23 +103,23 @@ def activation_bytes(model: ModelConfig, lora: LoRAConfig, precision: str, token
 
 
 def working_bytes(model: ModelConfig, quant: QuantConfig) -> float:
-    """The largest matrix made dense for a moment, in fp32 and once more as it is multiplied."""
+    """The largest 4-bit matrix while it is dequantised, in fp32 and once more for the product."""
     return 0.0 if quant.kind == "none" else 8.0 * model.dim * model.ffn_dim
 
 
 def logit_bytes(model: ModelConfig, tokens: int, copies: int) -> float:
-    """fp32 logits and what is made of them: log-probabilities, gradients."""
+    """fp32 logits and tensors of their size: log-probabilities, gradients."""
     return 4.0 * copies * model.vocab_size * tokens
 
 
 def cache_bytes(model: ModelConfig, precision: str, tokens: int) -> float:
-    """Keys and values of all layers, kept while answers are sampled."""
+    """The KV cache of all layers while responses are sampled."""
     kv_dim = model.dim * model.n_kv_heads // model.n_heads
     return 2.0 * (4 if precision == "fp32" else 2) * model.n_layers * kv_dim * tokens
 
 
 def generation_bytes(settings: Settings, precision: str) -> float:
-    """A batch of PPO's prompts while it is answered: the cache, and the logits of one step."""
+    """Generating a batch of PPO's responses: the KV cache, and the logits of one step."""
     model, config = settings.model, settings.ppo
     length = min(config.seq_len or model.max_seq_len, model.max_seq_len)
     cache = cache_bytes(model, precision, length * config.generation_batch_size)
@@ -130,22 +130,22 @@ def generation_bytes(settings: Settings, precision: str) -> float:
 
 
 def estimate(settings: Settings, stage: Stage, processes: int = 1) -> MemoryEstimate:
-    """What a stage needs on its device, in bytes by part.
+    """The memory that a stage needs on its device, in bytes by part.
 
-    Several `processes` divide gradients, moments (FSDP2) and the rows of a batch, of which each takes one at least.
-    The weights come together for sampling and validation, and each process answers whole batches of prompts.
+    Over several `processes`, gradients and moments (FSDP2) and the rows of a batch are sharded, at least one row each.
+    Weights are gathered for sampling and validation, and each process generates whole batches.
     """
     settings = with_start_shape(settings, stage)
     return _ppo(settings, processes) if stage == "ppo" else _supervised(settings, stage, processes)
 
 
 def needed_stages(settings: Settings) -> list[Stage]:
-    """The stages that a preset is for: other people's weights stand in for pretraining."""
+    """The stages of a preset; one that starts from imported weights has no pretraining."""
     return [stage for stage in STAGES if not (stage == "pretrain" and settings.weights)]
 
 
 def with_start_shape(settings: Settings, stage: Stage) -> Settings:
-    """The settings with the shape that a stage's model has: of known weights, theirs."""
+    """The settings with the shape of the stage's model, which known weights determine."""
     if stage == "pretrain" or settings.weights not in presets.WEIGHTS:
         return settings
     shape = presets.MODEL_SHAPES[presets.WEIGHTS[settings.weights]]
@@ -154,7 +154,7 @@ def with_start_shape(settings: Settings, stage: Stage) -> Settings:
 
 
 def disk_bytes(settings: Settings) -> float:
-    """What the run folders of a preset take: weights; what resume needs, twice while it is written; the hub's files."""
+    """Bytes of a preset's run folders: weights, states to resume from (two during a write), files of the hub."""
     total = 0.0
     for stage in needed_stages(settings):
         shaped = with_start_shape(settings, stage)
@@ -163,7 +163,7 @@ def disk_bytes(settings: Settings) -> float:
 
 
 def _trained(settings: Settings, stage: Stage) -> int:
-    """Weights that a stage trains; of PPO, policy's and value model's."""
+    """The number of weights that a stage trains; for PPO, those of policy and value."""
     model = settings.model
     if stage == "ppo":
         if settings.ppo.layout == "shared_base":
@@ -182,32 +182,32 @@ def _supervised(settings: Settings, stage: Stage, processes: int) -> MemoryEstim
     model, loop = settings.model, config.loop
     tokens = -(-loop.batch_size // processes) * config.seq_len
     trained, scalar = _trained(settings, stage), stage == "reward"
-    rows = 2 if scalar else 1  # a comparison's answers share their prompt: about two answers a row
-    learning = {
+    rows = 2 if scalar else 1  # the responses of a comparison share their prompt: about two responses a row
+    training = {
         "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
         "activations": activation_bytes(model, lora, loop.precision, tokens * rows),
-        "logits": 0.0 if scalar and config.lm_coef == 0 else logit_bytes(model, tokens, 3),
+        "logits": 0.0 if scalar and settings.reward.lm_coef == 0 else logit_bytes(model, tokens, 3),
     }
-    if scalar:  # before it learns, the SFT model answers as PPO will
-        answering = generation_bytes(settings, loop.precision)
-        learning = {"answering": answering} if answering > sum(learning.values()) else learning
+    if scalar:  # before training, the SFT model generates responses as in PPO
+        generation = generation_bytes(settings, loop.precision)
+        training = {"answering": generation} if generation > sum(training.values()) else training
     return MemoryEstimate({
-        "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank), **learning,
+        "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank), **training,
         "working space": working_bytes(model, quant),
     })  # fmt: skip
 
 
 def _unfrozen(model: ModelConfig, layers: int) -> int:
-    """Weights that full training moves when the embeddings and the first `layers` blocks are frozen."""
+    """The number of trained weights when the embeddings and the first `layers` blocks are frozen."""
     if layers == 0:
         return parameter_count(model)
     rest = projection_count(model) * (model.n_layers - layers) // model.n_layers
-    output = 0 if model.tie_embeddings else model.vocab_size * model.dim  # its own weights go on training
+    output = 0 if model.tie_embeddings else model.vocab_size * model.dim  # untied: these still train
     return rest + output + (2 * (model.n_layers - layers) + 1) * model.dim
 
 
 def _ppo(settings: Settings, processes: int) -> MemoryEstimate:
-    """Four networks or one, the larger of answering (cache, logits of a step) and of learning (activations, logits)."""
+    """The networks, and the larger of generation (KV cache, logits of a step) and training (activations, logits)."""
     model, config = settings.model, settings.ppo
     shared = config.layout == "shared_base"
     lora = config.lora if shared else LoRAConfig(rank=0)
@@ -217,47 +217,45 @@ def _ppo(settings: Settings, processes: int) -> MemoryEstimate:
     places = config.devices if len(config.devices) == 4 and not shared else 4 * ("",)
     beside = [place == places[0] for place in places]  # which of the four are on the policy's device
     trained = _trained(settings, "ppo") - (0 if beside[2] else parameter_count(model))
-    present = (
-        2 if config.offload_inactive and not shared else sum(beside)
-    )  # the others wait in main memory, or live elsewhere
+    # The other networks are in main memory, or on other devices.
+    present = 2 if config.offload_inactive and not shared else sum(beside)
     base = base_bytes(model, lora, quant, config.precision)
-    playing = generation_bytes(settings, config.precision)
+    generation = generation_bytes(settings, config.precision)
     rows = -(-config.micro_batch_size // processes)
-    learning = activation_bytes(model, lora, config.precision, rows * length)
-    learning += logit_bytes(model, rows * config.max_new_tokens, 6)
+    training = activation_bytes(model, lora, config.precision, rows * length)
+    training += logit_bytes(model, rows * config.max_new_tokens, 6)
     return MemoryEstimate({
         "weights": base + 4 * 4 * adapters if shared else present * base,
         "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
-        "answering" if playing > learning else "learning": max(playing, learning),
+        "answering" if generation > training else "learning": max(generation, training),
         "working space": working_bytes(model, quant),
     })  # fmt: skip
 
 
-# ---------------------------------------------------------------- against what is there
+# ---------------------------------------------------------------- comparison with the memory available
 
 
 def memory_available(device: str = "cpu") -> int:
-    """Bytes free on a CUDA device, else bytes of main memory that a new process can have without swapping.
+    """Free bytes of a CUDA device; otherwise the main memory that a new process can use without swapping.
 
-    On a GPU, what torch holds of tensors that are gone is free: an earlier stage of this process leaves gigabytes so.
+    On a GPU, torch's cache of freed tensors counts as free: an earlier stage of this process leaves gigabytes of it.
     """
     if device.startswith("cuda"):
         cuda = importlib.import_module("torch").cuda
         return cuda.mem_get_info(device)[0] + cuda.memory_reserved(device) - cuda.memory_allocated(device)
-    import psutil  # here, so that the doctor starts without it and says that it is missing
+    import psutil  # here, so that the doctor can start without it and report it
 
     return psutil.virtual_memory().available
 
 
 def options_for(stage: Stage) -> str:
-    """The prefix of a stage's options on the command line."""
+    """The prefix of a stage's command-line options."""
     return "sft" if stage == "qlora" else stage
 
 
 def cheaper_settings(settings: Settings, stage: Stage) -> Iterator[tuple[Settings, str]]:
-    """Settings that need less and less, each with the options that make them, mildest first."""
+    """Settings that need less and less memory, each with the command-line options for them, mildest first."""
     name = options_for(stage)
-    config = settings.qlora if stage == "qlora" else getattr(settings, stage)
     options: list[str] = []
 
     def change(option: str, **changes: object) -> tuple[Settings, str]:
@@ -270,6 +268,7 @@ def cheaper_settings(settings: Settings, stage: Stage) -> Iterator[tuple[Setting
     if not settings.model.gradient_checkpointing:
         yield change("--model.gradient-checkpointing", model__gradient_checkpointing=True)
     if stage == "ppo":
+        config = settings.ppo
         if config.layout == "four_models":
             yield change("--ppo.layout shared_base", ppo__layout="shared_base")
         if config.quant.kind == "none":
@@ -282,6 +281,7 @@ def cheaper_settings(settings: Settings, stage: Stage) -> Iterator[tuple[Setting
                 ppo__generation_batch_size=small,
             )
         return
+    config = settings.qlora if stage == "qlora" else getattr(settings, stage)
     loop = config.loop
     if loop.batch_size > 1:
         accumulate = loop.batch_size * loop.gradient_accumulation_steps
@@ -303,16 +303,16 @@ def cheaper_settings(settings: Settings, stage: Stage) -> Iterator[tuple[Setting
 def check_room(
     settings: Settings, stage: Stage, device: str, model: ModelConfig | None = None, processes: int = 1
 ) -> None:
-    """Say what a stage needs, and refuse before anything is loaded where a GPU has less, with what would fit.
+    """Print what a stage needs. Raises `UserError` before anything is loaded if a GPU has less, with what would fit.
 
-    `model` is the shape of the checkpoint that it starts from. On a CPU it says so and goes on: it may swap.
+    `model` is the shape of the checkpoint that the stage starts from. On a CPU, which may swap, it only prints.
     """
-    if model is not None:  # the shape is known: whatever the preset's weights are
+    if model is not None:  # a known shape takes precedence over the preset's weights
         recompute = settings.model.gradient_checkpointing
         settings = settings.replace(model=replace(model, gradient_checkpointing=recompute), weights="")
     needed, free = estimate(settings, stage, processes), memory_available(device)
     context = CUDA_CONTEXT if device.startswith("cuda") else 0.0
-    if needed.total > GB:  # smaller ones fit everywhere, and need no line
+    if needed.total > GB:  # smaller stages fit everywhere
         print(f"{stage} needs about {needed}; {free / GB:.1f} GB are free on {device}.")
     if needed.total + context <= free:
         return
@@ -328,5 +328,5 @@ def check_room(
 
 
 def table(settings: Settings) -> list[str]:
-    """One line a stage: what it needs at these settings."""
+    """One line for each stage: what it needs with these settings."""
     return [f"{stage:<9} {estimate(settings, stage)}" for stage in STAGES]

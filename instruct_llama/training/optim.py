@@ -1,24 +1,24 @@
-"""One optimizer step: learning-rate schedule, AdamW over one network or several, clipping, fp16's loss scale."""
+"""One optimizer step: learning-rate schedule, AdamW over one or more networks, clipping, fp16's loss scaling."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import OptimConfig, UserError, check
+from ..model.llama import Llama
 from . import distributed
 
 
 class NonFinite(UserError):
-    """A loss or gradient that is not a number; the optimizer has not stepped on it."""
+    """A loss or gradient is not finite; the optimizer has not stepped."""
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig, peak: float | None = None) -> float:
-    """Linear warm-up, then half a cosine down to `min_lr_ratio` of the peak; steps count from 0."""
+    """The rate at a step (from 0): linear warm-up, then half a cosine down to `min_lr_ratio` of the peak."""
     peak = optim.lr if peak is None else peak
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
@@ -27,8 +27,8 @@ def learning_rate(step: int, total: int, optim: OptimConfig, peak: float | None 
     return peak * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)
 
 
-def freeze_first(model: nn.Module, n_layers: int) -> None:
-    """Stop the embeddings and the first `n_layers` blocks from training; 0 freezes nothing."""
+def freeze_first(model: Llama, n_layers: int) -> None:
+    """Freeze the embeddings and the first `n_layers` blocks; 0 freezes nothing."""
     if n_layers > 0:
         for module in (model.tok_embeddings, *model.layers[:n_layers]):
             module.requires_grad_(False)
@@ -38,7 +38,7 @@ def make_optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], optim: Op
     """AdamW over networks, each (parameters, peak rate); weight decay on matrices only (LLaMA, section 2.3)."""
     check(
         optim.kind == "adamw" or distributed.world_size() == 1,
-        f"optim.kind {optim.kind} cannot divide its state among processes: under torchrun, take adamw.",
+        f"optim.kind {optim.kind} cannot shard its state over processes: under torchrun, use adamw.",
     )
     split = []
     for network, (parameters, peak) in enumerate(groups):
@@ -65,8 +65,8 @@ def optimizer_step(
     """Set the learning rates, check, clip, step and clear; returns each network's gradient norm before clipping.
 
     Each of the networks given to `make_optimizer` is clipped by its own norm: a large gradient of PPO's value must not
-    shorten the policy's step. Raises `NonFinite` without touching a weight when a gradient is not finite (P34); `where`
-    says what was read.
+    shorten the policy's step. Raises `NonFinite` without changing a weight if a gradient is not finite (P34); `where`
+    names the step and records in the error.
     """
     networks = [[] for _ in range(count_networks(optimizer))]
     for group in optimizer.param_groups:
@@ -75,7 +75,7 @@ def optimizer_step(
     norms = [distributed.full_tensor(nn.utils.get_total_norm(mine)) for mine in grads]
     if not all(torch.isfinite(norm) for norm in norms):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFinite(f"The gradient is not finite at {where}: lower the learning rate or look at those records.")
+        raise NonFinite(f"The gradient is not finite at {where}: lower the learning rate or inspect those records.")
     for parameters, norm in zip(networks, norms, strict=True) if optim.grad_clip > 0 else ():
         nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip, norm)
     for group in optimizer.param_groups:
@@ -86,17 +86,17 @@ def optimizer_step(
 
 
 def count_networks(optimizer: torch.optim.Optimizer) -> int:
-    """How many networks the optimizer steps, each with a gradient norm of its own."""
+    """The number of networks in the optimizer, each with its own gradient norm."""
     return 1 + max(group["network"] for group in optimizer.param_groups)
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """What scales fp16's losses on a GPU, where small gradients would become 0; one that does nothing elsewhere."""
+    """The loss scaler: for fp16 on a GPU, where small gradients would underflow to 0; otherwise disabled."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
 
 
-def restore_scaler(scaler: torch.amp.GradScaler, saved: dict[str, Any] | None) -> None:
-    """Give a scaler its saved state; there is none where the run was begun without one, on a CPU."""
+def restore_scaler(scaler: torch.amp.GradScaler, saved: dict[str, float] | None) -> None:
+    """Load a scaler's saved state; it is empty if the run was started on a CPU, without scaling."""
     if saved:
         scaler.load_state_dict(saved)
 
@@ -105,15 +105,15 @@ def scaled_step(
     scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int,
     where: str,
 ) -> tuple[float, ...]:  # fmt: skip
-    """`optimizer_step` after scaled losses. Where the scale was too large for fp16: no step, half the scale, norms 0.
+    """`optimizer_step` with scaled losses. If the scale was too large for fp16: no step, half the scale, norms 0.
 
-    That is no fault: the scale grows until it happens. Gradients that are not finite at scale 1 are one.
+    That is expected: the scale grows until it overflows. Gradients that are not finite at scale 1 are an error.
     """
     scaler.unscale_(optimizer)
     try:
         norms = optimizer_step(optimizer, optim, step, total, where)
     except NonFinite:
-        if scaler.get_scale() <= 1:  # without fp16 always
+        if scaler.get_scale() <= 1:  # always so without fp16
             raise
         norms = (0.0,) * count_networks(optimizer)
     scaler.update()

@@ -1,4 +1,4 @@
-"""A run folder while it is being written: the logs, what resume needs, and a stop that loses nothing."""
+"""A run folder while it is being written: the logs, the state to resume from, and Ctrl-C without losing work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,22 @@ from ..config import Settings, check, shown
 from . import checkpoint, distributed, folders
 
 Watch = Callable[[dict[str, float]], None]
-NOTE = "state.json"  # in a folder of divided tensors: what is no tensor; written last
+NOTE = "state.json"  # in a folder of sharded tensors: the rest of the state; written last
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or the notebook's stop button, after the state was saved."""
+    """Raised on Ctrl-C or the notebook's stop button, after the state was saved."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage leaves behind."""
+    """The result of a stage."""
 
     folder: Path  # the run folder
-    best: dict[str, float]  # the metrics of the validation whose weights were kept
-    steps: int  # optimizer steps (PPO: iterations) done in all
+    best: dict[str, float]  # the validation metrics of the weights that were kept
+    steps: int  # optimizer steps (PPO: iterations) in total
     seconds: float  # wall-clock time of this call
-    trained: bool = True  # False: a finished run of the same settings was there, and nothing was done
+    trained: bool = True  # False: a finished run of the same settings existed, and nothing was done
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -51,7 +51,7 @@ class StageResult:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a log; a last line cut by a kill is left out."""
+    """The records of a log, without a last line that a kill cut off."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -59,22 +59,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-# The reward stage samples responses as PPO will: the prompts that fit, their batches, and how tokens are drawn.
+# The reward stage samples responses as PPO does: the prompts that fit, their batches, the sampling.
 SAMPLED_BY = ("temperature", "top_k", "top_p", "max_new_tokens", "seq_len", "generation_batch_size")
 
 
 def identity(settings: Settings, stage: str) -> dict[str, Any]:
-    """The settings that a stage's run depends on, as JSON holds them.
+    """The settings that a stage's run depends on, as JSON.
 
-    Where it runs, in how many processes, and under which name are not among them: a run may be moved and go on there.
+    Device, number of processes and run name are not among them, so that a run can be moved and resumed elsewhere.
     """
     fields = asdict(settings)
     usual = fields[stage].pop("data")
     fields["data"] = settings.data or usual or None
-    for where in ("name", "devices", "offload_inactive"):  # PPO's networks among them
+    for where in ("name", "devices", "offload_inactive"):  # the last two: of PPO's networks
         fields[stage].pop(where, None)
-    kept = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
-    found = {key: fields[key] for key in kept}
+    names = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
+    found = {key: fields[key] for key in names}
     if stage == "reward":
         found["ppo"] = {key: fields["ppo"][key] for key in SAMPLED_BY}
     if stage == "ppo" and settings.ppo.ptx_coef > 0:
@@ -83,14 +83,14 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """One process's state is a file, several processes' a folder for each step; more than one after a kill."""
+    """The saved states: a file from one process, a folder from several; more than one only after a kill."""
     return [note.parent for note in folder.glob(f"state/step-*/{NOTE}")] + [*folder.glob("state/resume.safetensors")]
 
 
 class RunLog:
     """The logs and the resumable state of one run folder.
 
-    `stage` says which settings make it the same run, and `inputs` are the run folders that it reads.
+    `stage` determines the settings that identify the run; `inputs` are the run folders that it reads.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class RunLog:
         self.state_path = folder / "state" / "resume.safetensors"
         self.identity = json.dumps(identity(settings, stage), sort_keys=True)
         self.inputs = checkpoint.fingerprints(inputs)
-        self.saved = self._newest_state() if settings.resume else None  # where it is, and what is no tensor
+        self.saved = self._newest_state() if settings.resume else None  # its path, and the part that is not tensors
         self.start = self.saved[1]["step"] if self.saved else 0
         self.stops = 0  # how often Ctrl-C was pressed
 
     def _begin(self) -> None:
-        """Open the logs. Not before training starts, so that bad input leaves an earlier run in the folder whole."""
+        """Open the logs, only when training starts, so that bad input leaves an earlier run in the folder intact."""
         if not distributed.is_main():
             return
         start = self.start
@@ -113,7 +113,7 @@ class RunLog:
             kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= start] if start else []
             checkpoint.write_text(self.folder / name, "".join(json.dumps(r) + "\n" for r in kept))
         if not start:
-            weights = self.folder.glob("*.safetensors")  # of a run with adapters, say, where this one has none
+            weights = self.folder.glob("*.safetensors")  # of an earlier run with adapters, for example
             for stale in (self.folder / "config.json", *self.folder.glob("events.out.*"), *weights):
                 stale.unlink(missing_ok=True)
             self._forget_states()
@@ -134,7 +134,7 @@ class RunLog:
         other = checkpoint.changed_inputs(state, self.inputs) if identity == self.identity else "settings"
         folder = shown(folders.final_path(self.folder))
         check(not other, f"--resume: {folder} was started with other {other}; use the same "
-              "ones, or start anew without it.")  # fmt: skip
+              "ones, or start again without --resume.")  # fmt: skip
         return path, state
 
     def _forget_states(self, but: Path | None = None) -> None:
@@ -142,7 +142,7 @@ class RunLog:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same scalars to TensorBoard, and to whoever watches; the end of a step."""
+        """End a step: write its metrics to metrics.jsonl and TensorBoard, call `watch`, and stop here after Ctrl-C."""
         if distributed.is_main():
             record = {"step": step, **metrics}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -155,7 +155,7 @@ class RunLog:
             raise KeyboardInterrupt
 
     def sample(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Text samples with their scores, to samples.jsonl and TensorBoard."""
+        """Write text samples with their scores to samples.jsonl and TensorBoard."""
         if not distributed.is_main():
             return
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -164,7 +164,7 @@ class RunLog:
         self.board.add_text("samples", text, step)
 
     def save_state(self, step: int, tensors: checkpoint.State, state: dict[str, Any]) -> None:
-        """Everything resume needs, in one file or folder, in one rename (P32, P33)."""
+        """Save everything that resume needs as one file or folder, put in place by one rename (P32, P33)."""
         state = {"step": step, "inputs": self.inputs, **state}
         note = {"identity": self.identity, "state": json.dumps(state)}
         path = self.state_path
@@ -176,8 +176,9 @@ class RunLog:
         if distributed.is_main():
             self._forget_states(but=path)
 
-    def restore(self, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def restore(self, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Copy the saved tensors into the weights and the optimizer; returns the rest of the state."""
+        assert self.saved is not None, "restore is called only where `saved` holds a state"
         path, state = self.saved
         if distributed.world_size() == 1 and path.is_file():
             tensors, _ = checkpoint.read_tensors(path)
@@ -190,7 +191,7 @@ class RunLog:
         return state
 
     def finish(self, best: dict[str, float], steps: int) -> StageResult:
-        """Mark the run folder complete, and put it in the place of the one that it overwrites."""
+        """Mark the run folder complete, and replace the folder that it overwrites."""
         place = folders.final_path(self.folder)
         if distributed.is_main():
             self.board.close()
@@ -198,14 +199,14 @@ class RunLog:
             checkpoint.write_info(self.folder, {**checkpoint.read_info(self.folder), **done, "inputs": self.inputs})
             if place != self.folder:
                 folders.replace_folder(place)
-        distributed.barrier()  # whoever reads the folder next finds it complete
+        distributed.barrier()  # afterwards, every process finds the folder complete
         return StageResult(place, best, steps, time.perf_counter() - self.started)
 
     @contextlib.contextmanager
     def interruptible(self, save: Callable[[], None], command: str) -> Iterator[None]:
-        """On Ctrl-C or the stop button: finish the step, save, say how to go on, and leave the kernel usable.
+        """On Ctrl-C or the stop button: finish the step, save, tell how to resume, and leave the kernel usable.
 
-        Only the state between two steps can be gone on from (P32). Pressed again, it stops at once, without saving.
+        A run can resume only from a state between two steps (P32). A second Ctrl-C stops at once, without saving.
         """
         self._begin()
         here = threading.current_thread() is threading.main_thread()
@@ -219,7 +220,7 @@ class RunLog:
                 self.board.close()
             state = self.state_path if distributed.world_size() == 1 else self.state_path.parent
             raise Interrupted(
-                f"Stopped; the state is in {shown(state)}. Go on with: python -m instruct_llama {command} "
+                f"Stopped; the state is in {shown(state)}. Resume with: python -m instruct_llama {command} "
                 "--resume (same options), or settings.replace(resume=True) in a notebook."
             ) from None
         finally:
@@ -231,11 +232,14 @@ class RunLog:
         if self.stops > 1:
             raise KeyboardInterrupt
         if distributed.is_main():
-            print("\nStopping after this step; once more stops at once, back to the last save.", file=sys.stderr)
+            print(
+                "\nStopping after this step. A second Ctrl-C stops at once and loses all steps since the last save.",
+                file=sys.stderr,
+            )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[checkpoint.State, dict[str, Any]]:
-    """An optimizer's state as flat tensors and the JSON-able rest."""
+    """An optimizer's state as flat tensors, and the rest as JSON values."""
     tensors, rest = {}, {}
     for index, state in optimizer.state_dict()["state"].items():
         wrapped = [value for value in state.values() if isinstance(value, dict)]  # bitsandbytes' maps and scales
@@ -250,7 +254,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[checkpoint.Stat
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: checkpoint.State, rest: dict[str, Any]) -> None:
     """Inverse of `optimizer_tensors`, into an optimizer over the same parameters."""
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict[str, object]] = {}
     for name, value in (*tensors.items(), *((f"optimizer/{key}", value) for key, value in rest.items())):
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
@@ -259,42 +263,48 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: checkpoint.Stat
 
 
 def write_sharded(folder: Path, tensors: checkpoint.State, note: dict[str, str]) -> None:
-    """Each process writes its parts of the tensors into one safetensors file, all of them into one folder.
+    """Write a folder with one safetensors file for each process, which holds its shards of the tensors.
 
-    torch.distributed.checkpoint's own format ends in a pickle; its safetensors writer needs none (P05).
+    torch.distributed.checkpoint's own format contains a pickle; its safetensors writer needs none (P05).
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    if distributed.broadcast_from_main(folder.exists()):  # this step has been saved
+    if distributed.broadcast_from_main(folder.exists()):  # already saved
         return
     new = folder.with_name(f".{folder.name}")
     if distributed.is_main():
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     distributed.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
-    dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+    writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
+    save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
     checkpoint.write_text(new / NOTE, json.dumps(note))
     if distributed.is_main():
         new.rename(folder)
     distributed.barrier()
 
 
-def read_sharded(folder: Path, weights: checkpoint.State, optimizer: torch.optim.Optimizer) -> checkpoint.State:
-    """The tensors of a state, divided as the weights are now; how many processes wrote them does not matter."""
-    import torch.distributed.checkpoint as dcp
+def read_sharded(
+    folder: Path, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> checkpoint.State:  # fmt: skip
+    """The tensors of a state, sharded as the weights are now, whatever number of processes wrote them."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     owners = {f"model/{name}": weight for name, weight in weights.items()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {}
     for name, saved in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(saved, TensorStorageMetadata)
         owner = owners[name] if name in owners else trained[int(name.split("/")[1])]
         if owner.shape == saved.size:
             tensors[name] = torch.empty_like(owner, requires_grad=False)
-        else:  # the optimizer's count of steps
+        else:  # the optimizer's step count
             tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, where one process goes on alone
-        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended when one process resumes
+        load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
     return tensors
