@@ -192,10 +192,10 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def add_adapter(model: nn.Module, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
-    """Give the projections in `config.targets` a new adapter, and freeze all that is not an adapter.
+    """Give the projections in `config.target_modules` a new adapter, and freeze all other parameters.
 
-    In place; the new adapter is not active yet, other adapters stay as they were. A head that shall train
-    as well is for the caller to unfreeze afterwards. Raises `UserError` for a name already there, or rank 0.
+    In place; the new adapter is not active yet, other adapters do not change. To train a head as well, the caller
+    unfreezes it afterwards. Raises `UserError` for an existing name, or rank 0.
     """
     check(config.rank > 0, f"The adapter {name!r} has rank 0, which means none: set lora.rank, 8 for example.")
     check(name not in adapter_names(model), f"There is an adapter {name!r} already: choose another name.")
@@ -209,13 +209,13 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, generator: torc
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters, by name: all that are not part of an adapter."""
+    """The model's parameters that are not part of an adapter, by name."""
     adapters = {id(p) for _, layer in adapted_layers(model) for p in (*layer.A.values(), *layer.B.values())}
     return {name: p for name, p in model.named_parameters() if id(p) not in adapters}
 
 
 def use_adapter(model: nn.Module, name: str | None) -> None:
-    """Make one adapter active from now on; None is the bare base. Raises `UserError` for an unknown name."""
+    """Make one adapter active; None is the base model. Raises `UserError` for an unknown name."""
     if name is not None:
         layers_with_adapter(model, name)
     for _, layer in adapted_layers(model):
@@ -228,7 +228,7 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 class adapter:
-    """`with adapter(model, name):` makes one adapter active inside, and what was active before again afterwards."""
+    """`with adapter(model, name):` makes one adapter active inside, and restores the previous one afterwards."""
 
     def __init__(self, model: nn.Module, name: str | None):
         self.model, self.name = model, name
@@ -259,7 +259,7 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 def load_adapter(
     model: nn.Module, name: str, state: dict[str, torch.Tensor], modules_to_save: Collection[str] = ()
 ) -> None:
-    """Copy a saved adapter into the adapter `name`, and the parameters that were trained `beside` it into the model's.
+    """Copy a saved adapter into the adapter `name`, and the parameters in `modules_to_save` into the model's.
 
     Raises `UserError` that lists every missing, unexpected and wrongly shaped key, and then copies nothing (P18).
     """

@@ -1,4 +1,4 @@
-"""What an algorithm needs of its networks: the interface between `rlhf` and the machine it runs on."""
+"""The interface between the algorithms of `rlhf` and the networks and devices that they run on."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Actors(Protocol):
     """The four networks, as PPO needs them. `training.actors` has two implementations."""
 
     tokenizer: SpecialTokens
-    device: torch.device  # where rollouts are kept
+    device: torch.device  # where rollouts are stored
     reward_mean: float  # of the raw scores of the reference's responses: scores are normalised by these two
     reward_scale: float
-    processes: int  # how many work together; 1 without torchrun
+    processes: int  # the world size; 1 without torchrun
 
     def use(self, role: Role, training: bool = False) -> AbstractContextManager[Llama]:
         """The network of a role, ready to compute; with `training`, ready for a backward pass too."""
         ...
 
     def optimizing(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        """Inside, policy, value and the optimizer's state are where they train."""
+        """Inside, policy, value model and the optimizer's state are on the device where they train."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -41,8 +41,8 @@ class Actors(Protocol):
     def step(
         self, optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total: int, loss: float, where: str
     ) -> tuple[float, ...]:
-        """Clip each network's gradient, step, clear; the norms before clipping. Raises `UserError` if one, or the loss,
-        is not finite."""
+        """Clip each network's gradient, step, zero; returns the norms before clipping.
+        Raises `UserError` if a norm or the loss is not finite."""
         ...
 
     def map(self, function: Callable[[int], Rollouts], n: int) -> list[Rollouts]:

@@ -2,16 +2,16 @@
 
 Three conventions hold for all of them.
 
-* **Masks say what is real.** `mask` is bool, True at the tokens that count: for an answer, every token up to and
-  including its end token. What a (B, T) input holds elsewhere, even NaN, reaches neither a value nor a gradient.
+* **Masks select the real tokens.** `mask` is bool: True at every token of a response up to and including its end
+  token. Entries of a (B, T) input outside the mask, even NaN, affect neither a value nor a gradient.
 * **Losses are sums.** A function called `..._loss` or `..._sum` adds over the masked tokens. The caller divides by
-  the number of tokens in the whole minibatch, so that splitting it into micro-batches changes nothing. (The one
+  the number of tokens in the whole mini-batch, so that splitting it into micro-batches changes nothing. (The only
   exception is `ranking_loss`, a mean over prompts.) Metrics, like `clip_frac`, are means over the masked tokens.
-* **Everything is computed in float32**, whatever comes in. In bfloat16 the rounding of the logits is as large as the
-  difference between two policies that PPO learns from.
+* **Everything is computed in float32**, whatever the input dtype. In bfloat16 the rounding error of the logits is as
+  large as the difference between two policies that PPO learns from.
 
-Position t of `logprobs`, `values`, `rewards`, `mask` and `advantages` always speaks of the same token, the t-th of the
-answer. Log-probabilities and KL are in nats. B sequences, T positions, V tokens in the vocabulary, N answers, P pairs.
+Position t of `logprobs`, `values`, `rewards`, `mask` and `advantages` always refers to the t-th token of the response.
+Log-probabilities and KL are in nats. B sequences, T positions, V tokens in the vocabulary, N responses, P pairs.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from torch import Tensor
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x (B, T) where mask (B, T) is True: a scalar. What x holds elsewhere, even NaN, is never touched."""
+    """Sum of x (B, T) where mask (B, T) is True: a scalar. Entries outside the mask, even NaN, are ignored."""
     return torch.where(mask, x.float(), 0.0).sum()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (B, T) where mask (B, T) is True: a scalar; 0 if mask is True nowhere."""
+    """Mean of x (B, T) where mask (B, T) is True: a scalar; 0 for an empty mask."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def response_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x (B, T) over each answer's own tokens: (B,). Of `kl_k1` it gives the KL of each answer, in nats."""
+    """Sum of x (B, T) over each response's tokens: (B,). Applied to `kl_k1`: the KL of each response, in nats."""
     return torch.where(mask, x.float(), 0.0).sum(dim=1)
 
 
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (B, T) over each answer's own tokens: (B,); 0 for an answer without tokens."""
+    """Mean of x (B, T) over each response's tokens: (B,); 0 for a response without tokens."""
     return response_sum(x, mask) / mask.sum(dim=1).clamp(min=1)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x (B, T) scaled to deviation 1 over the masked tokens and, with `shift_mean`, moved to mean 0; 0 elsewhere.
+    """x (B, T) with standard deviation 1 over the masked tokens and, with `shift_mean`, mean 0; 0 elsewhere.
 
-    The deviation is the population's (divided by n), so one token alone becomes 0 and not 0/0.
+    The variance divides by n, not n - 1, so that a single token becomes 0 and not 0/0.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x.float() - mean).square(), mask)
@@ -62,7 +62,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """log p(target) of each token: logits (B, T, V) and targets (B, T) int64 give (B, T) float32.
 
-    Also takes log-probabilities in place of logits, -inf for tokens that cannot be sampled included.
+    Log-probabilities may replace the logits, including -inf for tokens that cannot be sampled.
     """
     return logits.float().log_softmax(dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T)
 
@@ -79,33 +79,33 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, loss_mask: Tensor) -> tup
 
 
 def correct_sum(logits: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
-    """How many masked targets (B, T) are the likeliest token of logits (B, T, V): a scalar. For token accuracy."""
+    """Number of masked targets (B, T) that are the argmax of logits (B, T, V): a scalar. For token accuracy."""
     return masked_sum(logits.argmax(dim=-1) == targets, loss_mask)
 
 
 def entropy(logprobs_full: Tensor) -> Tensor:
-    """Entropy -sum p log p of normalised log-probabilities (B, T, V): (B, T), in nats, never negative.
+    """Entropy -sum p log p of normalised log-probabilities (B, T, V): (B, T), in nats, non-negative.
 
-    -inf (a token that cannot be sampled) adds 0, in the value and in the gradient.
+    -inf (a token that cannot be sampled) contributes 0 to the value and to the gradient.
     """
     logprobs = logprobs_full.float()
     plogp = logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)  # (B, T, V)
-    return (-plogp.sum(dim=-1)).clamp(min=0.0)  # (B, T); rounding alone could make it -1e-8
+    return (-plogp.sum(dim=-1)).clamp(min=0.0)  # (B, T); rounding could give -1e-8
 
 
 # -------------------------------------------------------------------------------------------------------- reward model
 
 
 def pool_last_token(scores: Tensor, ends: Tensor) -> Tensor:
-    """The score of each sequence, read at its end token: scores (N, T) and ends (N,), the index of it, give (N,)."""
+    """The score at each sequence's end token: scores (N, T) and end positions `ends` (N,) give (N,)."""
     return scores.float().gather(1, ends.unsqueeze(1)).squeeze(1)
 
 
 def pair_differences(scores: Tensor, prompt: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Every (better, worse) pair of answers to one prompt: (score of better - score of worse, weight), each (P,).
+    """Every (better, worse) pair of responses to one prompt: (score of better - score of worse, weight), each (P,).
 
-    scores (N,), prompt (N,) which prompt an answer belongs to, rank (N,) 0 = best. Equal ranks are not a pair.
-    A pair weighs 1 / (number of pairs of its prompt), so each prompt weighs 1 however many answers it has.
+    scores (N,), prompt (N,) the prompt's index, rank (N,) 0 = best. Equal ranks form no pair.
+    A pair has weight 1 / (number of pairs of its prompt), so each prompt has weight 1 for any number of responses.
     """
     scores = scores.float()
     same = prompt[:, None] == prompt[None, :]  # (N, N)
@@ -118,9 +118,9 @@ def pair_differences(scores: Tensor, prompt: Tensor, rank: Tensor) -> tuple[Tens
 def ranking_loss(scores: Tensor, prompt: Tensor | None = None, rank: Tensor | None = None) -> Tensor:
     """-log sigmoid(better - worse), averaged over the K(K-1)/2 pairs of each prompt, then over prompts: a scalar.
 
-    scores (N,), prompt (N,), rank (N,) as in `pair_differences`; without prompt they all answer one prompt, without
-    rank the best comes first. Two equal scores cost ln 2; a margin of -1000 costs 1000, because log sigmoid is computed
-    as such. Prompts without a pair do not count. InstructGPT, arXiv:2203.02155, section 3.5, equation 1.
+    scores (N,), prompt (N,), rank (N,) as in `pair_differences`. Without prompt all belong to one prompt; without rank
+    they are sorted, best first. Equal scores give a loss of ln 2; a margin of -1000 gives 1000, since `logsigmoid` does
+    not overflow. Prompts without a pair are ignored. InstructGPT, arXiv:2203.02155, section 3.5, equation 1.
     """
     prompt = torch.zeros(len(scores), dtype=torch.long, device=scores.device) if prompt is None else prompt
     rank = torch.arange(len(scores), device=scores.device) if rank is None else rank
@@ -129,15 +129,15 @@ def ranking_loss(scores: Tensor, prompt: Tensor | None = None, rank: Tensor | No
 
 
 def pair_wins(differences: Tensor) -> Tensor:
-    """Of `pair_differences` (P,): 1 where the better response scores higher, one half where both score alike: (P,).
+    """From `pair_differences` (P,): 1 where the better response scores higher, 0.5 for equal scores, else 0: (P,).
 
-    Their mean is the accuracy of a reward model, weighted by prompt or not.
+    Their mean, optionally weighted by prompt, is the accuracy of a reward model.
     """
     return (differences > 0).float() + 0.5 * (differences == 0).float()
 
 
 def normalise_score(score: Tensor, mean: float | Tensor, scale: float | Tensor) -> Tensor:
-    """(score - mean) / scale, with the mean and deviation that were fitted once on answers of the reference policy."""
+    """(score - mean) / scale, the mean and standard deviation of scores of the reference policy's responses."""
     return (score.float() - mean) / scale
 
 
@@ -150,32 +150,32 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, limit: float = 20.0) -> Te
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's k1 = log p - log ref of each sampled token (B, T): unbiased for the KL, of either sign.
+    """Schulman's k1 = log p - log ref of each sampled token (B, T): unbiased for the KL, may be negative.
 
-    The penalty in PPO's reward is this one: its score-function gradient is the KL's own; that of k2 or k3 is not.
+    PPO's KL penalty uses k1: its score-function gradient is the gradient of the KL; that of k2 or k3 is not.
     J. Schulman, "Approximating KL Divergence", 2020.
     """
     return logprobs.float() - ref_logprobs.float()
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's k2 = (log p - log ref)^2 / 2 of each token (B, T): never negative, biased. For logs or losses."""
+    """Schulman's k2 = (log p - log ref)^2 / 2 of each token (B, T): non-negative, biased. For logs or losses."""
     return 0.5 * kl_k1(logprobs, ref_logprobs).square()
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's k3 = ref/p - 1 - log(ref/p) of each token (B, T): unbiased, never negative, low variance. For logs."""
+    """Schulman's k3 = ref/p - 1 - log(ref/p) of each token (B, T): unbiased, non-negative, low variance. For logs."""
     ratio = log_ratio(ref_logprobs, logprobs)
     return torch.expm1(ratio) - ratio
 
 
 def adaptive_kl(kl_coef: float, measured_kl: float, target: float, horizon: int) -> float:
-    """The next KL coefficient: grows while the measured KL (nats per answer) is above its target, shrinks while below.
+    """The next KL coefficient: larger when the measured KL (nats per response) exceeds its target, else smaller.
 
-    kl_coef * exp(error / horizon), error = (measured - target) / target kept within +-1, so a full error changes the
-    coefficient e-fold in `horizon` iterations. Ziegler et al., arXiv:1909.08593, section 2.2, is the same proportional
-    controller with error within +-0.2 and a gain of 0.1: about five times more patient, for longer runs.
-    A target of 0 leaves the coefficient alone.
+    kl_coef * exp(error / horizon), error = (measured - target) / target clamped to +-1: an error of 1 multiplies the
+    coefficient by e in `horizon` iterations. Ziegler et al., arXiv:1909.08593, section 2.2, use the same proportional
+    controller with the error clamped to +-0.2 and a gain of 0.1: about five times slower, for longer runs.
+    A target of 0 keeps the coefficient constant.
     """
     if target == 0:
         return kl_coef
@@ -187,11 +187,11 @@ def adaptive_kl(kl_coef: float, measured_kl: float, target: float, horizon: int)
 
 
 def penalised_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """What PPO maximises, spread over the tokens of each answer: (B, T), 0 outside mask, no gradient.
+    """PPO's reward of each response token: (B, T), 0 outside mask, no gradient.
 
-    Every token pays kl_coef * k1; the last token (the end token, or the last one kept of an answer cut off) also earns
-    the answer's score. scores (B,); logprobs, ref_logprobs, mask (B, T). The penalty is signed: where the policy is
-    less sure than the reference it is a refund. Ziegler et al., arXiv:1909.08593, equation 2; InstructGPT, equation 2.
+    Every token gets -kl_coef * k1; the last token (the end token, or the last token of a truncated response) also gets
+    the response's score. scores (B,); logprobs, ref_logprobs, mask (B, T). The penalty is negative where
+    p < ref. Ziegler et al., arXiv:1909.08593, equation 2; InstructGPT, equation 2.
     """
     penalty = kl_coef * kl_k1(logprobs, ref_logprobs)  # (B, T)
     is_last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)  # (B, T): no masked token follows
@@ -205,8 +205,8 @@ def gae(
     """Generalised advantage estimation: (advantages, returns), each (B, T), 0 outside mask, no gradient.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; the return is A_t + V_t. rewards, values
-    and mask are (B, T). The value after an answer's last token is 0, or bootstrap (B,) if given. We give none: an
-    answer cut off by the length limit already got its stated score at its last token, and there it ends.
+    and mask are (B, T). The value after a response's last token is 0, or bootstrap (B,) if given. PPO here passes none:
+    a response truncated by the length limit gets its score at its last token and counts as finished there.
     Schulman et al., arXiv:1506.02438, equation 16.
     """
     rewards, values = rewards.detach().float(), values.detach().float()
@@ -226,7 +226,7 @@ def gae(
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> Tensor:
     """-min(ratio A, clamp(ratio, 1-clip, 1+clip) A), summed over the masked tokens: a scalar.
 
-    All (B, T). The gradient stops where the ratio has already moved by `cliprange` in the advantage's direction.
+    All (B, T). The gradient is 0 where the ratio has already moved by `cliprange` in the advantage's direction.
     PPO, arXiv:1707.06347, equation 7.
     """
     ratio = torch.where(mask, log_ratio(logprobs, old_logprobs), 0.0).exp()  # (B, T)
@@ -237,8 +237,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float) -> Tensor:
     """(value - return)^2 / 2, summed over the masked tokens: a scalar. All (B, T).
 
-    With clip > 0 the larger of this and the same for the value kept within +-clip of its old estimate: a value
-    that has already moved by `cliprange` towards the return stops there. clip = 0 turns that off.
+    With `cliprange_value` > 0, the maximum of this and the loss of the value clipped to +-`cliprange_value` of its old
+    estimate: the gradient is 0 for a value that has already moved that far towards the return. 0 turns clipping off.
     """
     values, old_values, returns = (torch.where(mask, x.float(), 0.0) for x in (values, old_values, returns))
     error = (values - returns).square()  # (B, T)
@@ -249,7 +249,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def entropy_loss(logprobs_full: Tensor, mask: Tensor) -> Tensor:
-    """Minus the entropy, summed over the masked tokens: a scalar to add with a small weight. (B, T, V), (B, T)."""
+    """Minus the entropy, summed over the masked tokens: a scalar. Inputs (B, T, V) and (B, T)."""
     return -entropy(logprobs_full.masked_fill(~mask.unsqueeze(-1), 0.0)).sum()  # log 1 at padding: entropy 0
 
 
@@ -257,7 +257,7 @@ def entropy_loss(logprobs_full: Tensor, mask: Tensor) -> Tensor:
 
 
 def clip_frac(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """Share of the masked tokens whose ratio lies outside 1 +- clip: a scalar in [0, 1]."""
+    """Fraction of the masked tokens whose ratio lies outside 1 +- cliprange: a scalar in [0, 1]."""
     return masked_mean((log_ratio(logprobs, old_logprobs).exp() - 1).abs() > cliprange, mask)
 
 
@@ -267,7 +267,7 @@ def mean_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """KL of the old policy to the new one per token, by k3 on the old one's samples: a scalar in nats, not below 0."""
+    """KL of the old policy to the new one per token, by k3 on the old one's samples: a scalar in nats, non-negative."""
     return masked_mean(kl_k3(old_logprobs, logprobs), mask)
 
 
@@ -294,7 +294,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def ppo_warnings(first_ratio_error: float, kl: float, kl_stderr: float, clip_frac: float) -> list[str]:
-    """What is probably broken, judged by one iteration's figures: a list of sentences, empty if all is well.
+    """Warnings about probable errors, from one iteration's metrics: a list of sentences, empty if there are none.
 
     first_ratio_error: `ratio_abs_error` of the first mini-batch, before any update. kl and kl_stderr: mean k1 per
     response and its standard error, in nats. clip_frac: over the whole update.

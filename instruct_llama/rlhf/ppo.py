@@ -5,7 +5,7 @@ One iteration is `run_iteration`, in this order:
 1. `sample_rollouts`     the policy responds to prompts (`generate_responses`); then the log-probabilities of policy and
                          reference, the values, and the reward model's score of each response (`score_rollouts`)
 2. `compute_advantages`  per-token rewards (score at the last token, minus the KL penalty at each), GAE, whitening; it
-                         is in `rollout`, with everything else that is about single responses
+                         is in `rollout`, with all other functions of single responses
 3. `update`              a few epochs of mini-batches: clipped policy loss, clipped value loss, one optimizer step each
 
 The formulas are in `losses`: losses are sums over real tokens, metrics are means. Devices, adapters, precision and
@@ -56,7 +56,7 @@ def draw_prompts(prompts: Sequence[list[int]], config: PPOConfig, seed: int, ite
 def sample_rollouts(
     actors: Actors, config: PPOConfig, prompts: list[list[int]], seed: int, iteration: int
 ) -> Rollouts:  # fmt: skip
-    """One scored response to each prompt, in batches of `generation_batch_size`, each with its own random stream."""
+    """One scored response to each prompt, in batches of `generation_batch_size`, each with a separate random stream."""
     size = config.generation_batch_size
 
     def batch(number: int) -> Rollouts:
@@ -73,7 +73,7 @@ def sample_rollouts(
 def generate_responses(
     actors: Actors, config: PPOConfig, prompts: list[list[int]], generator: torch.Generator
 ) -> Rollouts:  # fmt: skip
-    """The policy's responses. Their log-probabilities are computed again as the update will: the first ratio is 1."""
+    """The policy's responses, with log-probabilities recomputed exactly as in the update: the first ratio is 1."""
     size, sampling, special = config.micro_batch_size, config.sampling, actors.tokenizer
     with actors.use("policy") as policy:
         rollouts = rollout.sample_responses(policy, prompts, sampling, special, generator, config.generation_batch_size)
@@ -110,12 +110,12 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """`num_ppo_epochs` passes over the rollouts in mini-batches, an optimizer step each; the mean of their metrics."""
     stats: list[dict[str, float]] = []
-    with actors.optimizing(optimizer):  # brings policy, value and AdamW's state to where they train
+    with actors.optimizing(optimizer):  # moves policy, value model and AdamW's state to their device
         for rows in _mini_batches(len(rollouts), config, seed, iteration):
             part, number = rollouts.select(rows), len(stats)
             metrics = minibatch_gradients(actors, config, part, seed, iteration, number, demonstrations)
             where = f"iteration {iteration + 1}, rollouts {rows}"
-            # raises for a loss or gradient that is not finite; clips each network's gradient, steps, clears
+            # raises for a loss or gradient that is not finite; clips each network's gradient, steps, zeroes
             norms = actors.step(optimizer, config.optim, iteration, config.iterations, metrics["loss"], where)
             metrics["grad_norm"], metrics["value_grad_norm"] = norms
             stats.append(metrics)
@@ -142,7 +142,7 @@ def minibatch_gradients(
     tokens = int(rollouts.response_mask.sum())  # of all processes
     sampling, special, sums = config.sampling, actors.tokenizer, dict[str, float]()
     for rows in rollouts.micro_batches(max(config.micro_batch_size, actors.processes)):  # a row for each process
-        mine, weight = actors.shard_rows(rows)  # weight 0: a process without rows computes along with another's
+        mine, weight = actors.shard_rows(rows)  # weight 0: a process without rows computes another's
         part = rollouts.select(mine)
         old, mask = part.logprobs, part.response_mask  # (B, N) each
         with actors.use("policy", training=True) as policy:

@@ -1,8 +1,8 @@
-"""Rollouts: prompts with sampled responses, and everything PPO needs to know about each token of them.
+"""Rollouts: prompts with sampled responses, and the quantities that PPO computes for each of their tokens.
 
-One rule keeps this right (P22): column t of `logprobs`, `values`, `rewards`, `response_mask` and `advantages` is about
-the t-th token of the response. The network's output that predicts that token stands one position earlier in the full
-sequence: for t = 0 at the last prompt token. `gather_response_positions` is the only function that shifts.
+Alignment (P22): column t of `logprobs`, `values`, `rewards`, `response_mask` and `advantages` refers to the t-th token
+of the response. The network's output that predicts that token is one position earlier in the full sequence: for t = 0
+at the last prompt token. `gather_response_positions` is the only function that shifts.
 
 B rollouts (b of a micro-batch), N tokens of the longest response, T of the longest prompt with response, V vocabulary.
 """
@@ -47,7 +47,7 @@ class Rollouts:
     responses: Tensor  # (B, N) int64, the sampled ids themselves, never decoded and encoded again
     response_mask: Tensor  # (B, N) bool, True up to and including the end token
     has_eos: Tensor  # (B,) bool, whether the response has its end token
-    sampled_logprobs: Tensor  # (B, N) float32, as the sampler computed them; kept to check the recomputed ones
+    sampled_logprobs: Tensor  # (B, N) float32, as the sampler computed them; to check the recomputed ones
     logprobs: Tensor = LATER  # (B, N) float32, of the policy that sampled
     ref_logprobs: Tensor = LATER  # (B, N) float32, of the frozen reference
     values: Tensor = LATER  # (B, N) float32
@@ -188,7 +188,7 @@ def final_scores(
 
 
 def completion_scores(model: Llama, batch: RankedBatch) -> Tensor:
-    """(N,) raw reward-model scores of ranked completions, each read at its own end token."""
+    """(N,) raw reward-model scores of ranked completions, each at its end token."""
     per_token = model(batch.tokens, segment_ids=batch.segment_ids)  # (P, T)
     return pool_last_token(per_token[batch.prompt], batch.last_positions)  # (N,)
 
