@@ -8,7 +8,6 @@ import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +27,9 @@ from instruct_llama.evaluation.report import (
     paired,
 )
 from instruct_llama.evaluation.statistics import mean_of_groups, ratio_estimate
+from instruct_llama.model import sampling as sampler
 from instruct_llama.model.sampling import SampledTokens, generate, generate_ids, sample
+from instruct_llama.rlhf.rollout import Rollouts
 from instruct_llama.training import checkpoint
 from instruct_llama.worlds import tinychat
 from instruct_llama.worlds.tinychat.corpus import FRAMES
@@ -195,7 +196,8 @@ def test_the_models_own_comparisons_have_a_ceiling_too(pipeline, monkeypatch):
         width = max(map(len, ids))
         answers = torch.tensor([one + [0] * (width - len(one)) for one in ids])
         mask = torch.tensor([[True] * len(one) + [False] * (width - len(one)) for one in ids])
-        return SimpleNamespace(responses=answers, response_mask=mask, has_eos=torch.ones(len(ids), dtype=torch.bool))
+        lengths, has_eos = torch.zeros(len(ids), dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool)
+        return Rollouts([[] for _ in ids], answers, lengths, answers, mask, has_eos, torch.zeros(mask.shape))
 
     monkeypatch.setattr(reward.rollout, "sample_responses", play)
     model = torch.nn.Linear(1, 1)
@@ -265,7 +267,7 @@ def test_an_answer_as_prose_ends_with_the_document_the_line_or_the_turn(pipeline
         mask = tokens != tokenizer.pad_id
         return SampledTokens(tokens, torch.zeros(mask.shape), mask, torch.zeros(len(mask), dtype=torch.bool))
 
-    monkeypatch.setattr(baselines, "sample", scripted)
+    monkeypatch.setattr(sampler, "sample", scripted)
     prompts = ["What looks red?"] * 3
     found = evaluate.prose_responses(model, tokenizer, prompts, replace(pipeline.evaluate, temperature=0.5))
     assert found == ["It is red.", "It is red.", "It is red"]

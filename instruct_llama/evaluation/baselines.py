@@ -17,7 +17,7 @@ from ..config import EvaluateConfig, SamplingConfig, check
 from ..data.batching import dialog_batch, ranked_batch
 from ..data.tokenizer import Tokenizer
 from ..model.llama import Llama, ScalarLlama
-from ..model.sampling import filter_logits, generate_ids, sample
+from ..model.sampling import filter_logits, generate_ids, sample_ids
 from ..rlhf.losses import response_sum, token_logprobs
 from ..rlhf.rollout import completion_scores
 from ..worlds import tinychat
@@ -44,10 +44,9 @@ def prose_responses(
     """
     generator = seeds.generator(model.tok_embeddings.weight.device, seed, "prose")
     ends, starts = (tokenizer.eos_id, tokenizer.encode("\n")[-1]), [tokenizer.encode(as_prose(p)) for p in prompts]
-    sampling, texts = SamplingConfig(config.max_new_tokens, config.temperature), []
-    for i in range(0, len(starts), config.batch_size):
-        made = sample(model, starts[i : i + config.batch_size], sampling, tokenizer, generator, ends)
-        texts += [tokenizer.decode(ids) for ids in made.ids()]
+    sampling = SamplingConfig(config.max_new_tokens, config.temperature)
+    sampled = sample_ids(model, starts, sampling, tokenizer, generator, config.batch_size, ends)
+    texts = [tokenizer.decode(ids) for ids in sampled]
     next_turn = PROSE_FRAME.partition("{q}")[0].strip()
     return [text.partition(next_turn)[0].rstrip() for text in texts]
 

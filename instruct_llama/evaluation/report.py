@@ -37,7 +37,7 @@ from .baselines import (
     prose_responses,
     raw_scores,
     response_logprobs,
-)  # fmt: skip
+)
 from .expectations import EXPECTED, compare_with_expected
 from .statistics import Estimate, accuracy_estimate, estimate, mean_of_groups, paired, ratio_estimate, win
 

@@ -201,6 +201,16 @@ def sample(
     return SampledTokens(tokens[:, :longest], logprobs[:, :longest], mask[:, :longest], has_eos)
 
 
+def sample_ids(
+    model: Llama, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, special: SpecialTokens,
+    generator: torch.Generator, batch_size: int, eos_ids: Sequence[int] = (),
+) -> list[list[int]]:  # fmt: skip
+    """The token ids of a response to each prompt, `batch_size` prompts at a time; arguments as `sample`'s."""
+    starts = range(0, len(prompts), batch_size)
+    parts = (sample(model, prompts[i : i + batch_size], sampling, special, generator, eos_ids) for i in starts)
+    return [response for part in parts for response in part.ids()]
+
+
 def stream(
     model: Llama, prompt: Sequence[int], sampling: SamplingConfig, special: SpecialTokens,
     generator: torch.Generator | None = None, eos_ids: Sequence[int] = (),
@@ -218,10 +228,8 @@ def generate_ids(
     """The sampled token ids of a response to each prompt, its end token last where it has one; see `generate`."""
     check(not isinstance(prompts, str), "generate takes a list of prompts: write [prompt] for one.")
     generator = seeds.generator(model.tok_embeddings.weight.device, seed, *keys)
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    starts = range(0, len(ids), batch_size)
-    batches = (sample(model, ids[start : start + batch_size], sampling, tokenizer, generator) for start in starts)
-    return [response for batch in batches for response in batch.ids()]
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    return sample_ids(model, encoded, sampling, tokenizer, generator, batch_size)
 
 
 def generate(

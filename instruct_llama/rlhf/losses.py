@@ -101,18 +101,24 @@ def pool_last_token(scores: Tensor, ends: Tensor) -> Tensor:
     return scores.float().gather(1, ends.unsqueeze(1)).squeeze(1)
 
 
-def pair_differences(scores: Tensor, prompt: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Every (better, worse) pair of responses to one prompt: (score of better - score of worse, weight), each (P,).
+def ranked_pairs(prompt: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the better and of the worse response of every pair of responses to one prompt, each (P,).
 
-    scores (N,), prompt (N,) the prompt's index, rank (N,) 0 = best. Equal ranks form no pair.
+    prompt (N,) the prompt's index, rank (N,) 0 = best. Equal ranks form no pair.
+    """
+    better = (prompt[:, None] == prompt) & (rank[:, None] < rank)  # (N, N): row is better than column
+    winner, loser = better.nonzero(as_tuple=True)  # (P,), (P,)
+    return winner, loser
+
+
+def pair_differences(scores: Tensor, prompt: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every pair in `ranked_pairs`: (score of better - score of worse, weight), each (P,); scores (N,).
+
     A pair has weight 1 / (number of pairs of its prompt), so each prompt has weight 1 for any number of responses.
     """
-    scores = scores.float()
-    same = prompt[:, None] == prompt[None, :]  # (N, N)
-    better = same & (rank[:, None] < rank[None, :])  # (N, N): row is better than column
-    pairs_of_prompt = (same * better.sum(dim=1)).sum(dim=1)  # (N,) no matrix product: autocast would round it
-    winner, loser = better.nonzero(as_tuple=True)  # (P,), (P,)
-    return scores[winner] - scores[loser], 1.0 / pairs_of_prompt[winner]
+    winner, loser = ranked_pairs(prompt, rank)
+    pairs_of_prompt = (prompt[winner][:, None] == prompt[winner]).sum(dim=1)  # (P,)
+    return scores.float()[winner] - scores.float()[loser], 1.0 / pairs_of_prompt
 
 
 def ranking_loss(scores: Tensor, prompt: Tensor | None = None, rank: Tensor | None = None) -> Tensor:

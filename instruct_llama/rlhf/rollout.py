@@ -80,6 +80,10 @@ class Rollouts:
                 changed[name] = value[index] if value.dim() == 1 else value[index, :columns]
         return Rollouts(prompts=[self.prompts[i] for i in rows], **changed)
 
+    def response_ids(self) -> list[list[int]]:
+        """Each response's token ids, without padding."""
+        return [ids[mask].tolist() for ids, mask in zip(self.responses, self.response_mask, strict=True)]
+
     def micro_batches(self, size: int) -> list[list[int]]:
         """Rows in groups of at most `size`, similar lengths together, which saves padding."""
         order = self.lengths.argsort(stable=True).tolist()
@@ -172,9 +176,14 @@ def response_values(model: Llama, rollouts: Rollouts) -> Tensor:
     return gather_response_positions(per_token, rollouts.prompt_lengths, rollouts.responses.shape[1]).float()
 
 
+def end_token_scores(model: Llama, rollouts: Rollouts) -> Tensor:
+    """(B,) the reward model's raw score of each response, read at its last token."""
+    return pool_last_token(model(rollouts.tokens), rollouts.lengths - 1)  # (B,)
+
+
 def response_scores(model: Llama, rollouts: Rollouts, config: PPOConfig, mean: float, scale: float) -> Tensor:
     """(B,) the scores that PPO uses, from the reward model's raw score at the end token: see `final_scores`."""
-    raw = pool_last_token(model(rollouts.tokens), rollouts.lengths - 1)  # (B,)
+    raw = end_token_scores(model, rollouts)  # (B,)
     return final_scores(raw, rollouts.has_eos, mean, scale, config.score_clip, config.missing_eos_score)
 
 

@@ -32,10 +32,7 @@ Actors = FourModels | SharedBase
 
 def response_texts(tokenizer: Tokenizer, rollouts: Rollouts) -> list[str]:
     """The responses as text, for logs and the true reward; training uses token ids only (P38)."""
-    return [
-        tokenizer.decode(ids[keep].tolist())
-        for ids, keep in zip(rollouts.responses, rollouts.response_mask, strict=True)
-    ]
+    return [tokenizer.decode(ids) for ids in rollouts.response_ids()]
 
 
 def true_rewards(tokenizer: Tokenizer, rollouts: Rollouts, prompts: Sequence[Any]) -> list[float]:

@@ -21,7 +21,15 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama, ScalarLlama
 from ..rlhf import rollout
-from ..rlhf.losses import pair_differences, pair_wins, pool_last_token, ranking_loss, response_mean, token_logprobs
+from ..rlhf.losses import (
+    pair_differences,
+    pair_wins,
+    pool_last_token,
+    ranked_pairs,
+    ranking_loss,
+    response_mean,
+    token_logprobs,
+)
 from ..rlhf.rollout import Rollouts, completion_scores
 from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
@@ -95,8 +103,7 @@ def reward_metrics(model: ScalarLlama, batches: Sequence[RankedBatch], precision
             scores = completion_scores(model, batch)  # (N,)
         loss += float(ranking_loss(scores, batch.prompt, batch.rank)) * batch.weight
         prompts += batch.weight
-        pairs = (batch.prompt[:, None] == batch.prompt) & (batch.rank[:, None] < batch.rank)  # (N, N)
-        better, worse = pairs.nonzero(as_tuple=True)
+        better, worse = ranked_pairs(batch.prompt, batch.rank)  # (P,) each
         chosen.append(scores[better])
         rejected.append(scores[worse])
     good, bad = torch.cat(chosen), torch.cat(rejected)
@@ -124,9 +131,7 @@ def sample_comparisons(
     labeller, made = seeds.python_random(seed, "labeller"), []
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.responses_per_prompt)]
     rollouts = rollout.sample_responses(policy, encoded, ppo.sampling, tokenizer, generator, ppo.generation_batch_size)
-    texts = [
-        tokenizer.decode(a[m][:-1].tolist()) for a, m in zip(rollouts.responses, rollouts.response_mask, strict=True)
-    ]
+    texts = [tokenizer.decode(ids[:-1]) for ids in rollouts.response_ids()]
     for i, prompt in enumerate(prompts):
         mine = range(i * config.responses_per_prompt, (i + 1) * config.responses_per_prompt)
         answers = list(dict.fromkeys(texts[j] for j in mine if rollouts.has_eos[j]))
@@ -169,7 +174,7 @@ def fit_normaliser(model: ScalarLlama, rollouts: Rollouts, size: int = 256) -> d
     counted = rollouts.has_eos if bool(rollouts.has_eos.any()) else torch.ones_like(rollouts.has_eos)  # (B,)
     rows = counted.nonzero()[:, 0].tolist()
     parts = [rollouts.select(rows[i : i + size]) for i in range(0, len(rows), size)]
-    scores = torch.cat([pool_last_token(model(part.tokens), part.lengths - 1) for part in parts])  # (B,)
+    scores = torch.cat([rollout.end_token_scores(model, part) for part in parts])  # (B,)
     return {"mean": float(scores.mean()), "scale": max(1e-3, float(scores.std(correction=0)))}
 
 

@@ -108,7 +108,7 @@ class _Actors(ABC):
         normalise_head(self.value_head, mean, scale)
 
 
-class _Elsewhere(nn.Module):
+class _OnOtherDevice(nn.Module):
     """A network on another device than the rollouts: moves its inputs there and its outputs back."""
 
     def __init__(self, model: Llama, place: torch.device, home: torch.device):
@@ -153,7 +153,7 @@ class FourModels(_Actors):
             place = next(model.parameters()).device
             # Offloaded shards are in main memory, but they are gathered on the device of the rollouts.
             elsewhere = place != self.device and self.processes == 1
-            yield _Elsewhere(model, place, self.device) if elsewhere else model
+            yield _OnOtherDevice(model, place, self.device) if elsewhere else model
 
     @contextlib.contextmanager
     def optimizing(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:

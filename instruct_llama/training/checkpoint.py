@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -232,8 +232,8 @@ def read_model(
             layer, _, name = key.rpartition(".")
             module = model.get_submodule(layer)
             setattr(module, name, nn.Parameter(value.to(device, dtype, copy=True)))  # a copy: the file is mapped
-            if layer.rpartition(".")[2] in lora.PROJECTIONS and quant.kind != "none" and isinstance(module, nn.Linear):
-                model.set_submodule(layer, lora.QuantLinear(module, quant))
+            if layer.rpartition(".")[2] in lora.PROJECTIONS and quant.kind != "none":
+                model.set_submodule(layer, lora.QuantLinear(cast(nn.Linear, module), quant))
     if "output.weight" not in own and kind is Llama:
         model.output.weight = model.tok_embeddings.weight
     return model
