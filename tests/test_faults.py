@@ -131,7 +131,9 @@ BAD_FILES = {  # name: (stage, file name, content, what the sentence says)
     "truncated gzip": ("pretrain", "x.txt.gz", gzip.compress(b"A text. " * 999)[:40], ("truncated", "x.txt.gz")),
     "binary": ("pretrain", "x.txt", b"\x00\x01\x02", ("binary file",)),
     "invalid JSON": ("reward", "x.jsonl", lines(GOOD, GOOD, '{"prompt": '), ("x.jsonl line 3", "not valid JSON")),
-    "empty response": ("sft", "x.jsonl", lines({"prompt": "A?", "response": " "}), ("line 1", "response is empty")),
+    "empty response": (
+        "sft", "x.jsonl", lines({"prompt": "A?", "response": " "}), ("x.jsonl line 1", "response is empty"),
+    ),
     "no alternation": (
         "sft", "x.jsonl", lines(turns(("user", "A?"), ("user", "B?"), ("assistant", "C."))), ("line 1", "user"),
     ),

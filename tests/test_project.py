@@ -306,8 +306,8 @@ def test_the_package_is_thin():
     assert {name: n for name, n in sizes.items() if n > 440} == {}
     core = [path for path in MODULES if part(path) in ("model", "data", "rlhf") or path.match("training/loop.py")]
     # measured, and 5 % more
-    assert sum(map(statements, core)) < 2_010, "the core: model, data, rlhf and the training loop"
-    assert sum(map(statements, MODULES)) < 7_553
+    assert sum(map(statements, core)) < 2_000, "the core: model, data, rlhf and the training loop"
+    assert sum(map(statements, MODULES)) < 7_500
 
 
 def test_the_algorithm_of_ppo_fits_on_three_screens():
