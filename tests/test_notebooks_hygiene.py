@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from instruct_llama import presets
+
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 NAMES = {path.name for path in PATHS}
@@ -171,9 +173,23 @@ def asserts(notebook: dict, name: str) -> list[str]:
     return [] if count >= 2 else [f"only {count} assert: what is built is also proved"]
 
 
+def settings_exist(notebook: dict, name: str) -> list[str]:
+    """Settings by keyword (`sft__lora__rank`) and by option (`--sft.lora.rank`), in text and code: exercises too."""
+    text, groups = "\n".join(cells(notebook, "markdown") + cells(notebook, "code")), "|".join(vars(presets.get("tiny")))
+    found = re.findall(rf"\b(?:{groups})(?:__\w+)+", text) + re.findall(rf"--((?:{groups})(?:\.[\w-]+)+)", text)
+    wrong = []
+    for setting in found:
+        owner = presets.get("tiny")
+        for part in setting.replace("__", ".").replace("-", "_").split("."):
+            owner = getattr(owner, part, None)
+        wrong += [f"there is no setting {setting}"] if owner is None else []
+    return wrong
+
+
 RULES = [opening, the_map, links, closing, code_cell_sizes, words, ideas_are_short, ideas_are_labelled,
          no_shell_or_install, no_remote_images, no_stars_or_dead_code, every_cell_runs, no_widget_state, no_times,
-         no_absolute_paths, small_pictures, nothing_left_to_fill_in, one_code_for_every_preset, asserts]  # fmt: skip
+         no_absolute_paths, small_pictures, nothing_left_to_fill_in, one_code_for_every_preset, asserts,
+         settings_exist]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -258,6 +274,9 @@ PLANTED = [
     (no_absolute_paths, with_cell(shown({"text/plain": "C:\\Users\\me"}))),
     (small_pictures, with_cell(shown({"image/png": base64.b64encode(bytes(300_000)).decode()}))),
     (nothing_left_to_fill_in, with_cell(text_cell("{{minutes}}"))),
+    (settings_exist, with_cell(text_cell("Set `sft__lora__targets` to one projection."))),
+    (settings_exist, with_cell(text_cell("Run `python -m instruct_llama ppo --ppo.value-clip 0`."))),
+    (settings_exist, with_cell(code_cell("settings.replace(ppo__minibatch=8)"))),
     (one_code_for_every_preset, with_cell(code_cell('if settings.preset == "tiny":\n    x = 1'))),
 ]
 
