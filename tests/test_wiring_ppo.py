@@ -6,6 +6,7 @@ gamma unlike lambda, a mean unlike 0, a scale unlike 1, a temperature unlike 1 a
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -652,6 +653,26 @@ def test_the_lm_loss_needs_tied_embeddings(pipeline, tmp_path, monkeypatch):
         run_stage("reward", pipeline.replace(out=str(tmp_path), init=init, reward__lm_coef=0.1))
     with pytest.raises(UserError, match="must not be negative"):
         RewardConfig(token_coef=-1.0)
+
+
+class LastToken(torch.nn.Linear):
+    """Scores each position by its token id, so that a completion's score is its last id."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, tokens, *, segment_ids):
+        return tokens.float()
+
+
+def test_the_reward_models_metrics_by_hand():
+    """Pairs (5, 3) of one prompt; (4, 6), (4, 4), (6, 4) of another: right, wrong, equal, right."""
+    batches = [ranked_batch([[[1, 2, 5], [1, 2, 3]]], 0), ranked_batch([[[1, 4], [1, 6], [1, 4]]], 0)]
+    right, wrong, equal = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2)), math.log(2)
+    assert stage.reward_metrics(LastToken(), batches) == pytest.approx({
+        "loss": (right + (wrong + equal + right) / 3) / 2, "accuracy": 2.5 / 4, "pairs": 4.0, "gap": 0.5,
+        "chosen_mean": 4.75, "chosen_std": 0.6875**0.5, "rejected_mean": 4.25, "rejected_std": 1.1875**0.5,
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize(("start", "wanted"), [("pretrain", ["pretrain", "sft"]), ("sft", ["sft", "sft"])])

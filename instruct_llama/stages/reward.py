@@ -131,7 +131,7 @@ def sample_comparisons(
     labeller, made = seeds.python_random(seed, "labeller"), []
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.responses_per_prompt)]
     rollouts = rollout.sample_responses(policy, encoded, ppo.sampling, tokenizer, generator, ppo.generation_batch_size)
-    texts = [tokenizer.decode(ids[:-1]) for ids in rollouts.response_ids()]
+    texts = [tokenizer.decode(ids) for ids in rollouts.response_ids()]
     for i, prompt in enumerate(prompts):
         mine = range(i * config.responses_per_prompt, (i + 1) * config.responses_per_prompt)
         answers = list(dict.fromkeys(texts[j] for j in mine if rollouts.has_eos[j]))
