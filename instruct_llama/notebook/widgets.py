@@ -88,8 +88,8 @@ def sampling_picture(logits: Tensor, tokenizer: Any, temperature: float, top_k: 
     pairs = zip(ids, tokenizer.pieces(ids), strict=True)
     values = {f"{visible(piece)[:10]}\n{i}": (float(model_says[i]), float(kept[i])) for i, piece in pairs}
     entropy = float(torch.special.entr(kept).sum()) + 0.0  # turns -0.0 into 0.0
-    title = (f"temperature {temperature:g}, top-k {top_k or 'all'}, top-p {top_p:g}: {int((kept > 0).sum())} of "
-             f"{len(logits)} tokens can be sampled, entropy {entropy:.2f} nats")  # fmt: skip
+    title = (f"temperature {temperature:g}, top-k {top_k or 'all'}, top-p {top_p:g}:\n"
+             f"{int((kept > 0).sum())} of {len(logits)} tokens can be sampled, entropy {entropy:.2f} nats")  # fmt: skip
     return bars(values, ylabel="probability (share)", xlabel="next token and its id", title=title, number="{:.2f}",
                 series=("model", "after filtering"))  # fmt: skip
 
