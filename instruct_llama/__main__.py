@@ -100,6 +100,13 @@ class Doctor(Settings):
     write_constraints: bool = False  # write the installed versions into constraints.txt, after the tests passed
 
 
+@dataclass(frozen=True)
+class Conformance(Settings):
+    """Settings and options of `conformance`."""
+
+    adapter: Positional[Path | None] = None  # a Python file with loss(rollouts); without it, the published variants
+
+
 def stage(name: str, description: str) -> Callable[[Any], int]:
     """The command that runs one stage and prints what it reached."""
 
@@ -160,7 +167,7 @@ def merge(settings: Merge) -> int:
 
 
 def import_(settings: Import) -> int:
-    """Import a Hugging Face, Meta or GGUF model into a run folder."""
+    """Import a Hugging Face, Meta or GGUF model."""
     from . import convert
 
     source = settings.source
@@ -198,7 +205,7 @@ def chat(settings: Chat) -> int:
 
 
 def evaluate(settings: Evaluate) -> int:
-    """Print the report card of every stage, or run a study of seeds."""
+    """Print every stage's report card, or run a study."""
     from .evaluation import report as card
     from .stages import records
     from .tools import study
@@ -238,13 +245,33 @@ def doctor(settings: Doctor) -> int:
     return versions.write_constraints() if settings.write_constraints else checks.run(settings)
 
 
+def conformance_(settings: Conformance) -> int:
+    """Test an RLHF loss against the exact gradient."""
+    from . import conformance
+    from .notebook.frontier import conformance_picture
+
+    folder = settings.out_dir / "conformance"
+    try:
+        variants = [conformance.load(str(settings.adapter))] if settings.adapter else conformance.VARIANTS
+        reports = [conformance.measure(variant) for variant in variants]
+        print(conformance.describe(reports[0]) if settings.adapter else conformance.table(reports))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(conformance.as_json(reports), encoding="utf-8")
+    (folder / "picture.png").write_bytes(conformance_picture(reports)._repr_png_())
+    print(f"The measures are in {shown(folder / 'report.json')}, as a picture in {shown(folder / 'picture.png')}.")
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
     "pretrain": (stage("pretrain", "Train a language model from random weights on plain text."), Settings),
-    "sft": (stage("sft", "Supervised fine-tuning on dialogs: all weights, LoRA or QLoRA."), Settings),
+    "sft": (stage("sft", "Fine-tune on dialogs: all weights, LoRA or QLoRA."), Settings),
     "reward": (stage("reward", "Train a reward model on comparisons of responses."), Settings),
     "ppo": (stage("ppo", "Train the SFT model by PPO against the reward model."), Settings),
     "data": (data, Data), "merge": (merge, Merge), "import": (import_, Import), "export": (export, Export),
     "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Doctor),
+    "conformance": (conformance_, Conformance),
 }  # fmt: skip
 
 

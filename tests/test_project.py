@@ -190,7 +190,7 @@ def test_pre_commit_runs_what_the_tests_run():
 
 # Imports run downwards, from a later tier to an earlier one. Inside a tier, files may import each other.
 TIERS = (
-    {"config", "presets", "seeds"},
+    {"config", "presets", "seeds", "conformance"},
     {"data", "worlds", "model"},
     {"rlhf"},  # tensors and models in, tensors out
     {"training", "convert", "evaluation"},
@@ -303,11 +303,13 @@ def statements(path: Path) -> int:
 def test_the_package_is_thin():
     sizes = {place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     report("modules over 350 lines", [f"{name} {n}" for name, n in sizes.items() if n > 350])
+    # by contract a single file, so that it can be copied: the language, the measures, the published variants
+    assert sizes.pop("instruct_llama/conformance.py") < 780
     assert {name: n for name, n in sizes.items() if n > 440} == {}
     core = [path for path in MODULES if part(path) in ("model", "data", "rlhf") or path.match("training/loop.py")]
     # measured, and 5 % more
     assert sum(map(statements, core)) < 2_000, "the core: model, data, rlhf and the training loop"
-    assert sum(map(statements, MODULES)) < 7_500
+    assert sum(map(statements, MODULES)) < 7_950
 
 
 def test_the_algorithm_of_ppo_fits_on_three_screens():
