@@ -92,9 +92,9 @@ def test_p42_every_order_is_its_own():
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
-# Where a seed is no seed of a run: the text of the world and of the languages, whose strings and numbers name them, and
-# a self-check of a kernel.
-OTHERS = {"seeds.py", "converters.py", "skills.py", "enumerable.py", "doctor.py"}
+# Where a seed is no seed of a run: the text of the world and of the languages, whose strings and numbers name them, a
+# self-check of a kernel, and the conformance test, which is one file that imports torch alone.
+OTHERS = {"seeds.py", "converters.py", "skills.py", "enumerable.py", "doctor.py", "conformance.py"}
 
 
 MAKERS = ("manual_seed", "default_rng", "Random", "RandomState", "seed")
