@@ -268,6 +268,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type[Settings]]] = {
     "pretrain": (stage("pretrain", "Train a language model from random weights on plain text."), Settings),
     "sft": (stage("sft", "Fine-tune on dialogs: all weights, LoRA or QLoRA."), Settings),
     "reward": (stage("reward", "Train a reward model on comparisons of responses."), Settings),
+    "dpo": (stage("dpo", "Train the SFT model on comparisons: DPO, IPO or KTO."), Settings),
     "ppo": (stage("ppo", "Train the SFT model by PPO against the reward model."), Settings),
     "data": (data, Data), "merge": (merge, Merge), "import": (import_, Import), "export": (export, Export),
     "chat": (chat, Chat), "evaluate": (evaluate, Evaluate), "tour": (tour, Tour), "doctor": (doctor, Doctor),

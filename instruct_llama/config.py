@@ -241,6 +241,48 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class DPOConfig:
+    """Preference optimisation without RL: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), KTO (arXiv:2402.01306)."""
+
+    name: str = ""  # folder of the run, under out; empty: dpo, ipo or kto, with adapters dpo-lora and so on
+    data: str = ""  # public data set or file of comparisons; --data overrides it; empty: the reward model's
+    loss: Literal["dpo", "ipo", "kto"] = "dpo"  # kto also takes records with one labelled response
+    beta: float = 0.1  # weight of the KL penalty that the loss implies
+    label_smoothing: float = 0.0  # dpo: assumed share of comparisons whose label is wrong
+    average_logprobs: bool = False  # use a response's mean log-probability per token, not the sum (TRL's ipo)
+    desirable_weight: float = 1.0  # kto: weight of the loss of desirable responses
+    undesirable_weight: float = 1.0  # kto: weight of the loss of undesirable responses
+    seq_len: int = 160  # maximum length of prompt plus response, in tokens
+    freeze_layers: int = 0  # freeze the first N blocks and the embeddings
+    lora: LoRAConfig = LoRAConfig(rank=0)  # train adapters; the reference is then the model without them
+    quant: QuantConfig = QuantConfig()  # 4-bit quantisation of the base under the adapters
+    bucket_steps: int = 1  # sort the comparisons of this many optimizer steps by length: reduces padding
+    eval_prompts: int = 128  # tinychat: prompts whose sampled responses get their true reward at each validation
+    optim: OptimConfig = OptimConfig(lr=1e-4)
+    loop: LoopConfig = LoopConfig(epochs=1, batch_size=32)
+
+    def __post_init__(self) -> None:
+        _check_name("dpo", self.run_name)
+        check(0 < self.beta < math.inf, f"dpo.beta is {self.beta}; it must be a positive number.")
+        check(
+            0 <= self.label_smoothing < 0.5, "dpo.label_smoothing must lie in [0, 0.5): half of the labels say nothing."
+        )
+        check(self.label_smoothing == 0 or self.loss == "dpo", "dpo.label_smoothing is read by dpo.loss dpo alone.")
+        check(min(self.desirable_weight, self.undesirable_weight) >= 0, "dpo's KTO weights must not be negative.")
+        check(self.bucket_steps >= 1, "dpo.bucket_steps must be at least 1 (sorting within one step).")
+        check(self.eval_prompts >= 1, "dpo.eval_prompts must be at least 1.")
+        check(
+            self.quant.kind == "none" or self.lora.rank > 0,
+            "dpo.quant needs adapters to train, since a 4-bit base is frozen: set dpo.lora.rank, 8 for example.",
+        )
+
+    @property
+    def run_name(self) -> str:
+        kind = "" if self.lora.rank == 0 else "-lora" if self.quant.kind == "none" else "-qlora"
+        return self.name or self.loss + kind
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How responses are sampled from a model: see `model.sampling.filter_logits`."""
 
@@ -365,6 +407,7 @@ class Settings:
     sft: SFTConfig = SFTConfig()
     qlora: SFTConfig = SFTConfig(lora=LoRAConfig(), quant=QuantConfig(kind="nf4"))  # the SFT of notebook 05
     reward: RewardConfig = RewardConfig()
+    dpo: DPOConfig = DPOConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     parallel: ParallelConfig = ParallelConfig()

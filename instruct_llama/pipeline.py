@@ -10,13 +10,13 @@ from pathlib import Path
 
 from . import convert
 from .config import RewardConfig, Settings, UserError, check, project_folder, shown
-from .stages import ppo, pretrain, reward, sft, start
+from .stages import dpo, ppo, pretrain, reward, sft, start
 from .training import checkpoint, distributed, folders
 from .training.folders import STAGE_OF
 from .training.run_log import StageResult, Watch
 
 RUN: dict[str, Callable[[Settings, Sequence[Path], Watch | None], StageResult]] = {
-    "pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run,
+    "pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "dpo": dpo.run, "ppo": ppo.run,
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def required_folders(stage: str, settings: Settings) -> list[str]:
     if stage == "reward":
         return ["sft"] if settings.reward.init_from == "sft" else [settings.reward.init_from, "sft"]
     reward = "reward" if settings.ppo.layout == "four_models" else "reward-lora"
-    return {"pretrain": [], "sft": ["pretrain"], "ppo": ["sft", reward]}[stage]
+    return {"pretrain": [], "sft": ["pretrain"], "dpo": ["sft"], "ppo": ["sft", reward]}[stage]
 
 
 def for_shared_base(settings: Settings) -> RewardConfig:
@@ -59,7 +59,7 @@ def require_inputs(stage: str, settings: Settings) -> list[Path]:
 def run(stage: str, settings: Settings, watch: Watch | None = None) -> StageResult:
     """Train a stage and its missing prerequisites; do nothing if a finished run has the same settings and inputs.
 
-    `stage` is pretrain, sft, reward or ppo. Raises `UserError` if a finished run with other settings or inputs exists
+    `stage` is a key of `RUN`. Raises `UserError` if a finished run with other settings or inputs exists
     and `overwrite` is not set.
     """
     check(stage in RUN, f"There is no stage {stage!r}: choose from {', '.join(RUN)}.")

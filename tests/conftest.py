@@ -70,7 +70,8 @@ def micro():
             **{f"world__{k}": v for k, v in {"corpus_chars": 30_000, "demonstrations": 40, "comparisons": 16,
                                              "prompts": 16, "heldout": 12}.items()},
             tokenizer__vocab_size=480, tokenizer__max_chars=30_000, pretrain__seq_len=32, reward__normalise_samples=8,
-            **{f"{stage}__loop__{k}": v for stage in ("pretrain", "sft", "qlora", "reward") for k, v in loop.items()},
+            **{f"{stage}__loop__{k}": v for stage in ("pretrain", "sft", "qlora", "reward", "dpo")
+               for k, v in loop.items()},
             **{f"ppo__{k}": v for k, v in {"iterations": 2, "rollouts_per_iteration": 4,
                                            "generation_batch_size": 4, "max_new_tokens": 8, "mini_batch_size": 2,
                                            "micro_batch_size": 2, "eval_every": 1, "eval_prompts": 4}.items()},

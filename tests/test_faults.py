@@ -195,7 +195,7 @@ def test_a_stage_starts_from_full_weights_of_the_right_kind(fails, runs):
     out, args = runs
     assert main(["sft", *args, "--sft.lora.rank", "2"]) == 0
     before = everything(out)
-    for stage in ("pretrain", "sft", "reward", "ppo"):
+    for stage in ("pretrain", "sft", "reward", "dpo", "ppo"):
         for more in ([], ["--sft.lora.rank", "2"]):  # its own folder as its own base would be a circle
             into_itself = (stage == "sft" and more) or stage == "pretrain"  # the adapter's own base
             said = ["would overwrite"] if into_itself else ["holds an adapter", "sft-lora-merged"]

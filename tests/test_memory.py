@@ -304,7 +304,7 @@ def test_less_memory_for_each_thing_that_saves_it():
         assert less < 0.97 * memory.estimate(settings, stage).total, changes
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "qlora", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "qlora", "reward", "dpo", "ppo"])
 def test_the_settings_that_are_proposed_would_fit(stage, monkeypatch, capsys):
     settings = presets.get("gpu")
     needed = memory.estimate(settings, stage).total

@@ -177,6 +177,20 @@ def test_reward(two, pipeline, tmp_path, rank):
     assert norms[0] == pytest.approx(norms[1], abs=LIMIT)
 
 
+DPO = {
+    "full": {"dpo__loop__batch_size": 3},  # the reference's log-probabilities, in batches shared by the processes
+    "qlora": {"dpo__lora__rank": 2, "dpo__quant__kind": "nf4", "dpo__loss": "ipo"},
+    "kto": {"dpo__loss": "kto", "dpo__loop__batch_size": 4, "dpo__lora__rank": 2},  # its KL estimate, over both
+}
+
+
+@pytest.mark.parametrize("kind", DPO)
+def test_dpo(two, pipeline, tmp_path, kind):
+    settings = beside(pipeline, tmp_path, "pretrain", "sft").replace(**DPO[kind])
+    alone, together = one_and_two(two, "dpo", settings, tmp_path)
+    assert alone.samples == together.samples
+
+
 PPO = {
     "four_models": {
         "ppo__rollouts_per_iteration": 5,
@@ -216,6 +230,7 @@ def interrupted(stage: str, settings, at: int) -> str:
 RESUMED = {
     "pretrain": {"pretrain__loop__steps": 6, "pretrain__loop__batch_size": 3, "pretrain__loop__save_every": 100},
     "sft": {"sft__lora__rank": 2, "sft__train_embeddings": True, "sft__loop__steps": 6},
+    "dpo": {"dpo__loop__steps": 6},
     "ppo": {"ppo__iterations": 6, "ppo__kl_target": 0.1, "ppo__save_every": 100},
 }
 

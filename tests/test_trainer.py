@@ -395,6 +395,12 @@ def test_p32_resume_equals_the_unbroken_run_sft(pipeline, tmp_path):
     resumed_equals_unbroken("sft", settings, crash(3), Crash)
 
 
+@pytest.mark.parametrize("changes", [{}, {"dpo__lora__rank": 2, "dpo__lora__dropout": 0.2, "dpo__loss": "kto"}])
+def test_p32_resume_equals_the_unbroken_run_dpo(pipeline, tmp_path, changes):
+    settings = beside(pipeline, tmp_path, "pretrain", "sft").replace(dpo__loop__steps=5, **changes)
+    resumed_equals_unbroken("dpo", settings, crash(3), Crash)
+
+
 @pytest.mark.parametrize("stop, error", [(press_ctrl_c(2), Interrupted), (crash(3), Crash)])
 def test_p32_resume_equals_the_unbroken_run_ppo(pipeline, tmp_path, stop, error):
     changes = {"ppo__iterations": 4, "ppo__kl_target": 0.1, "ppo__save_every": 2, "ppo__ptx_coef": 0.1}

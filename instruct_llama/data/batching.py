@@ -295,10 +295,21 @@ def fit_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], max_len: i
     return fitted[1] if fitted else None
 
 
+def fit_completions(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], completions: Sequence[str], max_len: int
+) -> tuple[list[int], list[list[int]]] | None:
+    """Ids of a prompt, and of each completion with its end token; the prompt is cut until the longest one fits.
+
+    None if even the prompt's last turn is too long for that.
+    """
+    responses = [[*tokenizer.encode(tokenizer.chat.closed(text)), tokenizer.eos_id] for text in completions]
+    ids = fit_prompt(tokenizer, prompt, max_len - max(len(response) for response in responses))
+    return None if ids is None else (ids, responses)
+
+
 def fit_comparison(
     tokenizer: Tokenizer, prompt: Sequence[Message], completions: Sequence[str], max_len: int
 ) -> list[list[int]] | None:
-    """Ids of the prompt with each completion, or None; the prompt is cut until the longest completion fits."""
-    responses = [[*tokenizer.encode(tokenizer.chat.closed(text)), tokenizer.eos_id] for text in completions]
-    ids = fit_prompt(tokenizer, prompt, max_len - max(len(response) for response in responses))
-    return None if ids is None else [ids + response for response in responses]
+    """`fit_completions` with each completion joined to the prompt."""
+    fitted = fit_completions(tokenizer, prompt, completions, max_len)
+    return fitted and [fitted[0] + response for response in fitted[1]]

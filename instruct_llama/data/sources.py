@@ -7,6 +7,7 @@ A file holds one kind of record:
 | `text`        | `{"text": paragraph}`                                                                 |
 | `dialogs`     | `{"messages": [turns, the last one the assistant's]}`                                 |
 | `comparisons` | `{"prompt": [turns, the last one the user's], "completions": [best, …, worst]}`       |
+| `unpaired`    | `{"prompt": [turns, the last one the user's], "completion": str, "label": bool}`      |
 | `prompts`     | `{"prompt": [turns, the last one the user's]}`                                        |
 
 Its format is plain text, or JSON lines (or one JSON list) of
@@ -37,7 +38,7 @@ from ..config import UserError, check
 from .files import atomic, lines, parsed
 from .tokenizer import Message, dialog_problem
 
-Kind = Literal["text", "dialogs", "comparisons", "prompts"]
+Kind = Literal["text", "dialogs", "comparisons", "unpaired", "prompts"]
 Record = dict[str, Any]
 
 
@@ -186,6 +187,13 @@ def _from_answered(row: Record) -> list[Record]:
     return [{"messages": [*_prompt(row), {"role": "assistant", "content": response}]}]
 
 
+def _from_unpaired(row: Record) -> list[Record]:
+    """A response with a label, true for a desirable one (the unpaired preferences of KTO, arXiv:2402.01306)."""
+    if not isinstance(row["label"], bool):
+        raise Bad("label is not true or false")
+    return [{"prompt": _prompt(row), "completion": filled(row, "completion"), "label": row["label"]}]
+
+
 def _from_prompt(row: Record) -> list[Record]:
     return [{**row, "prompt": _prompt(row)}]
 
@@ -270,6 +278,7 @@ _SHAPES = (
     ({"instruction", "instances"}, "dialogs", False, from_instruction),
     ({"messages"}, "dialogs", True, _from_messages),
     ({"prompt", "completions"}, "comparisons", True, from_ranked),
+    ({"prompt", "completion", "label"}, "unpaired", True, _from_unpaired),
     ({"prompt", "completion"}, "dialogs", True, _from_answered),
     ({"prompt", "response"}, "dialogs", True, _from_answered),
     ({"prompt"}, "prompts", True, _from_prompt),
@@ -318,7 +327,13 @@ def _holds_text(line: str) -> bool:
 
 
 def as_dialogs(records: Records) -> list[Record]:
-    """`{"messages"}` records for SFT; a comparison gives its prompt with the best completion."""
+    """`{"messages"}` records for SFT; of a comparison its best completion, of labelled responses the desirable ones."""
+    if records.kind == "unpaired":
+        good = [record for record in records.records if record["label"]]
+        check(bool(good), f"{records.path} holds no response whose label is true: give some.")
+        return [
+            {"messages": [*record["prompt"], {"role": "assistant", "content": record["completion"]}]} for record in good
+        ]
     if records.kind == "comparisons":
         return [
             {"messages": [*record["prompt"], {"role": "assistant", "content": record["completions"][0]}]}
@@ -335,11 +350,23 @@ def as_comparisons(records: Records) -> list[Record]:
     return records.records
 
 
+def as_preferences(records: Records) -> list[Record]:
+    """`{"prompt", "completions"}` records for DPO, IPO and KTO; a single labelled response also has "labels"."""
+    if records.kind == "unpaired":
+        return [
+            _grouped(r, {"prompt": r["prompt"], "completions": [r["completion"]], "labels": [1 if r["label"] else -1]})
+            for r in records.records
+        ]
+    wanted = 'comparisons, such as {"prompt": …, "completions": [best, …, worst]}, or {"prompt", "completion", "label"}'
+    _must_be(records, ("comparisons",), wanted)
+    return records.records
+
+
 def as_prompts(records: Records) -> list[Record]:
     """`{"prompt"}` records for PPO, each a list of messages that ends with a user turn; responses are removed."""
     if records.kind == "dialogs":
         return [_grouped(record, {"prompt": record["messages"][:-1]}) for record in records.records]
-    _must_be(records, ("prompts", "comparisons"), 'prompts, such as {"prompt": …}, dialogs or comparisons')
+    _must_be(records, ("prompts", "comparisons", "unpaired"), 'prompts, such as {"prompt": …}, dialogs or comparisons')
     return [{"prompt": record["prompt"]} for record in records.records]
 
 

@@ -117,8 +117,12 @@ def pair_differences(scores: Tensor, prompt: Tensor, rank: Tensor) -> tuple[Tens
     A pair has weight 1 / (number of pairs of its prompt), so each prompt has weight 1 for any number of responses.
     """
     winner, loser = ranked_pairs(prompt, rank)
-    pairs_of_prompt = (prompt[winner][:, None] == prompt[winner]).sum(dim=1)  # (P,)
-    return scores.float()[winner] - scores.float()[loser], 1.0 / pairs_of_prompt
+    return scores.float()[winner] - scores.float()[loser], pair_weights(prompt[winner])
+
+
+def pair_weights(prompt: Tensor) -> Tensor:
+    """1 / the number of pairs of the same prompt: prompt (P,), the prompt's index of each pair, gives (P,)."""
+    return 1.0 / (prompt[:, None] == prompt).sum(dim=1)
 
 
 def ranking_loss(scores: Tensor, prompt: Tensor | None = None, rank: Tensor | None = None) -> Tensor:

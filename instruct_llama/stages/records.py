@@ -87,6 +87,13 @@ def comparisons(settings: Settings) -> tuple[list[Any], list[Any]]:
     return train, tinychat.comparisons(settings.seed, world.heldout, world.temperature, split="valid")
 
 
+def preferences(settings: Settings) -> tuple[list[Any], list[Any]]:
+    """Comparisons or single labelled responses from the file in `settings.data`: (training, held out)."""
+    path = data_path(settings)
+    assert path is not None  # without a file, the comparisons are those of the reward model
+    return _split_file(settings, sources.as_preferences(sources.read(path)))
+
+
 def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
     """Prompts for PPO: (training, held out), each a list of message lists."""
     if path := data_path(settings):

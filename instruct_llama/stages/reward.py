@@ -203,8 +203,8 @@ def prepare(base: Path, settings: Settings) -> ScalarLlama:
     return model
 
 
-def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[list[Ranked], list[Ranked]]:
-    """Training and held-out comparisons as token ids; a share of the training ones is sampled from the SFT model."""
+def comparison_records(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[list[Any], list[Any]]:
+    """Training and held-out comparisons; of tinychat, a share of the training ones is sampled from the SFT model."""
     config, temperature = settings.reward, settings.world.temperature
     train, valid = records.comparisons(settings)
     if not settings.data and config.sample_share > 0:
@@ -214,7 +214,7 @@ def gather(settings: Settings, policy: Llama, tokenizer: Tokenizer) -> tuple[lis
         own = sample_comparisons(policy, tokenizer, prompts, config, temperature, settings.seed, settings.ppo)
         own = distributed.broadcast_from_main(own)  # the same records in all processes, despite rounding on their GPUs
         train = [*train[: len(train) - n_sampled], *own]
-    return encode(tokenizer, train, config.seq_len), encode(tokenizer, valid, config.seq_len)
+    return train, valid
 
 
 def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) -> StageResult:
@@ -234,7 +234,8 @@ def run(settings: Settings, inputs: Sequence[Path], watch: Watch | None = None) 
     quant = QuantConfig() if "adapter" in checkpoint.read_info(sft) else config.quant  # an adapter run stores its own
     policy, tokenizer = checkpoint.load(sft, device, quant=quant, dtype=how["dtype"])
     with autocast(config.loop.precision, device):
-        train, valid = gather(settings, policy, tokenizer)
+        found = comparison_records(settings, policy, tokenizer)
+        train, valid = (encode(tokenizer, part, config.seq_len) for part in found)
         prompts = records.prompts(settings)[0]
         reference = reference_responses(policy, tokenizer, prompts, config, settings.seed, settings.ppo)
     del policy  # frees its memory for training

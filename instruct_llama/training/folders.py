@@ -19,7 +19,8 @@ from ..config import check
 from . import distributed
 
 STAGE_OF = {  # run folder -> the stage that trains it, in the order of the pipeline
-    "pretrain": "pretrain", "sft": "sft", "sft-qlora": "sft", "reward": "reward", "reward-lora": "reward", "ppo": "ppo",
+    "pretrain": "pretrain", "sft": "sft", "sft-qlora": "sft", "reward": "reward", "reward-lora": "reward", "dpo": "dpo",
+    "ipo": "dpo", "kto": "dpo", "ppo": "ppo",
 }  # fmt: skip
 
 

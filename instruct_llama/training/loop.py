@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .. import seeds
 from ..config import LoopConfig, LoRAConfig, OptimConfig, QuantConfig, Settings
 from ..data.batching import Batch, RankedBatch, epoch_order
+from ..data.completions import PreferenceBatch
 from ..model.llama import Llama
 from . import distributed
 from .device import autocast
@@ -26,7 +27,7 @@ from .optim import NonFinite, learning_rate, make_optimizer, make_scaler, restor
 from .run_log import RunLog, StageResult, optimizer_tensors
 
 M = TypeVar("M", bound=nn.Module)
-B = TypeVar("B", Batch, RankedBatch)
+B = TypeVar("B", Batch, RankedBatch, PreferenceBatch)
 
 
 class LoadOptions(TypedDict):

@@ -15,8 +15,8 @@ from typing import Literal
 from .. import presets
 from ..config import LoRAConfig, ModelConfig, QuantConfig, Settings, UserError
 
-Stage = Literal["pretrain", "sft", "qlora", "reward", "ppo"]
-STAGES: tuple[Stage, ...] = ("pretrain", "sft", "qlora", "reward", "ppo")
+Stage = Literal["pretrain", "sft", "qlora", "reward", "dpo", "ppo"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "qlora", "reward", "dpo", "ppo")
 GB = 1e9
 CUDA_CONTEXT = 0.6 * GB  # of CUDA and its libraries on a GPU, before the first tensor
 
@@ -182,13 +182,14 @@ def _supervised(settings: Settings, stage: Stage, processes: int) -> MemoryEstim
     model, loop = settings.model, config.loop
     tokens = -(-loop.batch_size // processes) * config.seq_len
     trained, scalar = _trained(settings, stage), stage == "reward"
-    rows = 2 if scalar else 1  # the responses of a comparison share their prompt: about two responses a row
+    ranked = stage in ("reward", "dpo")
+    rows = 2 if ranked else 1  # the responses of a comparison share their prompt: about two responses a row
     training = {
         "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
         "activations": activation_bytes(model, lora, loop.precision, tokens * rows),
         "logits": 0.0 if scalar and settings.reward.lm_coef == 0 else logit_bytes(model, tokens, 3),
     }
-    if scalar:  # before training, the SFT model generates responses as in PPO
+    if ranked:  # before training, the SFT model generates responses as in PPO
         generation = generation_bytes(settings, loop.precision)
         training = {"answering": generation} if generation > sum(training.values()) else training
     return MemoryEstimate({
@@ -293,7 +294,7 @@ def cheaper_settings(settings: Settings, stage: Stage) -> Iterator[tuple[Setting
         yield change(f"--{name}.lora.rank 8", **{f"{field}__lora__rank": 8})
     if stage != "pretrain" and config.quant.kind == "none":
         yield change(f"--{name}.quant.kind nf4", **{f"{field}__quant__kind": "nf4"})
-    if stage == "reward" and settings.ppo.generation_batch_size > 8:
+    if stage in ("reward", "dpo") and settings.ppo.generation_batch_size > 8:
         yield change("--ppo.generation-batch-size 8", ppo__generation_batch_size=8)
     for length in (512, 256, 128):
         if config.seq_len > length:

@@ -75,7 +75,9 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
         fields[stage].pop(where, None)
     names = ("seed", "init", "data", "weights", "model", "tokenizer", "world", stage)
     found = {key: fields[key] for key in names}
-    if stage == "reward":
+    if stage == "dpo" and not found["data"]:  # the reward model's comparisons
+        found["reward"] = {key: fields["reward"][key] for key in ("sample_share", "responses_per_prompt")}
+    if stage in ("reward", "dpo"):
         found["ppo"] = {key: fields["ppo"][key] for key in SAMPLED_BY}
     if stage == "ppo" and settings.ppo.ptx_coef > 0:
         found["sft"] = {key: fields["sft"][key] for key in ("data", "seq_len")}  # PPO's demonstrations
