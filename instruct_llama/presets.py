@@ -135,6 +135,11 @@ GPU = Settings(
         loop=c.LoopConfig(epochs=1, batch_size=4, gradient_accumulation_steps=16,
                           eval_every=100, eval_batches=64, precision="bf16"),
     ),
+    dpo=c.DPOConfig(
+        data="hh-rlhf", seq_len=512, optim=c.OptimConfig(lr=5e-6, warmup_steps=50, weight_decay=0.0),
+        loop=c.LoopConfig(epochs=1, batch_size=2, gradient_accumulation_steps=16,
+                          eval_every=100, eval_batches=64, precision="bf16"),
+    ),
     ppo=c.PPOConfig(
         data="hh-rlhf", iterations=200, rollouts_per_iteration=128, generation_batch_size=32, max_new_tokens=128,
         seq_len=512, num_ppo_epochs=1, mini_batch_size=32, micro_batch_size=2, kl_coef=0.05, value_lr=1e-5,
@@ -166,6 +171,12 @@ LLAMA2_7B = Settings(
     reward=c.RewardConfig(
         data="hh-rlhf", seq_len=512, lora=_ADAPTER, quant=_NF4, optim=c.OptimConfig(lr=1e-4, warmup_steps=50),
         loop=c.LoopConfig(epochs=1, batch_size=2, gradient_accumulation_steps=16,
+                          eval_every=100, eval_batches=64, precision="bf16"),
+    ),
+    dpo=c.DPOConfig(
+        name="dpo", data="hh-rlhf", seq_len=512, lora=_ADAPTER, quant=_NF4,
+        optim=c.OptimConfig(lr=5e-5, warmup_steps=50, weight_decay=0.0),
+        loop=c.LoopConfig(epochs=1, batch_size=1, gradient_accumulation_steps=32,
                           eval_every=100, eval_batches=64, precision="bf16"),
     ),
     ppo=c.PPOConfig(

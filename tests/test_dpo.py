@@ -18,6 +18,7 @@ from instruct_llama.config import DPOConfig, LoRAConfig, ModelConfig, UserError
 from instruct_llama.data import sources
 from instruct_llama.data.completions import Preference, completion_batch, completion_row_length, preference_batch
 from instruct_llama.data.tokenizer import Tokenizer
+from instruct_llama.evaluation import report
 from instruct_llama.model.llama import Llama
 from instruct_llama.pipeline import required_folders
 from instruct_llama.pipeline import run as run_stage
@@ -294,6 +295,17 @@ def test_every_kind_trains_and_logs(pipeline, tmp_path, name):
     model, tokenizer = checkpoint.load(result.folder)
     assert checkpoint.read_info(result.folder)["stage"] == "dpo" and len(result.samples) > 0
     assert model(torch.tensor([tokenizer.encode_prompt("What is two?")])).isfinite().all()
+
+
+def test_the_report_card_compares_it_with_sft(pipeline, tmp_path):
+    settings = beside(pipeline, tmp_path, "pretrain", "sft", "reward")
+    start = run_stage("dpo", settings.replace(dpo__optim__lr=0.0, dpo__optim__weight_decay=0.0)).folder
+    entry = report.report_card(settings)["stages"]["dpo"]
+    assert {"true_reward", "true_reward_greedy", "minus_sft", "minus_sft_greedy", "score", "kl"} <= entry.keys()
+    assert entry["kl"]["mean"] == pytest.approx(0, abs=1e-5) and entry["minus_sft"]["mean"] == 0  # nothing was trained
+    shutil.rmtree(start)
+    run_stage("dpo", settings.replace(dpo__optim__lr=0.01))
+    assert abs(report.report_card(settings)["stages"]["dpo"]["kl"]["mean"]) > 1e-3
 
 
 def test_the_reference_is_the_start_with_adapters_and_without(pipeline, tmp_path):

@@ -141,6 +141,10 @@ BAD_FILES = {  # name: (stage, file name, content, what the sentence says)
         "reward", "x.jsonl", lines({"chosen": "\n\nHuman: A?\n\nAssistant: B.",
                                     "rejected": "\n\nHuman: A?\n\nAssistant: B."}), ("chosen equals rejected",),
     ),
+    "text and prompt": ("ppo", "x.jsonl", lines({"text": "A.", "prompt": "B?"}), ("line 1", "both text and prompt")),
+    "text, then both": (
+        "pretrain", "x.jsonl", lines({"text": "A."}, {"text": "A.", "prompt": "B?"}), ("line 2", "text and prompt"),
+    ),
     "two equal completions": ("reward", "x.jsonl", lines({"prompt": "A?", "completions": ["B.", "B."]}), ("line 1",)),
     "wrong kind": ("reward", "x.txt", "Plain text.", ("x.txt holds text", "comparisons")),
     "no known shape": ("sft", "x.jsonl", lines({"question": "A?"}), ("['question']", "no known format")),

@@ -190,7 +190,7 @@ def test_pre_commit_runs_what_the_tests_run():
 
 # Imports run downwards, from a later tier to an earlier one. Inside a tier, files may import each other.
 TIERS = (
-    {"config", "presets", "seeds", "conformance"},
+    {"errors", "model_config", "config", "presets", "seeds", "conformance"},
     {"data", "worlds", "model"},
     {"rlhf"},  # tensors and models in, tensors out
     {"training", "convert", "evaluation"},
@@ -308,8 +308,8 @@ def test_the_package_is_thin():
     assert {name: n for name, n in sizes.items() if n > 440} == {}
     core = [path for path in MODULES if part(path) in ("model", "data", "rlhf") or path.match("training/loop.py")]
     # measured, and 5 % more
-    assert sum(map(statements, core)) < 2_000, "the core: model, data, rlhf and the training loop"
-    assert sum(map(statements, MODULES)) < 7_950
+    assert sum(map(statements, core)) < 2_180, "the core: model, data, rlhf and the training loop"
+    assert sum(map(statements, MODULES)) < 8_385
 
 
 def test_the_algorithm_of_ppo_fits_on_three_screens():

@@ -608,3 +608,19 @@ def test_token_files_that_are_gone_are_made_again_and_damaged_ones_are_named(mic
         pretrain.build_tokens(micro, folder)
     shutil.rmtree(folder)
     assert np.array_equal(before, pretrain.build_tokens(micro, folder)[1])
+
+
+def test_a_rebuild_of_the_tokens_that_was_killed_does_not_pass_as_the_old_files(micro, tmp_path, monkeypatch):
+    first, folder, write = micro(tmp_path), tmp_path / "tokens", pretrain.write_tokens
+    before = np.array(pretrain.build_tokens(first, folder)[1])
+
+    def killed(path, ids, vocab_size):
+        if path.name == "valid.npy":
+            raise Crash
+        return write(path, ids, vocab_size)
+
+    monkeypatch.setattr(pretrain, "write_tokens", killed)
+    with pytest.raises(Crash):
+        pretrain.build_tokens(first.replace(seed=2), folder)
+    monkeypatch.setattr(pretrain, "write_tokens", write)
+    assert np.array_equal(before, pretrain.build_tokens(first, folder)[1])

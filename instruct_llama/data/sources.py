@@ -160,6 +160,7 @@ def _refusal(path: Path, place: str, bad: Bad) -> UserError:
 
 
 def _from_text(row: Record) -> list[Record]:
+    _either(row)
     filled(row, "text")
     return [row]
 
@@ -194,7 +195,14 @@ def _from_unpaired(row: Record) -> list[Record]:
     return [{"prompt": _prompt(row), "completion": filled(row, "completion"), "label": row["label"]}]
 
 
+def _either(row: Record) -> None:
+    """Raise Bad for a record that is both running text and a prompt: which one is meant cannot be told."""
+    if "text" in row and "prompt" in row:
+        raise Bad("it has both text and prompt (keep the one to train on)")
+
+
 def _from_prompt(row: Record) -> list[Record]:
+    _either(row)
     return [{**row, "prompt": _prompt(row)}]
 
 

@@ -12,12 +12,13 @@ prompt has weight 1 for any number of responses.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import DPOConfig
+from ..config import DPOConfig, check
 from ..data.completions import CompletionBatch, PreferenceBatch
 from ..model.llama import Llama
 from .losses import pair_weights, pair_wins, ranked_pairs, response_mean, response_sum, token_logprobs
@@ -101,7 +102,8 @@ def preference_loss(
     logprobs (N,) of the batch's responses under the policy. The batch must have `ref_logprobs`. `reduce_sum` adds
     figures over processes: KTO's reference point is that of the whole micro-batch.
     """
-    log_ratios = logprobs - batch.ref_logprobs  # (N,)
+    check(batch.ref_logprobs is not None, "A preference loss needs the reference's log-probabilities: fill them in.")
+    log_ratios = logprobs - cast(Tensor, batch.ref_logprobs)  # (N,)
     better, worse, weights = comparable_pairs(batch)  # (pairs,) each
     metrics = pair_metrics(logprobs.detach(), log_ratios.detach(), better, worse, weights, config.beta)
     if config.loss == "kto":

@@ -172,7 +172,10 @@ def load_data(settings: Settings, model: Llama, tokenizer: Tokenizer) -> Prefere
             records.preferences(settings) if settings.data else reward.comparison_records(settings, model, tokenizer)
         )
     items = {name: encode(tokenizer, part, config) for name, part in zip(("train", "valid"), found, strict=True)}
-    items["valid"] = items["valid"][: config.loop.eval_batches * config.loop.batch_size]
+    loop = config.loop
+    items["valid"] = items["valid"][: loop.eval_batches * loop.batch_size]
+    if loop.steps:  # records that the run does not reach need no reference log-probabilities
+        items["train"] = items["train"][: loop.steps * loop.batch_size * loop.gradient_accumulation_steps]
     if config.loss == "kto":
         items = {name: with_mismatched(part, settings.seed) for name, part in items.items()}
     known = {}

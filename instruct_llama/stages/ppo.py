@@ -87,13 +87,13 @@ def evaluate_policy(
     return distributed.broadcast_from_main(figures)
 
 
-def is_better(figures: dict[str, float], best: dict[str, float], kl_coef: float, doubt: float = 0.0) -> bool:
-    """Whether a policy's objective exceeds the best one's minus `doubt`, both at the current KL coefficient.
+def is_better(figures: dict[str, float], best: dict[str, float], kl_coef: float, tolerance: float = 0.0) -> bool:
+    """Whether a policy's objective exceeds the best one's minus `tolerance`, both at the current KL coefficient.
 
     Objectives at different coefficients are not comparable, and an adaptive coefficient changes.
     """
     worth = [found["score"] - kl_coef * found["kl"] for found in (figures, best) if found]
-    return not best or worth[0] > worth[1] - doubt
+    return not best or worth[0] > worth[1] - tolerance
 
 
 def build(settings: Settings, inputs: Sequence[Path]) -> tuple[Actors, list[Dialog], dict[str, Any]]:
@@ -199,8 +199,8 @@ def _loop(
                 metrics |= {f"val/{key}": value for key, value in figures.items()}
                 # The last policy, at the end of the learning rate schedule, is saved as the best one unless it is
                 # worse by more than a standard error.
-                doubt = figures["objective_stderr"] if iteration == config.iterations else 0.0
-                if is_better(figures, best, kl_coef, doubt):
+                tolerance = figures["objective_stderr"] if iteration == config.iterations else 0.0
+                if is_better(figures, best, kl_coef, tolerance):
                     best = {"step": iteration, **figures}
                     actors.save(log.folder, actors.tokenizer, {**info, "best": best})
             log.log(iteration, metrics)

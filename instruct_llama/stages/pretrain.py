@@ -62,6 +62,7 @@ def build_tokens(settings: Settings, folder: Path) -> tuple[Tokenizer, np.memmap
         stamp_file, files = folder / "made_from.txt", [folder / "train.npy", folder / "valid.npy"]
         there = all(file.is_file() for file in (stamp_file, *files))
         if not (there and stamp_file.read_text(encoding="utf-8") == stamp):
+            stamp_file.unlink(missing_ok=True)  # a rebuild that is killed must not pass as the old files
             tokenizer = Tokenizer.load(settings.init) if settings.init else train_tokenizer(settings, train)
             tokenizer.save(folder)
             # A file's texts are documents, each with its end token; tinychat's are paragraphs, eight per document.
