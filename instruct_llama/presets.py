@@ -71,6 +71,10 @@ LAPTOP = Settings(
         optim=c.OptimConfig(lr=3e-3),
         loop=c.LoopConfig(epochs=0.65, batch_size=8, gradient_accumulation_steps=2, eval_batches=16, eval_every=200),
     ),
+    dpo=c.DPOConfig(
+        beta=0.3, bucket_steps=4, eval_prompts=256, optim=c.OptimConfig(lr=3e-4, weight_decay=0.0),
+        loop=c.LoopConfig(steps=400, batch_size=16, eval_batches=16, eval_every=200),
+    ),
     ppo=c.PPOConfig(
         iterations=40, rollouts_per_iteration=256, generation_batch_size=256, num_ppo_epochs=1, mini_batch_size=64,
         micro_batch_size=64, kl_coef=0.24, cliprange_value=0.5, value_lr=2e-3, eval_every=20, eval_prompts=256,
@@ -98,6 +102,9 @@ TINY = Settings(
     ),
     reward=c.RewardConfig(
         normalise_samples=32, token_coef=1.0, lm_coef=0.3,
+        loop=c.LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
+    ),
+    dpo=c.DPOConfig(
         loop=c.LoopConfig(steps=10, batch_size=8, eval_every=5, eval_batches=2, save_every=5, sample_every=10),
     ),
     ppo=c.PPOConfig(

@@ -26,7 +26,7 @@ from instruct_llama.rlhf import preference
 from instruct_llama.rlhf.losses import ranking_loss, response_mean, response_sum, token_logprobs
 from instruct_llama.stages import dpo
 from instruct_llama.training import checkpoint
-from instruct_llama.worlds import tinychat
+from instruct_llama.worlds import enumerable, tinychat
 
 PAD = 0
 
@@ -140,6 +140,65 @@ def test_the_metrics_by_hand():
     assert mass["probability/chosen"] == pytest.approx(float(p[0] + p[3]))
     assert mass["probability/rejected"] == pytest.approx(float(p[1] + p[2]))
     assert sum(mass.values()) == pytest.approx(2.0)
+
+
+# ---------------------------------------------------------------------------- where a loss leads, known in closed form
+
+
+def converged(language: enumerable.Language, loss, steps: int = 600) -> tuple[enumerable.PrefixTable, torch.Tensor]:
+    """A table policy at the minimum of the exact loss over all pairs of two responses of the reference, labelled by
+    Bradley-Terry with the language's scores; and the reference's log-probability of each response."""
+    policy = enumerable.reference(language)
+    ref = enumerable.response_logprobs(language, policy).sum(1).detach()  # (A,)
+    weights = ref.exp()[:, None] * ref.exp() * torch.sigmoid(language.scores[:, None] - language.scores)  # (A, A)
+    optimizer = torch.optim.LBFGS(
+        policy.parameters(), max_iter=steps, history_size=50, line_search_fn="strong_wolfe", tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+    )  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        ratios = enumerable.response_logprobs(language, policy).sum(1) - ref
+        total = loss((ratios[:, None] - ratios).flatten(), weights.flatten(), language.beta)
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    return policy, ref
+
+
+SEEDS = [45, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_p00_dpo_over_exact_pairs_reaches_the_optimal_policy(seed):
+    language = enumerable.variable(seed)
+    policy, _ = converged(language, preference.dpo_loss)
+    assert enumerable.gap_closed(language, policy) > 0.98
+
+
+def test_p00_a_planted_mistake_in_dpo_does_not():
+    language = enumerable.variable()
+    for wrong in (
+        lambda margins, weights, beta: preference.dpo_loss(margins, weights, 2 * beta),
+        lambda margins, weights, beta: preference.dpo_loss(margins, weights, beta, 0.1),  # the labels are not wrong
+        lambda margins, weights, beta: preference.dpo_loss(-margins, weights, beta),
+    ):
+        assert enumerable.gap_closed(language, converged(language, wrong, 200)[0]) < 0.95
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ipo_over_exact_pairs_lands_where_its_theory_says(seed):
+    """Not at the optimum of J, but at ref(y) exp(p(y) / beta), p(y) the chance to win against the reference
+    (arXiv:2310.12036, equation 7 with the identity for psi)."""
+    language = enumerable.variable(seed)
+    policy, ref = converged(language, preference.ipo_loss, 150)
+    wins = torch.sigmoid(language.scores[:, None] - language.scores) @ ref.exp()  # (A,)
+    theory = (ref + wins / language.beta).log_softmax(0)
+    with torch.no_grad():
+        found = enumerable.response_logprobs(language, policy).sum(1)
+    assert float((theory.exp() * (theory - found)).sum()) < 1e-4  # KL of the two
+    assert enumerable.gap_closed(language, policy) < 0.3  # with scores of this size it moves less than J asks
 
 
 # ---------------------------------------------------------------------------------------------- one row for a prompt
