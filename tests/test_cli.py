@@ -269,7 +269,7 @@ def test_the_tour_tells_the_notebooks_and_stops_at_a_failure(micro, tmp_path, mo
     from instruct_llama.notebook import tour
 
     settings = micro(tmp_path / "runs", seed=4)
-    with tour.told(settings):
+    with tour.notebook_environment(settings):
         told = {key: value for key, value in os.environ.items() if key.startswith("INSTRUCT_LLAMA_")}
         told.pop("INSTRUCT_LLAMA_OFFLINE")  # of the tests
         assert presets.get() == presets.get("tiny").replace(out=str(tmp_path / "runs"), seed=4)

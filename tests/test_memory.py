@@ -194,7 +194,7 @@ def test_answering_needs_the_cache_that_sampling_makes(precision):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     cache = KVCache(UNTIED, 50, UNTIED.max_seq_len, "cpu", dtype)
     wanted = cache.keys.nbytes + cache.values.nbytes + 4 * 50 * UNTIED.vocab_size * 4
-    assert memory.estimate(settings, "ppo").parts["answering"] == wanted
+    assert memory.estimate(settings, "ppo").parts["generation"] == wanted
 
 
 def test_what_is_trained_beside_adapters_is_counted():
@@ -256,7 +256,7 @@ def test_processes_share_what_can_be_shared():
 def test_a_process_never_has_less_than_a_row_or_a_batch_of_prompts(stage):
     settings = presets.get("llama2_7b")  # one row a batch of SFT; 16 prompts are answered at once
     alone, shared = (memory.estimate(settings, stage, n).parts for n in (1, 8))
-    for name in {"sft": ("activations", "logits"), "reward": ("answering",), "ppo": ("answering",)}[stage]:
+    for name in {"sft": ("activations", "logits"), "reward": ("generation",), "ppo": ("generation",)}[stage]:
         assert shared[name] == alone[name] > 0
 
 
@@ -266,11 +266,11 @@ def test_the_answers_that_fit_the_scores_scale_are_counted():
     cache = 2 * 2 * 32 * 4096 * 20 * 600  # keys and values, two bytes, 32 layers of width 4096, 20 rows of 600 tokens
     logits = 4 * 4 * 32_000 * 20  # of one step, in fp32, four copies
     for changed in (settings, settings.replace(reward__seq_len=300, ppo__precision="fp32")):
-        assert memory.estimate(changed, "reward").parts["answering"] == cache + logits
+        assert memory.estimate(changed, "reward").parts["generation"] == cache + logits
     whole = settings.replace(ppo__seq_len=0, ppo__generation_batch_size=3)  # all of the context
-    assert memory.estimate(whole, "reward").parts["answering"] == 2 * 2 * 32 * 4096 * 3 * 4096 + 4 * 4 * 32_000 * 3
+    assert memory.estimate(whole, "reward").parts["generation"] == 2 * 2 * 32 * 4096 * 3 * 4096 + 4 * 4 * 32_000 * 3
     few = memory.estimate(settings.replace(ppo__generation_batch_size=1), "reward").parts
-    assert "answering" not in few and few["activations"] > 0
+    assert "generation" not in few and few["activations"] > 0
 
 
 @pytest.mark.parametrize(("preset", "card"), [("gpu", 8), ("llama2_7b", 24)])

@@ -31,8 +31,8 @@ PROSE_FRAME = FRAMES[1]  # prompt format for a model that has never seen a chat
 def as_prose(prompt: Prompt) -> str:
     """A prompt as prose, in the format of conversations in the corpus, up to where the response starts."""
     turns = [turn["content"] for turn in as_messages(prompt)] + [""]
-    told = [PROSE_FRAME.format(q=q, a=a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
-    return " ".join(told).rstrip()
+    lines = [PROSE_FRAME.format(q=q, a=a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
+    return " ".join(lines).rstrip()
 
 
 def prose_responses(

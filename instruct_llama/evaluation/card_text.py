@@ -16,8 +16,8 @@ def describe(report: Mapping[str, Any]) -> str:
     stages: Mapping[str, Any] = report["stages"]
     policies = {name: entry for name, entry in stages.items() if "true_reward" in entry}
     world = any("true_reward" in entry or "ceiling" in entry for entry in stages.values())  # else real data
-    judged_on = "held-out prompts" if world else "validation records"
-    lines = [f"Report card, preset {report['preset']}, seed {report['seed']} ({judged_on}, 95 % intervals)"]
+    evaluated_on = "held-out prompts" if world else "validation records"
+    lines = [f"Report card, preset {report['preset']}, seed {report['seed']} ({evaluated_on}, 95 % intervals)"]
     if policies:
         n = next(iter(policies.values()))["true_reward"]["n"]
         lines.append(f"True reward on {n} prompts in held-out wording; some ask what was trained on in other words.")

@@ -149,12 +149,12 @@ def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[
     folders = {folder.name: folder for folder in stage_folders(settings.out_dir)}
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
     prompts = tinychat.prompts(settings.seed, settings.evaluate.prompts, split="heldout")
-    judged_here: dict[int, tuple[dict[str, Any], Values]] = {}
+    evaluated: dict[int, tuple[dict[str, Any], Values]] = {}
     for number, name in distributed.shard_iter(folders):
         scalar = checkpoint.read_info(folders[name])["kind"] == "scalar"
-        judge = _judge_reward_model if scalar else _judge_policy
-        judged_here[number] = judge(name, folders, prompts, settings, device)
-    found = dict(zip(folders, distributed.all_gather_dict(judged_here).values(), strict=True))
+        evaluate = _evaluate_reward_model if scalar else _evaluate_policy
+        evaluated[number] = evaluate(name, folders, prompts, settings, device)
+    found = dict(zip(folders, distributed.all_gather_dict(evaluated).values(), strict=True))
     ppo = [name for name, folder in folders.items() if checkpoint.read_info(folder).get("stage") == "ppo"]
     compared = _differences({name: values for name, (_, values) in found.items()}, ppo)
     stages = {name: entry | compared[name] for name, (entry, _) in found.items()}
@@ -163,7 +163,7 @@ def report_card(settings: Settings, device: str | torch.device = "cpu") -> dict[
     return report
 
 
-def _judge_reward_model(
+def _evaluate_reward_model(
     name: str, folders: Mapping[str, Path], prompts: Sequence[Prompt], settings: Settings, device: str | torch.device
 ) -> tuple[dict[str, Any], Values]:
     """A reward model's entry: its pair accuracy, and its accuracy per kind of faulty response."""
@@ -176,7 +176,7 @@ def _judge_reward_model(
     return {"best": best, "accuracy": asdict(accuracy), "ceiling": ceiling, "kinds": kinds}, {}
 
 
-def _judge_policy(
+def _evaluate_policy(
     name: str, folders: Mapping[str, Path], prompts: Sequence[Prompt], settings: Settings, device: str | torch.device
 ) -> tuple[dict[str, Any], Values]:
     """A language model's entry, and its values per prompt, for paired differences to other stages."""
@@ -195,8 +195,8 @@ def _judge_policy(
         entry[f"true_reward{suffix}"] = asdict(estimate(rewards))
         entry[f"true_reward{suffix}_by_skill"] = asdict(mean_over_skills(prompts, rewards))
         if info.get("stage") == "pretrain":
-            told = prose_responses(model, tokenizer, prompts, replace(config, temperature=temperature), seed)
-            entry[f"as_prose{suffix}"] = asdict(estimate(true_rewards(prompts, told)))
+            prose = prose_responses(model, tokenizer, prompts, replace(config, temperature=temperature), seed)
+            entry[f"as_prose{suffix}"] = asdict(estimate(true_rewards(prompts, prose)))
         if info.get("stage") in TUNED:
             responses = [ids[: ppo_settings["max_new_tokens"]] for ids in draws[0]]
             values |= _scores_and_kl(model, info, responses, suffix, folders, prompts, ppo_settings, device)
@@ -288,17 +288,18 @@ def perplexity(model: Llama, tokenizer: Tokenizer, dialogs: Sequence[Any], max_l
 
 
 def reward_model_scores(
-    judge: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Any], answered: Sequence[Sequence[str]]
+    reward_model: ScalarLlama, tokenizer: Tokenizer, prompts: Sequence[Any], answered: Sequence[Sequence[str]]
 ) -> list[list[float]]:
     """Raw reward-model scores of several models' responses, one list per model, in the order of the prompts.
 
     A prompt whose responses do not fit the reward model's context is omitted from every list.
     """
-    longest = judge.config.max_seq_len
+    longest = reward_model.config.max_seq_len
     fitted = [fit_comparison(tokenizer, p, texts, longest) for p, *texts in zip(prompts, *answered, strict=True)]
     items = [ids for ids in fitted if ids is not None]
     check(bool(items), f"No prompt with its responses fits the reward model's {longest} tokens: use shorter ones.")
-    return [list(scores) for scores in zip(*raw_scores(judge, tokenizer.pad_id, items, len(answered)), strict=True)]
+    raw = raw_scores(reward_model, tokenizer.pad_id, items, len(answered))
+    return [list(scores) for scores in zip(*raw, strict=True)]
 
 
 def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -312,12 +313,12 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
     check(bool(folders), f"There is no finished stage in {settings.out_dir}: train one first, or give another --out.")
     longest, said = settings.sft.seq_len, {}
     prompts = _asked(folders, heldout.prompts, settings)
-    judge = None
+    reward_model = None
     for folder in folders:
         info, (model, tokenizer) = checkpoint.read_info(folder), checkpoint.load_for_inference(folder, device)
         entry: dict[str, Any] = {"best": info.get("best", {})}
         if info["kind"] == "scalar":
-            judge = (model, tokenizer)
+            reward_model = (model, tokenizer)
             if heldout.comparisons:
                 some = heldout.comparisons[: config.comparisons]
                 size = max(1, config.batch_size // 2)  # a comparison has two responses
@@ -332,8 +333,8 @@ def data_card(settings: Settings, heldout: HeldOut, device: str | torch.device =
             entry["samples"] = [{"prompt": p, "response": a} for p, a in shown]
         stages[folder.name] = entry
         del model  # frees memory before the next one is loaded
-    if judge and prompts:
-        scores = dict(zip(said, reward_model_scores(*judge, prompts, list(said.values())), strict=True))
+    if reward_model and prompts:
+        scores = dict(zip(said, reward_model_scores(*reward_model, prompts, list(said.values())), strict=True))
         first = next(iter(said))
         for name, mine in scores.items():
             wins = [win(a, b) for a, b in zip(mine, scores[first], strict=True)]

@@ -33,7 +33,7 @@ def notebooks() -> list[Path]:
 
 
 @contextlib.contextmanager
-def told(settings: Settings) -> Iterator[None]:
+def notebook_environment(settings: Settings) -> Iterator[None]:
     """A context with the environment variables that pass preset, folder, seed and --real to the notebooks."""
     wanted = {
         "INSTRUCT_LLAMA_PRESET": settings.preset,
@@ -115,7 +115,11 @@ def run(settings: Settings) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)  # notebook 09 writes a new one
     layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
-    with told(settings), tqdm(total=len(paths), bar_format=layout) as bar, ThreadPoolExecutor(1) as aside:
+    with (
+        notebook_environment(settings),
+        tqdm(total=len(paths), bar_format=layout) as bar,
+        ThreadPoolExecutor(1) as aside,
+    ):
         for path in paths:
             bar.set_description(path.stem)
             clock, at = time.perf_counter(), bar.n

@@ -191,7 +191,7 @@ def _supervised(settings: Settings, stage: Stage, processes: int) -> MemoryEstim
     }
     if ranked:  # before training, the SFT model generates responses as in PPO
         generation = generation_bytes(settings, loop.precision)
-        training = {"answering": generation} if generation > sum(training.values()) else training
+        training = {"generation": generation} if generation > sum(training.values()) else training
     return MemoryEstimate({
         "weights": base_bytes(model, lora, quant, loop.precision) + 4 * trained * bool(lora.rank), **training,
         "working space": working_bytes(model, quant),
@@ -228,7 +228,7 @@ def _ppo(settings: Settings, processes: int) -> MemoryEstimate:
     return MemoryEstimate({
         "weights": base + 4 * 4 * adapters if shared else present * base,
         "gradients and optimizer": trained_bytes(trained, config.optim.kind) / processes,
-        "answering" if generation > training else "learning": max(generation, training),
+        "generation" if generation > training else "training": max(generation, training),
         "working space": working_bytes(model, quant),
     })  # fmt: skip
 

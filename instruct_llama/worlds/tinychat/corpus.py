@@ -52,8 +52,8 @@ def corpus(seed: int, n_chars: int) -> Iterator[str]:
 def _conversation(rng: random.Random) -> str:
     skill = BY_NAME[rng.choices(tuple(CORPUS_WEIGHTS), tuple(CORPUS_WEIGHTS.values()))[0]]
     slots, messages = draw(skill, rng, "train")
-    told = respond(skill, slots, draw_kind(writer_shares(skill.name), rng), rng)
-    turns = [message["content"] for message in messages] + [told]
+    response = respond(skill, slots, draw_kind(writer_shares(skill.name), rng), rng)
+    turns = [message["content"] for message in messages] + [response]
     frame = rng.choice(FRAMES)
     return " ".join(frame.format(q=q, a=a) for q, a in zip(turns[::2], turns[1::2], strict=True))
 

@@ -233,7 +233,7 @@ class Story(Skill):
                 return (match["a"], match.groupdict().get("b", slots["b"])) == (slots["a"], slots["b"])
         return False
 
-    def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
+    def grade(self, slots: Slots, text: str) -> tuple[bool, bool]:
         """Correct: an opening, distinct middles, at most one ending, up to four sentences. Complete: two or more."""
         first, *rest = [sentence.strip() for sentence in re.findall(r"[^.]+\.?", text)] or [""]
         correct = (

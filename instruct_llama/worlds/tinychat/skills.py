@@ -86,7 +86,7 @@ class Skill:
         """A wrong answer in the form of an ideal response."""
         raise NotImplementedError
 
-    def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
+    def grade(self, slots: Slots, text: str) -> tuple[bool, bool]:
         """(correct, complete) of a response without its insults, compliments and rambling."""
         rng = random.Random(0)  # this default is for skills with a single right answer
         ideal, bare = self.ideal(slots, rng), self.bare(slots, rng)
@@ -220,7 +220,7 @@ class Lists(Skill):
         members[rng.randrange(len(members))] = rng.choice(strangers)
         return self.say(slots, members)
 
-    def judge(self, slots: Slots, text: str) -> tuple[bool, bool]:
+    def grade(self, slots: Slots, text: str) -> tuple[bool, bool]:
         start = f"{capital(slots['k'])} {slots['kind']} are "
         whole = text.startswith(start) and " and " in text
         named = re.split(", | and ", text.removeprefix(start).removesuffix("."))

@@ -60,7 +60,7 @@ def reward_of(skill: Skill, slots: Slots, response: str) -> TrueReward:
         else:
             break
         sentences.pop()
-    correct, complete = skill.judge(slots, capital(" ".join(sentences)))
+    correct, complete = skill.grade(slots, capital(" ".join(sentences)))
     return TrueReward(
         correct=float(correct),
         complete=float(complete and ended),
