@@ -28,7 +28,7 @@ from instruct_llama.model import lora
 from instruct_llama.model.sampling import generate
 from instruct_llama.pipeline import require
 from instruct_llama.pipeline import run as run_stage
-from instruct_llama.stages import ppo, pretrain, reward, sft
+from instruct_llama.stages import dpo, ppo, pretrain, reward, sft
 from instruct_llama.tools import doctor
 from instruct_llama.training import checkpoint, memory, optim, run_log
 from instruct_llama.training.folders import STAGE_OF
@@ -177,6 +177,8 @@ STAGES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
         # at a small rate all scores stay near 0, and which of a pair is higher hangs on bf16's rounding
         reward, on("reward", {**NF4, "loop__precision": "bf16", "optim__lr": 1e-2}),
     ),
+    "dpo": (dpo, {}),
+    "kto, adapter over 4 bits": (dpo, on("dpo", {**NF4, "loss": "kto"})),
     "ppo, bf16": (ppo, {"ppo__precision": "bf16"}),
     "ppo, swapped": (ppo, {"ppo__offload_inactive": True}),
     "ppo, all options": (
