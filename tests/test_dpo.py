@@ -140,6 +140,9 @@ def test_the_metrics_by_hand():
     assert mass["probability/chosen"] == pytest.approx(float(p[0] + p[3]))
     assert mass["probability/rejected"] == pytest.approx(float(p[1] + p[2]))
     assert sum(mass.values()) == pytest.approx(2.0)
+    four = preference_batch([Preference([3], [[i, 1] for i in (4, 5, 6, 7)], [0, 1, 2, 3], [1, 1, -1, -1])], PAD)
+    mass = preference.listed_mass(torch.tensor([0.1, 0.2, 0.3, 0.15]).log(), four)  # only one is the best
+    assert list(mass.values()) == pytest.approx([0.1, 0.65, 0.25])
 
 
 # ---------------------------------------------------------------------------- where a loss leads, known in closed form
