@@ -110,7 +110,7 @@ def test_the_loss_that_is_named_is_computed():
     ):
         loss, metrics = preference.preference_loss(logprobs, batch, DPOConfig(**changes))
         assert float(loss) == pytest.approx(float(expected), rel=1e-6), changes
-        assert "kl" not in metrics
+        assert "kto_kl" not in metrics
     labels, half = torch.tensor([1, -1, -1, 1]), torch.full((4,), 0.5)
     own = torch.tensor([ratios[i] for i in (0, 1, 3, 4)])
     kl = max(0.0, (ratios[2] + ratios[5]) / 2)
@@ -119,7 +119,7 @@ def test_the_loss_that_is_named_is_computed():
         config = DPOConfig(loss="kto", desirable_weight=good, undesirable_weight=bad)
         loss, metrics = preference.preference_loss(logprobs, batch, config)
         expected = preference.kto_loss(own, labels, half, kl, 0.1, good, bad)
-        assert float(loss) == pytest.approx(float(expected), rel=1e-6) and metrics["kl"] == pytest.approx(2 * kl)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-6) and metrics["kto_kl"] == pytest.approx(2 * kl)
 
 
 def test_the_metrics_by_hand():
@@ -346,7 +346,7 @@ def test_every_kind_trains_and_logs(pipeline, tmp_path, name):
     result = run_stage("dpo", settings)
     assert result.folder == tmp_path / name and checkpoint.is_complete(result.folder)
     last = result.history[-1]
-    kl = {"kl"} if settings.dpo.loss == "kto" else set()
+    kl = {"kto_kl"} if settings.dpo.loss == "kto" else set()
     assert {k[6:] for k in last if k.startswith("train/")} >= PAIRED | kl | {"loss", "lr", "grad_norm"}
     assert {k[4:] for k in last if k.startswith("val/")} == PAIRED | MASS | kl | {"loss", "true_reward"}
     assert sum(last[f"val/{key}"] for key in MASS) == pytest.approx(1.0)
@@ -481,7 +481,7 @@ def test_unpaired_records_train_kto(pipeline, tmp_path):
     settings = settings.replace(data=str(tmp_path / "mine.jsonl"), dpo__loss="kto")
     result = run_stage("dpo", settings)
     last = result.history[-1]
-    assert {k[4:] for k in last if k.startswith("val/")} == {"loss", "kl", "rewards/chosen", "rewards/rejected"}
+    assert {k[4:] for k in last if k.startswith("val/")} == {"loss", "kto_kl", "rewards/chosen", "rewards/rejected"}
     with pytest.raises(UserError, match="needs pairs of responses"):
         run_stage("dpo", settings.replace(dpo__loss="ipo"))
     assert not (tmp_path / "ipo" / "config.json").exists()

@@ -180,7 +180,8 @@ def test_reward(two, pipeline, tmp_path, rank):
 DPO = {
     "full": {"dpo__loop__batch_size": 3},  # the reference's log-probabilities, in batches shared by the processes
     "qlora": {"dpo__lora__rank": 2, "dpo__quant__kind": "nf4", "dpo__loss": "ipo"},
-    "kto": {"dpo__loss": "kto", "dpo__loop__batch_size": 4, "dpo__lora__rank": 2},  # its KL estimate, over both
+    # its KL estimate is over both processes, and above 0 after steps of this size
+    "kto": {"dpo__loss": "kto", "dpo__loop__batch_size": 4, "dpo__optim__lr": 5e-3, "dpo__loop__steps": 6},
 }
 
 

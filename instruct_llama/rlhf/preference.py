@@ -111,7 +111,7 @@ def preference_loss(
         each = label_weights(batch.prompt, batch.label)  # (N,)
         coefs = config.desirable_weight, config.undesirable_weight
         loss = kto_loss(log_ratios, batch.label, each, kl, config.beta, *coefs)
-        return loss, {**metrics, "kl": kl * batch.weight}
+        return loss, {**metrics, "kto_kl": kl * batch.weight}
     margins = log_ratios[better] - log_ratios[worse]  # (pairs,)
     if config.loss == "ipo":
         return ipo_loss(margins, weights, config.beta), metrics
