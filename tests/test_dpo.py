@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -350,6 +351,11 @@ def test_every_kind_trains_and_logs(pipeline, tmp_path, name):
     assert {k[6:] for k in last if k.startswith("train/")} >= PAIRED | kl | {"loss", "lr", "grad_norm"}
     assert {k[4:] for k in last if k.startswith("val/")} == PAIRED | MASS | kl | {"loss", "true_reward"}
     assert sum(last[f"val/{key}"] for key in MASS) == pytest.approx(1.0)
+    guide = Path(__file__).parents[1].joinpath("CONTRIBUTING.md").read_text(encoding="utf-8")
+    guide = guide.partition("## What the curves of DPO, IPO and KTO mean")[2].partition("\n## ")[0]
+    explained = {key.partition("/")[2] for key in re.findall(r"`((?:train|val)/[\w/]+)`", guide)}
+    logged = {key.partition("/")[2] for key in last if "/" in key}
+    assert logged - {"lr", "grad_norm", "tokens_per_s"} <= explained
     first = result.history[0]
     assert first["train/rewards/margins"] == pytest.approx(0, abs=1e-4)  # the policy is the reference at first
     untrained = {"dpo": math.log(2), "ipo": (1 / 0.2) ** 2, "kto": 0.5}[settings.dpo.loss]
