@@ -181,6 +181,7 @@ def test_p00_dpo_over_exact_pairs_reaches_the_optimal_policy(seed):
     assert enumerable.gap_closed(language, policy) > 0.98
 
 
+@pytest.mark.slow
 def test_p00_a_planted_mistake_in_dpo_does_not():
     language = enumerable.variable()
     for wrong in (
@@ -365,6 +366,7 @@ def test_every_kind_trains_and_logs(pipeline, tmp_path, name):
     assert model(torch.tensor([tokenizer.encode_prompt("What is two?")])).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_report_card_compares_it_with_sft(pipeline, tmp_path):
     settings = beside(pipeline, tmp_path, "pretrain", "sft", "reward")
     start = run_stage("dpo", settings.replace(dpo__optim__lr=0.0, dpo__optim__weight_decay=0.0)).folder
@@ -449,6 +451,7 @@ def test_each_setting_reaches_the_weights(pipeline, tmp_path):
         assert any(not torch.equal(plain[key], other[key]) for key in plain), changes
 
 
+@pytest.mark.slow
 def test_more_steps_raise_the_margin_and_lower_the_loss(pipeline, tmp_path):
     settings = beside(pipeline, tmp_path, "pretrain", "sft")
     settings = settings.replace(dpo__loop__steps=30, dpo__optim__lr=3e-3, dpo__loop__eval_every=30)

@@ -20,6 +20,8 @@ from instruct_llama.evaluation import report as evaluate
 from instruct_llama.tools import study
 from instruct_llama.training import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trained(pipeline, tmp_path, monkeypatch):
@@ -36,7 +38,6 @@ def trained(pipeline, tmp_path, monkeypatch):
     return pipeline.replace(out=str(tmp_path / "runs")), tmp_path / "results" / "seeds.jsonl", trained
 
 
-@pytest.mark.slow
 def test_each_seed_is_trained_once_and_leaves_one_line(trained, capsys):
     settings, results, done = trained
     assert study.run(settings, (1, 2, 2, 7), results) == results
@@ -57,7 +58,6 @@ def test_each_seed_is_trained_once_and_leaves_one_line(trained, capsys):
     assert capsys.readouterr().out.count("skipped") == 3
 
 
-@pytest.mark.slow
 def test_what_a_line_lacks_is_trained_and_other_settings_are_another_line(trained):
     settings, results, done = trained
     study.run(settings, (7,), results)

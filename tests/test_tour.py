@@ -14,6 +14,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from instruct_llama.__main__ import Tour, main, parse
 from instruct_llama.notebook import tour
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import os, sys
 print("real:", os.environ.get("INSTRUCT_LLAMA_REAL") == "1")
@@ -57,7 +59,6 @@ def test_without_options_the_notebooks_stay_as_they_are(told, tmp_path, capsys):
     assert printed(made) == "real: False\nand more\n" and made.with_suffix(".html").is_file()
 
 
-@pytest.mark.slow
 def test_record_writes_the_outputs_back_the_same_each_time(told, tmp_path):
     recorded = []
     for _ in range(2):
@@ -102,7 +103,6 @@ def test_a_tour_refuses_settings_of_which_the_notebooks_know_nothing(told, tmp_p
     assert run(tmp_path, "--seed", "2", "--real") == 0
 
 
-@pytest.mark.slow
 def test_what_is_recorded_comes_from_one_run_from_nothing(told, tmp_path, pipeline, capsys):
     shutil.copytree(Path(pipeline.out) / "sft", tmp_path / "out" / "sft")
     before = told.read_bytes()
