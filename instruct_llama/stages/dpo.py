@@ -24,7 +24,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.llama import Llama
 from ..model.sampling import eval_mode, generate
-from ..rlhf.losses import response_sum
+from ..rlhf.losses import response_mean, response_sum
 from ..rlhf.preference import completion_logprobs, label_rewards, listed_mass, preference_loss, response_logprobs
 from ..training import checkpoint, distributed, memory
 from ..training.device import autocast, pick_device
@@ -33,7 +33,7 @@ from ..training.optim import freeze_first
 from ..training.run_log import RunLog, StageResult, Watch
 from ..worlds import tinychat
 from . import records, reward, sft
-from .start import training_folder
+from .start import base_to_adapt, training_folder
 
 REFERENCE = "reference"  # the name of the adapter that the run starts from, if there is one
 
@@ -53,10 +53,7 @@ def encode(tokenizer: Tokenizer, found: Sequence[Any], config: DPOConfig) -> lis
             labels = record.get("labels", ranked)
             ranks = list(range(k)) if k > 1 else [0 if labels[0] > 0 else 1]
             kept.append(Preference(*fitted, ranks, labels))
-    check(bool(kept), f"None of the {len(found)} comparisons fits dpo.seq_len {config.seq_len}: raise it, say double "
-          "it.")  # fmt: skip
-    if len(kept) < len(found):
-        print(f"{len(found) - len(kept)} of {len(found)} comparisons are longer than {config.seq_len} tokens: dropped.")
+    records.check_fitting(len(kept), len(found), "dpo", config.seq_len)
     paired = all(len(item.responses) > 1 for item in kept)
     check(paired or config.loss == "kto", f"dpo.loss {config.loss} needs pairs of responses, and these records hold "
           "single labelled ones: choose dpo.loss kto.")  # fmt: skip
@@ -77,13 +74,7 @@ def prepare(base: Path, settings: Settings) -> tuple[Llama, Tokenizer]:
     If the base is itself an adapter run, the new adapter starts from that one, which stays as the reference.
     """
     config, device = settings.dpo, pick_device(settings.device)
-    checkpoint.check_kind(base, "lm")
-    folder, started = checkpoint.base_of(base)
-    check(
-        started is None or (started[0], started[2]) == (config.lora, config.quant),
-        f"{base} holds an adapter: train with the same dpo.lora and dpo.quant, or first "
-        f"`python -m instruct_llama merge {base} {base}-merged`.",
-    )
+    folder, started = base_to_adapt(base, "dpo", config.lora, config.quant)
     how = load_options(config.lora, config.quant, config.loop.precision)
     model, tokenizer = checkpoint.load_full(folder, device, **how)
     with_gradient_checkpointing(model, settings)
@@ -134,11 +125,12 @@ def preference_metrics(
     labelled: dict[str, list[float]] = {}
     for batch in batches:
         batch = with_reference(model, batch.to(device), config)
-        logprobs = response_logprobs(model, batch, config.average_logprobs)  # (N,)
+        each = completion_logprobs(model, batch)  # (N, L)
+        whole = response_sum(each, batch.response_mask)  # (N,)
+        logprobs = response_mean(each, batch.response_mask) if config.average_logprobs else whole  # (N,)
         loss, parts = preference_loss(logprobs, batch, config)
         parts["loss"] = float(loss)
         if "rewards/accuracies" in parts:
-            whole = response_sum(completion_logprobs(model, batch), batch.response_mask)  # (N,)
             parts |= listed_mass(whole, batch)
         else:
             for key, (total, n) in label_rewards(logprobs - batch.ref_logprobs, batch, config.beta).items():

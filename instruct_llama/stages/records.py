@@ -94,6 +94,13 @@ def preferences(settings: Settings) -> tuple[list[Any], list[Any]]:
     return _split_file(settings, sources.as_preferences(sources.read(path)))
 
 
+def check_fitting(kept: int, given: int, stage: str, seq_len: int) -> None:
+    """Print how many comparisons do not fit `seq_len` tokens. Raises `UserError` when none does."""
+    check(kept > 0, f"None of the {given} comparisons fits {stage}.seq_len {seq_len}: raise it, say double it.")
+    if kept < given:
+        print(f"{given - kept} of {given} comparisons are longer than {seq_len} tokens: dropped.")
+
+
 def prompts(settings: Settings) -> tuple[list[Any], list[Any]]:
     """Prompts for PPO: (training, held out), each a list of message lists."""
     if path := data_path(settings):

@@ -38,7 +38,7 @@ from ..training.optim import freeze_first
 from ..training.run_log import RunLog, StageResult, Watch
 from ..worlds import tinychat
 from . import records
-from .start import training_folder
+from .start import base_to_adapt, training_folder
 
 Ranked = list[list[int]]  # token ids of a prompt with each completion, best first
 
@@ -147,9 +147,7 @@ def encode(tokenizer: Tokenizer, comparisons: Sequence[Any], seq_len: int) -> li
     """Token ids of the comparisons that fit. Raises `UserError` when none does."""
     fitted = [fit_comparison(tokenizer, c["prompt"], c["completions"], seq_len) for c in comparisons]
     kept = [item for item in fitted if item is not None]
-    check(bool(kept), f"None of the {len(fitted)} comparisons fits reward.seq_len {seq_len}: raise it, say double it.")
-    if len(kept) < len(fitted):
-        print(f"{len(fitted) - len(kept)} of {len(fitted)} comparisons are longer than {seq_len} tokens: dropped.")
+    records.check_fitting(len(kept), len(fitted), "reward", seq_len)
     return kept
 
 
@@ -184,13 +182,7 @@ def prepare(base: Path, settings: Settings) -> ScalarLlama:
     If the base is itself an adapter run, the new adapter uses the same base weights and is initialised from that one.
     """
     config, device = settings.reward, pick_device(settings.device)
-    checkpoint.check_kind(base, "lm")
-    folder, started = checkpoint.base_of(base)
-    check(
-        started is None or (started[0], started[2]) == (config.lora, config.quant),
-        f"{base} holds an adapter: train the reward model with the same reward.lora and reward.quant, or first "
-        f"`python -m instruct_llama merge {base} {base}-merged`.",
-    )
+    folder, started = base_to_adapt(base, "reward", config.lora, config.quant)
     model = checkpoint.load_scalar(folder, device, **load_options(config.lora, config.quant, config.loop.precision))
     with_gradient_checkpointing(model, settings)
     if config.lora.rank:

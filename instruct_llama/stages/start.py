@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings, UserError, check, shown
+from ..config import LoRAConfig, QuantConfig, Settings, UserError, check, shown
 from ..training import checkpoint, distributed, folders
 from ..training.run_log import identity, saved_states
 
@@ -99,3 +99,20 @@ def check_inputs(stage: str, folder: Path, read: Sequence[Path]) -> None:
             path.resolve() != folder.resolve(),
             f"{stage} would overwrite {shown(path)}, which it reads: choose another --{stage}.name or --init.",
         )
+
+
+def base_to_adapt(
+    start: Path, stage: str, lora: LoRAConfig, quant: QuantConfig
+) -> tuple[Path, tuple[LoRAConfig, checkpoint.State, QuantConfig] | None]:
+    """The full checkpoint of the language model that a stage starts from, and its adapter: see `checkpoint.base_of`.
+
+    Raises `UserError` for a reward model, and for an adapter of other settings than the stage's `lora` and `quant`.
+    """
+    checkpoint.check_kind(start, "lm")
+    folder, adapter = checkpoint.base_of(start)
+    check(
+        adapter is None or (adapter[0], adapter[2]) == (lora, quant),
+        f"{start} holds an adapter: train with the same {stage}.lora and {stage}.quant, or first "
+        f"`python -m instruct_llama merge {start} {start}-merged`.",
+    )
+    return folder, adapter
