@@ -363,6 +363,9 @@ def test_every_kind_trains_and_logs(pipeline, tmp_path, name):
     assert first["train/loss"] == pytest.approx(untrained, rel=1e-4)
     model, tokenizer = checkpoint.load(result.folder)
     assert checkpoint.read_info(result.folder)["stage"] == "dpo" and len(result.samples) > 0
+    assert checkpoint.read_info(result.folder)["best"] == result.best  # with the metrics that it was chosen by
+    best = next(record for record in result.history if record["step"] == result.best["step"])
+    assert result.best["loss"] == best["val/loss"]
     assert model(torch.tensor([tokenizer.encode_prompt("What is two?")])).isfinite().all()
 
 
@@ -400,6 +403,21 @@ def test_the_reference_is_the_start_with_adapters_and_without(pipeline, tmp_path
     policy = preference.response_logprobs(adapted, batch)
     assert float((policy - expected).abs().max()) > 0.1 and policy.requires_grad
     assert dpo.with_reference(adapted, found, settings.dpo) is found  # computed once
+
+
+def test_validation_reads_averages_where_the_loss_does_and_whole_probabilities_for_the_mass(pipeline):
+    model, tokenizer = checkpoint.load(pipeline.out_dir / "sft")
+    items = dpo.encode(tokenizer, tinychat.comparisons(1, 4, 0.15), pipeline.dpo)
+    batch = preference_batch(items, tokenizer.pad_id)
+    batch = replace(batch, ref_logprobs=torch.linspace(-1, 1, len(batch.rank)))
+    for average in (False, True):
+        config = replace(pipeline.dpo, average_logprobs=average)
+        with torch.no_grad():
+            logprobs, whole = (preference.response_logprobs(model, batch, mean) for mean in (average, False))
+            loss, metrics = preference.preference_loss(logprobs, batch, config)
+        expected = metrics | {"loss": float(loss)} | preference.listed_mass(whole, batch)
+        found = dpo.preference_metrics(model, [batch], config)
+        assert found == {key: pytest.approx(value / batch.weight, rel=1e-5) for key, value in expected.items()}
 
 
 def test_a_run_from_an_adapter_has_that_adapter_as_its_reference(pipeline, tmp_path):
@@ -476,7 +494,18 @@ def test_validation_and_training_records_stay_apart(pipeline, tmp_path, monkeypa
 
     monkeypatch.setattr(dpo, "encode", noted)
     monkeypatch.setattr(dpo, "generate", asks)
+    metrics, rows = dpo.preference_metrics, []
+
+    def reads(model, batches, config):
+        rows.extend(
+            tuple(row[ids < 0].tolist()) for b in batches for row, ids in zip(b.tokens, b.segment_ids, strict=True)
+        )
+        return metrics(model, batches, config)
+
+    monkeypatch.setattr(dpo, "preference_metrics", reads)
     run_stage("dpo", settings.replace(dpo__eval_prompts=5))
+    tokenizer = Tokenizer.load(tmp_path / "sft")
+    assert rows and set(rows) <= {tuple(tokenizer.encode_prompt(prompt)) for prompt in seen[1]}  # validation's records
     for prompts, split in zip(seen, ("train", "valid"), strict=True):
         assert len(prompts) > 1 and {tinychat.split_of(prompt) for prompt in prompts} == {split}
     sampled = [prompts for prompts in asked if prompts != list(tinychat.FIXED_PROMPTS)]
